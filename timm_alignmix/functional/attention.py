@@ -1,0 +1,74 @@
+"""Where an image is worth mixing: the attention of Dense MultiMix, arXiv 2311.05538 [M], section 3.3.
+
+Shape suffixes: B batch, C classes, D channels, R spatial positions.
+"""
+from typing import Optional
+
+import torch
+
+from ._precision import at_least_fp32
+
+
+def attention_map(
+        feat_BDR: torch.Tensor,
+        by: str = 'gap',
+        normalize: str = 'relu',
+        weight: Optional[torch.Tensor] = None,
+        labels: Optional[torch.Tensor] = None,
+) -> torch.Tensor:
+    """Attention a = h(z^T u) of each position, at least in float32.
+
+    Args:
+        feat_BDR: (B, D, R) embeddings before the classifier, not pooled.
+        by: 'gap' takes u = mean of z over positions, 'cam' takes u = W^T y, the classifier's weight of the example's
+            class, 'none' gives every position 1/R.
+        normalize: h: 'relu' is ReLU followed by l1 normalisation, 'softmax' is over positions.
+        weight: (C, D) classifier weight, for 'cam'.
+        labels: (B,) class indices or (B, C) soft labels, for 'cam'.
+
+    Returns:
+        (B, R) non-negative; a row sums to 1, or to 0 where no position is positive under 'relu'. Differentiable.
+
+    Raises:
+        ValueError: Unknown option, wrong shape, or 'cam' without weight and labels.
+    """
+    if feat_BDR.ndim != 3:
+        raise ValueError(f'features must be (B, D, R), got {tuple(feat_BDR.shape)}')
+    if by not in ('gap', 'cam', 'none'):
+        raise ValueError(f"by must be 'gap', 'cam' or 'none', got {by!r}")
+    if normalize not in ('relu', 'softmax'):
+        raise ValueError(f"normalize must be 'relu' or 'softmax', got {normalize!r}")
+    B, D, R = feat_BDR.shape
+    if by == 'none':
+        dtype = torch.promote_types(feat_BDR.dtype, torch.float32)
+        return torch.full((B, R), 1 / R, device=feat_BDR.device, dtype=dtype)
+    with torch.autocast(feat_BDR.device.type, enabled=False):
+        feat_BDR = at_least_fp32(feat_BDR)
+        if by == 'gap':
+            query_BD = feat_BDR.mean(dim=2)
+        else:
+            query_BD = _class_weight(weight, labels, B, D).to(feat_BDR.dtype)
+        score_BR = torch.einsum('bdr,bd->br', feat_BDR, query_BD)
+        if normalize == 'softmax':
+            return score_BR.softmax(dim=1)
+        score_BR = score_BR.relu()
+        total_B1 = score_BR.sum(dim=1, keepdim=True)
+        return score_BR / torch.where(total_B1 > 0, total_B1, 1)
+
+
+def _class_weight(
+        weight: Optional[torch.Tensor],
+        labels: Optional[torch.Tensor],
+        B: int,
+        D: int,
+) -> torch.Tensor:
+    if weight is None or labels is None:
+        raise ValueError("attention by 'cam' needs the classifier's weight (C, D) and the labels (B,) or (B, C)")
+    if weight.ndim != 2 or weight.shape[1] != D or labels.shape not in ((B,), (B, weight.shape[0])):
+        raise ValueError(
+            f'for features of {B} examples and {D} channels, weight must be (C, {D}) and labels ({B},) or ({B}, C), '
+            f'got {tuple(weight.shape)} and {tuple(labels.shape)}')
+    if labels.ndim == 1:
+        return weight[labels]
+    weight = at_least_fp32(weight)
+    return labels.to(weight.dtype) @ weight

@@ -1,0 +1,236 @@
+"""Entropic optimal transport between two feature maps, and the alignment built on it.
+
+AlignMixup: Improving Representations By Interpolating Aligned Features, CVPR 2022, arXiv 2103.15375 [A],
+equations (6)-(10) and Algorithm 1.
+
+Shape suffixes: B batch, D channels, R spatial positions (H * W). In cost_BRR and plan_BRR the first R are positions of
+`feat_a`, the second R positions of `feat_b`.
+
+Departures from the authors' release: a fixed number of iterations (the release stops when the batch mean of
+sum |du| < 0.1, one device sync an iteration, which makes a sample's plan depend on its batch), the cost is computed
+without the (B, R, R, D) tensor, and the marginal that is exact at the end can be chosen.
+"""
+from typing import Optional, Tuple
+
+import torch
+
+from ._precision import at_least_fp32, full_precision
+
+
+def _check_pair(feat_a: torch.Tensor, feat_b: torch.Tensor) -> None:
+    if feat_a.ndim != 3 or feat_a.shape != feat_b.shape:
+        raise ValueError(
+            'features must be two (B, D, R) tensors of one shape, got '
+            f'{tuple(feat_a.shape)} and {tuple(feat_b.shape)}; flatten the positions of a map with .flatten(2)')
+
+
+# Custom operators are opaque to torch.compile: neither the loop nor the precision switches are traced or unrolled.
+@torch.library.custom_op('timm_alignmix::transport_cost', mutates_args=())
+def _transport_cost(feat_a_BDR: torch.Tensor, feat_b_BDR: torch.Tensor) -> torch.Tensor:
+    with full_precision(feat_a_BDR.device):
+        a_BDR, b_BDR = at_least_fp32(feat_a_BDR), at_least_fp32(feat_b_BDR)
+        # Distances do not change when both maps move by one vector; removing the mean of `a` removes most of the
+        # cancellation in |a|^2 + |b|^2 - 2ab for features after a ReLU, which all point the same way.
+        centre_BD1 = a_BDR.mean(dim=2, keepdim=True)
+        a_BDR, b_BDR = a_BDR - centre_BD1, b_BDR - centre_BD1
+        norms_BRR = a_BDR.square().sum(1).unsqueeze(2) + b_BDR.square().sum(1).unsqueeze(1)
+        return torch.baddbmm(norms_BRR, a_BDR.transpose(1, 2), b_BDR, alpha=-2).clamp_min_(0)
+
+
+@_transport_cost.register_fake
+def _(feat_a_BDR, feat_b_BDR):
+    B, _, R = feat_a_BDR.shape
+    dtype = feat_a_BDR.dtype if feat_a_BDR.dtype == torch.float64 else torch.float32
+    return feat_a_BDR.new_empty((B, R, R), dtype=dtype)
+
+
+def transport_cost(feat_a_BDR: torch.Tensor, feat_b_BDR: torch.Tensor) -> torch.Tensor:
+    """Pairwise squared Euclidean cost of [A] equation (6): M_ij = ||a_i - b_j||^2.
+
+    Summed over channels; neither normalised nor averaged nor square-rooted (normalising makes the plan nearly uniform,
+    which is another method). No gradient. Memory is that of the result plus two copies of the features.
+
+    Args:
+        feat_a_BDR: (B, D, R) features, any float dtype.
+        feat_b_BDR: (B, D, R) features, any float dtype.
+
+    Returns:
+        (B, R, R) costs, float32 (float64 for float64 input), non-negative.
+
+    Raises:
+        ValueError: The shapes differ or are not (B, D, R).
+    """
+    _check_pair(feat_a_BDR, feat_b_BDR)
+    return _transport_cost(feat_a_BDR.detach(), feat_b_BDR.detach())
+
+
+@torch.library.custom_op('timm_alignmix::sinkhorn_plan', mutates_args=())
+def _sinkhorn_plan(
+        cost_BRR: torch.Tensor,
+        eps: float,
+        iterations: int,
+        last: int,
+        tolerance: Optional[float],
+) -> torch.Tensor:
+    """`last` is the dimension summed in the last half-step: 2 makes the rows exact, 1 the columns.
+
+    Potentials are in units of eps and every marginal is 1 instead of 1/R: constants that cancel in the last softmax.
+    """
+    with full_precision(cost_BRR.device):
+        kernel_BRR = at_least_fp32(cost_BRR) / -eps
+        first_dim = 3 - last
+        buffer_BRR = torch.empty_like(kernel_BRR)
+        # `first` lives on the positions that `last` sums over: it is what the last half-step sees.
+        first = kernel_BRR.new_zeros(kernel_BRR.shape[:2]).unsqueeze(first_dim)
+        second = torch.zeros_like(first).transpose(1, 2)
+        active = None if tolerance is None else first.new_ones((len(first), 1, 1), dtype=torch.bool)
+        for _ in range(iterations):
+            update = _neg_logsumexp(kernel_BRR, second, first_dim, buffer_BRR)
+            if active is None:
+                first = update
+            else:
+                moved = (update - first).abs_().sum(dim=(1, 2), keepdim=True).mul_(eps)
+                first = torch.where(active, update, first)
+                active = active & (moved >= tolerance)
+                # Reading a flag costs nothing on a CPU and a device sync elsewhere, where the rest just runs on.
+                if active.device.type == 'cpu' and not active.any():
+                    break
+            second = _neg_logsumexp(kernel_BRR, first, last, buffer_BRR)
+        # A softmax instead of exp(first + second + kernel): the final marginal is exact at any magnitude of the cost.
+        return torch.softmax(kernel_BRR.add_(first), dim=last).div_(cost_BRR.shape[1])
+
+
+def _neg_logsumexp(
+        kernel_BRR: torch.Tensor,
+        potential: torch.Tensor,
+        dim: int,
+        buffer_BRR: torch.Tensor,
+) -> torch.Tensor:
+    torch.add(kernel_BRR, potential, out=buffer_BRR)
+    peak = buffer_BRR.amax(dim=dim, keepdim=True)
+    # Below the clamp exp() underflows, which costs a CPU 50 times an ordinary value and adds nothing to a sum >= 1.
+    floor = -87.0 if buffer_BRR.dtype == torch.float32 else -700.0
+    return buffer_BRR.sub_(peak).clamp_min_(floor).exp_().sum(dim=dim, keepdim=True).log_().add_(peak).neg_()
+
+
+@_sinkhorn_plan.register_fake
+def _(cost_BRR, eps, iterations, last, tolerance):
+    return torch.empty_like(cost_BRR, dtype=cost_BRR.dtype if cost_BRR.dtype == torch.float64 else torch.float32)
+
+
+def sinkhorn_plan(
+        cost_BRR: torch.Tensor,
+        eps: float = 0.1,
+        iterations: int = 100,
+        final_marginal: str = 'rows',
+        tolerance: Optional[float] = None,
+) -> torch.Tensor:
+    """Entropic transport plan between uniform marginals 1/R, [A] equations (7) and (8), in the log domain.
+
+    No gradient, no device sync. In float32 the relative error of an entry grows as about (cost / eps) * 2**-24, from
+    rounding the exponent; the marginal normalised last is exact to rounding at any cost.
+
+    Args:
+        cost_BRR: (B, R, R) costs.
+        eps: Entropy coefficient, in the unit of the cost.
+        iterations: Sinkhorn-Knopp iterations, each normalising both sides once. 0 is a single softmax of -cost / eps
+            over the side named by `final_marginal` ([A] Table 10, first row).
+        final_marginal: 'rows' or 'columns': the side normalised last, hence exact; the other is exact at convergence.
+        tolerance: Stop a sample when sum |du| < tolerance, u its first potential in the unit of the cost, as the
+            authors' release does with 0.1 for the mean over the batch. Decided for each sample alone.
+
+    Returns:
+        (B, R, R) plan of total mass 1 per sample, float32 (float64 for float64 input).
+
+    Raises:
+        ValueError: The cost is not (B, R, R), or an option is out of range.
+    """
+    if cost_BRR.ndim != 3 or cost_BRR.shape[1] != cost_BRR.shape[2]:
+        raise ValueError(f'cost must be (B, R, R), got {tuple(cost_BRR.shape)}')
+    if final_marginal not in ('rows', 'columns'):
+        raise ValueError(f"final_marginal must be 'rows' or 'columns', got {final_marginal!r}")
+    if eps <= 0 or iterations < 0:
+        raise ValueError(f'eps must be > 0 and iterations >= 0, got eps={eps} and iterations={iterations}')
+    return _sinkhorn_plan(cost_BRR.detach(), float(eps), iterations, 2 if final_marginal == 'rows' else 1, tolerance)
+
+
+def align_to(
+        kept_BDR: torch.Tensor,
+        moved_BDR: torch.Tensor,
+        eps: float = 0.1,
+        iterations: int = 100,
+        final_marginal: str = 'kept',
+        tolerance: Optional[float] = None,
+) -> torch.Tensor:
+    """Features of `moved` transported to the positions of `kept`: [A] equation (9) for (A, A'), (10) for (A', A).
+
+    The plan is detached ([A] Algorithm 1, line 21): gradients reach `moved` through the product alone.
+
+    Args:
+        kept_BDR: (B, D, R) features whose positions stay.
+        moved_BDR: (B, D, R) features to bring to those positions.
+        eps: Entropy coefficient of the plan.
+        iterations: Sinkhorn iterations.
+        final_marginal: 'kept' makes every aligned feature a convex combination of features of `moved`; 'moved' conserves
+            the mass of `moved` instead.
+        tolerance: As in :func:`sinkhorn_plan`.
+
+    Returns:
+        (B, D, R) aligned features, in the dtype of `moved_BDR`.
+
+    Raises:
+        ValueError: Shapes differ, or an option is out of range.
+
+    Example:
+        >>> import torch
+        >>> a_BDR = torch.tensor([[[0.0, 5.0, 9.0]]])
+        >>> align_to(a_BDR, a_BDR.flip(2) + 1.0)
+        tensor([[[ 1.,  6., 10.]]])
+    """
+    if final_marginal not in ('kept', 'moved'):
+        raise ValueError(f"final_marginal must be 'kept' or 'moved', got {final_marginal!r}")
+    plan_BRR = sinkhorn_plan(
+        transport_cost(kept_BDR, moved_BDR),
+        eps=eps,
+        iterations=iterations,
+        final_marginal='rows' if final_marginal == 'kept' else 'columns',
+        tolerance=tolerance,
+    )
+    # R = R_positions * P in the paper's notation: rows sum to 1 instead of 1/R, so the scale of features is kept.
+    rows_BRR = (plan_BRR * plan_BRR.shape[1]).to(moved_BDR.dtype)
+    return torch.matmul(moved_BDR, rows_BRR.transpose(1, 2))
+
+
+def align(
+        feat_a_BDR: torch.Tensor,
+        feat_b_BDR: torch.Tensor,
+        eps: float = 0.1,
+        iterations: int = 100,
+        final_marginal: str = 'kept',
+        tolerance: Optional[float] = None,
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Both alignments of two feature maps, [A] equations (9) and (10): A~ = A' R^T and A~' = A R.
+
+    Args:
+        feat_a_BDR: (B, D, R) features A.
+        feat_b_BDR: (B, D, R) features A'.
+        eps: Entropy coefficient of the plan.
+        iterations: Sinkhorn iterations.
+        final_marginal: 'kept' (each result uses the plan whose kept side is exact), or 'columns' / 'rows': one plan for
+            both, normalised last over that side. 'columns' is the authors' release.
+        tolerance: As in :func:`sinkhorn_plan`.
+
+    Returns:
+        A~, the features of A' at the positions of A, and A~', those of A at the positions of A'; both (B, D, R).
+
+    Raises:
+        ValueError: Shapes differ, or an option is out of range.
+    """
+    sides = {'kept': ('kept', 'kept'), 'columns': ('moved', 'kept'), 'rows': ('kept', 'moved')}
+    if final_marginal not in sides:
+        raise ValueError(f'final_marginal must be one of {sorted(sides)}, got {final_marginal!r}')
+    side_a, side_b = sides[final_marginal]
+    return (
+        align_to(feat_a_BDR, feat_b_BDR, eps, iterations, side_a, tolerance),
+        align_to(feat_b_BDR, feat_a_BDR, eps, iterations, side_b, tolerance),
+    )
