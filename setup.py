@@ -1,0 +1,58 @@
+"""Packaging of timm-alignmix: `pip install .` is the plugin, the extras add what training and testing need."""
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+version = {}
+exec((here / 'timm_alignmix' / 'version.py').read_text(encoding='utf-8'), version)
+
+train = [
+    'accelerate>=1.0',
+    'pyyaml',
+    'scikit-learn>=1.3',  # carries the built-in sample
+    'torchvision',
+    'tqdm',
+]
+ffcv = [
+    'ffcv==1.0.2',  # no release since 2023: what we rely on was read in this one
+    'setuptools<81; python_version >= "3.12"',  # ffcv imports distutils, which Python 3.12 dropped
+]
+test = [
+    'hypothesis>=6.100',
+    'POT>=0.9.4',
+    'pytest>=8.0',
+    'scipy>=1.11',
+]
+dev = [
+    'pre-commit',
+    'ruff==0.17.5',  # the version pinned in .pre-commit-config.yaml
+]
+
+setup(
+    name='timm-alignmix',
+    version=version['__version__'],
+    description='AlignMixup, MultiMix and Dense MultiMix for timm, with ImageNet-scale training',
+    long_description=(here / 'README.md').read_text(encoding='utf-8'),
+    long_description_content_type='text/markdown',
+    license='Apache-2.0',
+    packages=find_packages(include=['timm_alignmix', 'timm_alignmix.*']),
+    python_requires='>=3.10',
+    install_requires=[
+        'numpy>=1.26',
+        'timm>=1.0.31',
+        'torch>=2.4',
+    ],
+    extras_require={
+        'train': train,
+        'ffcv': ffcv,
+        'test': train + test,
+        'dev': dev,
+    },
+    classifiers=[
+        'Development Status :: 3 - Alpha',
+        'Intended Audience :: Science/Research',
+        'Programming Language :: Python :: 3',
+        'Topic :: Scientific/Engineering :: Artificial Intelligence',
+    ],
+)

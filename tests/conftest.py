@@ -1,0 +1,34 @@
+"""Fixtures shared by the whole suite."""
+import os
+from pathlib import Path
+
+os.environ.setdefault('HF_HUB_OFFLINE', '1')  # before timm is imported: no test may reach for the network
+
+import pytest
+import torch
+
+# Real photographs beside the checkout, for the few tests that want them. They are no part of the repository.
+DATA_DIR = Path(__file__).resolve().parents[2] / 'shared' / 'data'
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    """Start every test from the same state of torch's global generator, whatever ran before it."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope='session', autouse=True)
+def torch_threads():
+    """Two threads at most: the models of the suite are tiny, more threads only wait for each other."""
+    torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+@pytest.fixture(scope='session')
+def real_data():
+    """Callable: the path of a file of real data, or a skip that says which file is missing."""
+    def find(name: str) -> Path:
+        path = DATA_DIR / name
+        if not path.exists():
+            pytest.skip(f'real data {name} is not there (looked for it in {DATA_DIR})')
+        return path
+    return find
