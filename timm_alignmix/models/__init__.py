@@ -1,0 +1,4 @@
+"""Networks of the papers that timm lacks, entered in timm's registry when `timm_alignmix` is imported."""
+from .preact_resnet import PreActBlock, PreActResNet
+
+__all__ = ['PreActBlock', 'PreActResNet']
