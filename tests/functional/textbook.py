@@ -46,8 +46,11 @@ def dense_multimix_loss(
         attention_BR: Tensor,
 ) -> Tensor:
     """[M] (10)-(14): one factor matrix per position, columns normalised, normaliser s, mean over attended positions."""
+    nothing = (Z_BDR.sum() + W_CD.sum() + b_C.sum()) * 0.0
     position_losses = []
     for j in range(Z_BDR.shape[2]):
+        if not attention_BR[:, j].any():
+            continue
         M_BN = torch.diag(attention_BR[:, j]) @ lam_RNB[j].T  # (10)
         s_N = M_BN.sum(0)
         weighted, total = [], []
@@ -59,10 +62,10 @@ def dense_multimix_loss(
             mixed_Y_C = Y_BC.T @ column_B  # (13)
             weighted.append(s_N[k] * cross_entropy(W_CD @ mixed_D + b_C, mixed_Y_C))
             total.append(s_N[k])
-        if total:
-            position_losses.append(torch.stack(weighted).sum() / torch.stack(total).sum())  # (14)
+        # Attended, yet by no vector (small m or N): every column is empty, so the position's loss is 0.
+        position_losses.append(torch.stack(weighted).sum() / torch.stack(total).sum() if total else nothing)  # (14)
     if not position_losses:
-        return (Z_BDR.sum() + W_CD.sum() + b_C.sum()) * 0.0
+        return nothing
     return torch.stack(position_losses).mean()
 
 
