@@ -67,7 +67,7 @@ packages=$(missing_for_venv)
 if [[ -n $packages ]]; then
     # shellcheck disable=SC2086  # one word a package
     apt_install $packages || true
-    [[ -z $(missing_for_venv) ]] || fail "no $python that can make a virtual environment; needed: $packages."
+    [[ -z $(missing_for_venv) ]] || fail "$python cannot make a virtual environment; these system packages are needed: "$packages
 fi
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
     || fail "Python 3.10 or newer is needed, $python is $("$python" -V 2>&1). Try PYTHON=python3.12 bash install.sh"

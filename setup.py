@@ -16,7 +16,7 @@ train = [
 ]
 ffcv = [
     'ffcv==1.0.2',  # no release since 2023: what we rely on was read in this one
-    'setuptools<81; python_version >= "3.12"',  # ffcv imports distutils, which Python 3.12 dropped
+    'setuptools; python_version >= "3.12"',  # ffcv imports distutils, which Python dropped
 ]
 test = [
     'hypothesis>=6.100',
@@ -41,7 +41,7 @@ setup(
     install_requires=[
         'numpy>=1.26',
         'timm>=1.0.31',
-        'torch>=2.4',
+        'torch>=2.5',
     ],
     extras_require={
         'train': train,
