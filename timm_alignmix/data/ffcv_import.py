@@ -1,0 +1,48 @@
+"""The one place that imports FFCV, so that everything else works without it."""
+import contextlib
+import os
+from collections.abc import Iterator
+from types import ModuleType
+
+import torch
+
+INSTALL = (
+    'on Debian/Ubuntu: sudo apt-get install -y build-essential pkg-config libturbojpeg0-dev libopencv-dev, '
+    "then: pip install ffcv==1.0.2 opencv-python numba 'setuptools<81'"
+)
+
+
+@contextlib.contextmanager
+def torch_threads_kept() -> Iterator[None]:
+    """Undo torch.set_num_threads(): FFCV calls it for the whole process on import and for every loader."""
+    threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def import_ffcv() -> ModuleType:
+    """Import FFCV.
+
+    Raises:
+        ImportError: FFCV or a library it needs is missing; the message says how to install them.
+        ValueError: NUMBA_THREADING_LAYER asks for the layer that aborts the process when two loaders run at once.
+    """
+    if os.environ.get('NUMBA_THREADING_LAYER') == 'workqueue':
+        raise ValueError(
+            'NUMBA_THREADING_LAYER=workqueue aborts the process when two FFCV loaders run at once; unset it or use omp')
+    try:
+        with torch_threads_kept():
+            import ffcv
+            import ffcv.fields.basics
+            import ffcv.fields.rgb_image
+            import ffcv.loader.epoch_iterator
+            import ffcv.transforms
+            import ffcv.types
+            import numba
+    except ImportError as error:
+        raise ImportError(f'FFCV cannot be imported ({error}). To install it, {INSTALL}') from error
+    if 'NUMBA_THREADING_LAYER' not in os.environ:
+        numba.config.THREADING_LAYER = 'threadsafe'
+    return ffcv

@@ -1,0 +1,90 @@
+"""Decode any image file to 8-bit RGB (or grey), the same way for the converter and for timm's readers."""
+import io
+import logging
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image, ImageOps
+
+_logger = logging.getLogger(__name__)
+
+# Pillow's own limit for an error (twice its limit for a warning): 0.5 GB once decoded to RGB.
+MAX_PIXELS = 2 * 89_478_485
+
+
+def _open(source: BinaryIO | str | Path) -> Image.Image:
+    """Pillow's open without its global pixel limit: decode_image() applies its own after the scaled JPEG decode."""
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        return Image.open(source)
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
+def _to_eight_bits(image: Image.Image) -> Image.Image:
+    """Keep the high byte of 16-bit greys, where Pillow's convert() would clip everything above 255 to white."""
+    if image.mode == 'F':
+        raise ValueError('floating-point pixels have no fixed range')
+    if not image.mode.startswith('I'):
+        return image
+    pixels = np.asarray(image)
+    if pixels.max() > 65535 or pixels.min() < 0:
+        raise ValueError(f'integer pixels from {pixels.min()} to {pixels.max()} do not fit in 16 bits')
+    return Image.fromarray((pixels >> 8).astype(np.uint8))
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception as error:  # a damaged EXIF block (many error types in Pillow) says nothing about the pixels
+        _logger.debug(f'EXIF orientation ignored: {error}')
+        return image
+
+
+def decode_image(
+        source: Image.Image | BinaryIO | str | Path,
+        mode: str = 'RGB',
+        max_side: int | None = None,
+        max_pixels: int = MAX_PIXELS,
+) -> Image.Image:
+    """Decode every pixel of an image, upright and as 8-bit `mode`.
+
+    Grey, 16-bit, CMYK, palette and transparent images become RGB; transparency is dropped, as timm does. Of an
+    animation, the first frame counts. The EXIF orientation is applied.
+
+    Args:
+        source: File, path, or an image already opened.
+        mode: 'RGB' or 'L'.
+        max_side: Longer side above which the image is reduced by area averaging, aspect ratio kept. None keeps the
+            size.
+        max_pixels: Refuse to decode more pixels than this. A JPEG too large is decoded at a reduced scale first, so
+            only other formats (and JPEGs without max_side) meet the limit.
+
+    Raises:
+        ValueError: Too many pixels, or a pixel type without an 8-bit meaning.
+        Exception: Whatever Pillow raises for a damaged file (OSError, SyntaxError, struct.error, ...).
+    """
+    image = source if isinstance(source, Image.Image) else _open(source)
+    width, height = image.size
+    if max_side and width * height > max_pixels:
+        image.draft(image.mode, (max_side, max_side))
+    if image.width * image.height > max_pixels:
+        raise ValueError(f'{width} x {height} pixels are more than the limit of {max_pixels} (a decompression bomb?)')
+    image.load()
+    image = _upright(image)
+    image = _to_eight_bits(image)
+    if image.mode == 'P' and 'transparency' in image.info:
+        image = image.convert('RGBA')
+    image = image.convert(mode)
+    if max_side and max(image.size) > max_side:
+        scale = max_side / max(image.size)
+        size = tuple(max(1, int(side * scale)) for side in image.size)
+        image = image.resize(size, Image.Resampling.BOX)
+    return image
+
+
+def read_bytes(source: BinaryIO) -> io.BytesIO:
+    """Take the whole file into memory and close it: Pillow keeps lazily read files open."""
+    with source:
+        return io.BytesIO(source.read())
