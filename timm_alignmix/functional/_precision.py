@@ -1,6 +1,6 @@
 """Where the mathematics runs in full precision whatever the caller has switched on."""
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Iterator
 
 import torch
 

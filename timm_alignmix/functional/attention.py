@@ -2,7 +2,6 @@
 
 Shape suffixes: B batch, C classes, D channels, R spatial positions.
 """
-from typing import Optional
 
 import torch
 
@@ -13,8 +12,8 @@ def attention_map(
         feat_BDR: torch.Tensor,
         by: str = 'gap',
         normalize: str = 'relu',
-        weight: Optional[torch.Tensor] = None,
-        labels: Optional[torch.Tensor] = None,
+        weight: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention a = h(z^T u) of each position, at least in float32.
 
@@ -57,8 +56,8 @@ def attention_map(
 
 
 def _class_weight(
-        weight: Optional[torch.Tensor],
-        labels: Optional[torch.Tensor],
+        weight: torch.Tensor | None,
+        labels: torch.Tensor | None,
         B: int,
         D: int,
 ) -> torch.Tensor:

@@ -5,12 +5,11 @@ for each clean location and mixed afterwards. Neither mixed embeddings nor mixed
 
     CE_k = logsumexp_c(L m_k) - m_k^T (Y^T L) m_k,    L = W Z + b of one position, Y the targets.
 
-The loss and its gradient with respect to L come from one pass over chunks of positions, so the extra memory is one chunk
-of (N, C) mixed logits instead of (R, N, C) kept for the backward pass.
+The loss and its gradient with respect to L come from one pass over chunks of positions, so the extra memory is one
+chunk of (N, C) mixed logits instead of (R, N, C) kept for the backward pass.
 
 Shape suffixes: B batch, C classes, N generated examples, R spatial positions. _RBC etc. as stored inside a chunk.
 """
-from typing import Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -109,16 +108,16 @@ def dense_multimix_loss(
         logits_BRC: torch.Tensor,
         target: torch.Tensor,
         weights_RNB: torch.Tensor,
-        attention_BR: Optional[torch.Tensor] = None,
+        attention_BR: torch.Tensor | None = None,
         smoothing: float = 0.0,
         attention_grad: bool = False,
-        chunk_size: Optional[int] = None,
+        chunk_size: int | None = None,
 ) -> torch.Tensor:
     """Attention-weighted cross-entropy of N mixed embeddings at each position: [M] equations (10)-(14).
 
-    For a position with attention a: M = diag(a) Lambda, s its sums over the batch, M^ = M / s, and the loss of the position
-    is sum_k s_k CE_k / sum_k s_k. The result is the mean over positions that have any attention. A vector or a position
-    without attention contributes 0, in value and in gradient. Attention need not be normalised.
+    For a position with attention a: M = diag(a) Lambda, s its sums over the batch, M^ = M / s, and the loss of the
+    position is sum_k s_k CE_k / sum_k s_k. The result is the mean over positions that have any attention. A vector or a
+    position without attention contributes 0, in value and in gradient. Attention need not be normalised.
 
     Args:
         logits_BRC: (B, R, C) clean logits of each position, affine in the embedding that is mixed.
@@ -155,6 +154,30 @@ def dense_multimix_loss(
     return _DenseMultiMixLoss.apply(logits_BRC, target, weights_RNB, attention_BR, smoothing, chunk_size)
 
 
+def dense_multimix_rows(
+        logits_BRC: torch.Tensor,
+        target: torch.Tensor,
+        weights_RNB: torch.Tensor,
+        attention_BR: torch.Tensor | None = None,
+        smoothing: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss of :func:`dense_multimix_loss` as rows for a plain soft-target cross-entropy, at the full memory.
+
+    Args: as :func:`dense_multimix_loss`; the attention keeps its gradient.
+
+    Returns:
+        Mixed logits (R * N, C) and scaled targets (R * N, C): the mean over rows of -sum_c target log softmax(logits)
+        is equation (14) averaged over positions with attention.
+    """
+    R, N, _ = weights_RNB.shape
+    logits_RBC = at_least_fp32(logits_BRC).transpose(0, 1)
+    target_BC = soft_target(target, logits_RBC.shape[2], smoothing).to(logits_RBC.dtype)
+    mixed_RNB, share_RN, total_R1 = _mixing(weights_RNB.to(logits_RBC.dtype), attention_BR)
+    scale_RN1 = (share_RN * (R * N / (total_R1 > 0).sum().clamp(min=1))).unsqueeze(2)
+    with torch.autocast(logits_RBC.device.type, enabled=False):
+        return (mixed_RNB @ logits_RBC).flatten(0, 1), (mixed_RNB @ target_BC * scale_RN1).flatten(0, 1)
+
+
 class _DenseMultiMixLoss(torch.autograd.Function):
     """Loss and gradients in the forward pass; backward only scales them."""
 
@@ -186,16 +209,15 @@ def _dense_multimix_loss_and_grads(
         logits_BRC: torch.Tensor,
         target: torch.Tensor,
         weights_RNB: torch.Tensor,
-        attention_BR: Optional[torch.Tensor],
+        attention_BR: torch.Tensor | None,
         smoothing: float,
         chunk_size: int,
         logits_grad: bool,
         attention_grad: bool,
-) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Loss, d(loss)/d(logits) and d(loss)/d(attention); a gradient that is not wanted is an empty tensor."""
     dtype = at_least_fp32(logits_BRC).dtype
     B, R, C = logits_BRC.shape
-    N = weights_RNB.shape[1]
     losses_R = logits_BRC.new_zeros(R, dtype=dtype)
     grad_BRC = logits_BRC.new_empty((B, R, C) if logits_grad else (0,), dtype=dtype)
     grad_BR = logits_BRC.new_empty((B, R) if attention_grad else (0,), dtype=dtype)
@@ -236,8 +258,8 @@ def _(logits_BRC, target, weights_RNB, attention_BR, smoothing, chunk_size, logi
 
 def _mixing(
         weights_RNB: torch.Tensor,
-        attention_BR: Optional[torch.Tensor],
-) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        attention_BR: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Normalised vectors M^ (R, N, B), their shares s / sum(s) (R, N) and sum(s) (R, 1); zeros where s is 0."""
     if attention_BR is None:
         R, N, _ = weights_RNB.shape
@@ -247,7 +269,7 @@ def _mixing(
     peak_R1 = attention_RB.amax(dim=1, keepdim=True)
     mixed_RNB = weights_RNB * (attention_RB / torch.where(peak_R1 > 0, peak_R1, 1)).unsqueeze(1)
     sums_RN = mixed_RNB.sum(dim=2)
-    mixed_RNB.div_(torch.where(sums_RN > 0, sums_RN, 1).unsqueeze(2))
+    mixed_RNB = mixed_RNB / torch.where(sums_RN > 0, sums_RN, 1).unsqueeze(2)
     total_R1 = sums_RN.sum(dim=1, keepdim=True)
     return mixed_RNB, sums_RN / torch.where(total_R1 > 0, total_R1, 1), total_R1 * peak_R1
 
@@ -268,7 +290,7 @@ def _mixed_cross_entropy(
         target: torch.Tensor,
         mixed_RNB: torch.Tensor,
         smoothing: float,
-) -> Tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Cross-entropy of every mixed example (R, N) and its softmax (R, N, C), made in place of the mixed logits."""
     dots_RBB = _target_logits(logits_RBC, target, smoothing)
     target_RN = (mixed_RNB @ dots_RBB).mul_(mixed_RNB).sum(dim=2)

@@ -10,7 +10,6 @@ Departures from the authors' release: a fixed number of iterations (the release 
 sum |du| < 0.1, one device sync an iteration, which makes a sample's plan depend on its batch), the cost is computed
 without the (B, R, R, D) tensor, and the marginal that is exact at the end can be chosen.
 """
-from typing import Optional, Tuple
 
 import torch
 
@@ -70,7 +69,7 @@ def _sinkhorn_plan(
         eps: float,
         iterations: int,
         last: int,
-        tolerance: Optional[float],
+        tolerance: float | None,
 ) -> torch.Tensor:
     """`last` is the dimension summed in the last half-step: 2 makes the rows exact, 1 the columns.
 
@@ -123,7 +122,7 @@ def sinkhorn_plan(
         eps: float = 0.1,
         iterations: int = 100,
         final_marginal: str = 'rows',
-        tolerance: Optional[float] = None,
+        tolerance: float | None = None,
 ) -> torch.Tensor:
     """Entropic transport plan between uniform marginals 1/R, [A] equations (7) and (8), in the log domain.
 
@@ -160,7 +159,7 @@ def align_to(
         eps: float = 0.1,
         iterations: int = 100,
         final_marginal: str = 'kept',
-        tolerance: Optional[float] = None,
+        tolerance: float | None = None,
 ) -> torch.Tensor:
     """Features of `moved` transported to the positions of `kept`: [A] equation (9) for (A, A'), (10) for (A', A).
 
@@ -171,8 +170,8 @@ def align_to(
         moved_BDR: (B, D, R) features to bring to those positions.
         eps: Entropy coefficient of the plan.
         iterations: Sinkhorn iterations.
-        final_marginal: 'kept' makes every aligned feature a convex combination of features of `moved`; 'moved' conserves
-            the mass of `moved` instead.
+        final_marginal: 'kept' makes every aligned feature a convex combination of features of `moved`; 'moved'
+            conserves the mass of `moved` instead.
         tolerance: As in :func:`sinkhorn_plan`.
 
     Returns:
@@ -198,7 +197,7 @@ def align_to(
     )
     # R = R_positions * P in the paper's notation: rows sum to 1 instead of 1/R, so the scale of features is kept.
     rows_BRR = (plan_BRR * plan_BRR.shape[1]).to(moved_BDR.dtype)
-    return torch.matmul(moved_BDR, rows_BRR.transpose(1, 2))
+    return torch.matmul(moved_BDR, rows_BRR.transpose(1, 2)).to(moved_BDR.dtype)
 
 
 def align(
@@ -207,8 +206,8 @@ def align(
         eps: float = 0.1,
         iterations: int = 100,
         final_marginal: str = 'kept',
-        tolerance: Optional[float] = None,
-) -> Tuple[torch.Tensor, torch.Tensor]:
+        tolerance: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Both alignments of two feature maps, [A] equations (9) and (10): A~ = A' R^T and A~' = A R.
 
     Args:

@@ -2,7 +2,6 @@
 
 Shape suffixes: B batch, N generated examples, R spatial positions.
 """
-from typing import Optional, Tuple, Union
 
 import torch
 
@@ -10,17 +9,17 @@ import torch
 def convex_weights(
         n: int,
         batch: int,
-        alpha: Union[float, Tuple[float, float]] = (0.5, 2.0),
-        m: Optional[int] = None,
-        generator: Optional[torch.Generator] = None,
-        positions: Optional[int] = None,
-        device: Optional[torch.device] = None,
+        alpha: float | tuple[float, float] = (0.5, 2.0),
+        m: int | None = None,
+        generator: torch.Generator | None = None,
+        positions: int | None = None,
+        device: torch.device | None = None,
         dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     """Draw points of the convex hull of a mini-batch: each row a symmetric Dirichlet vector over the batch.
 
-    One scalar alpha is drawn for each row (never one for the matrix or for an entry), then the row from Dir(alpha). With
-    `positions`, rows of different positions are independent (Dense MultiMix).
+    One scalar alpha is drawn for each row (never one for the matrix or for an entry), then the row from Dir(alpha).
+    With `positions`, rows of different positions are independent (Dense MultiMix).
 
     Args:
         n: Number N of rows.

@@ -1,0 +1,624 @@
+"""How a timm model is built: where features can be mixed, and what stands between them and the logits.
+
+The only file that knows. Everything is found by watching the model's own forward pass, on a copy, and is believed only
+after the copy has reproduced that forward pass through the split; a model that cannot be split exactly is refused by
+name.
+
+Shape suffixes: B batch, C classes, D channels, R spatial positions, T tokens (prefix tokens and positions).
+"""
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+_NORMS = (nn.modules.batchnorm._BatchNorm,)
+_DROPOUTS = (nn.modules.dropout._DropoutNd,)
+
+
+class UnsupportedModel(ValueError):
+    """The model cannot be mixed exactly in the way that was asked for."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a feature tensor stores positions: 'NCHW', 'NHWC', or 'NLC' with `prefix` leading tokens that are no
+    positions."""
+    kind: str
+    prefix: int = 0
+
+    def positions(self, x: torch.Tensor) -> torch.Tensor:
+        """Features as (B, D, R), a view where the layout allows."""
+        if self.kind == 'NCHW':
+            return x.flatten(2)
+        if self.kind == 'NHWC':
+            return x.flatten(1, 2).transpose(1, 2)
+        return x[:, self.prefix:].transpose(1, 2)
+
+    def restore(self, feat_BDR: torch.Tensor, like: torch.Tensor, prefix: torch.Tensor | None = None) -> torch.Tensor:
+        """Features (B, D, R) back in the shape of `like`; `prefix` (B, prefix, D) replaces its leading tokens."""
+        if self.kind == 'NCHW':
+            return feat_BDR.reshape(len(feat_BDR), *like.shape[1:])
+        x = feat_BDR.transpose(1, 2)
+        if self.kind == 'NHWC':
+            return x.reshape(len(feat_BDR), *like.shape[1:])
+        return torch.cat([prefix.to(x.dtype), x], dim=1) if self.prefix else x
+
+
+@dataclass(frozen=True)
+class FeatureLayer:
+    """A module whose output is the only way from the image to the logits.
+
+    Attributes:
+        name: The module's name in the model.
+        layout: Layout of its output.
+        num_positions: R at the image size the model was examined at.
+        before_pool: The output goes straight into average pooling, or its class token into the classifier: what happens
+            between positions there does not reach the logits.
+    """
+    name: str
+    layout: Layout
+    num_positions: int
+    before_pool: bool
+
+
+@dataclass
+class _Call:
+    """One call of a module during a watched forward pass."""
+    name: str
+    module: nn.Module
+    inputs: tuple
+    output: Any
+    is_leaf: bool
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A module on the way from the pooled vector to the logits, and the per-example shape it takes."""
+    module: nn.Module
+    shape: tuple[int, ...]
+
+
+class DenseHead:
+    """The model's own head, applied at every position instead of once after pooling.
+
+    Inference is untouched. A BatchNorm in the head normalises positions with the mean and variance of the POOLED batch,
+    as one affine map, and its running statistics are left to the model's own pooled forward; dropout draws one channel
+    mask an example; norms and layers after the pooling are applied per position ([M] defines the dense classifier so).
+
+    Attributes:
+        name: Name of the module whose output is pooled.
+        layout: Its layout.
+        exact_mean: Whether the mean of dense logits equals the model's logits (a head that is affine after pooling).
+    """
+
+    def __init__(
+            self,
+            model: nn.Module,
+            name: str,
+            layout: Layout,
+            branches: list[list[_Step]],
+            positions: dict[tuple[int, ...], int],
+    ) -> None:
+        self.name, self.layout = name, layout
+        self.exact_mean = False
+        self._model, self._branches, self._positions = model, branches, positions
+
+    def positions_at(self, images: torch.Tensor) -> int:
+        """R for images of this size, learnt from one clean forward pass when the size is new."""
+        size = tuple(images.shape[1:])
+        if size not in self._positions:
+            self._positions[size] = self.layout.positions(self._feature_map(images[:1])).shape[2]
+        return self._positions[size]
+
+    @torch.no_grad()
+    def _feature_map(self, images: torch.Tensor) -> torch.Tensor:
+        found = []
+        training = [module for module in self._model.modules() if module.training]
+        handle = self._model.get_submodule(self.name).register_forward_hook(lambda m, inputs, output: found.append(output))
+        try:
+            self._model.eval()(images)
+        finally:
+            handle.remove()
+            for module in training:
+                module.training = True
+        return found[0]
+
+    def __call__(self, feature_map: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Dense logits and embeddings of a feature map.
+
+        Returns:
+            logits_BRC, whose classifier is the mean of the model's linear heads, and embed_BDR, the inputs of those
+            linears (concatenated over heads along D).
+        """
+        feat_BRD = self.layout.positions(feature_map).transpose(1, 2)
+        logits, embeds = [], []
+        for branch in self._branches:
+            embed_BRD = self._embed(branch[:-1], feat_BRD)
+            embeds.append(embed_BRD)
+            logits.append(_apply(branch[-1], embed_BRD))
+        logits_BRC = logits[0] if len(logits) == 1 else torch.stack(logits).mean(dim=0)
+        embed_BRD = embeds[0] if len(embeds) == 1 else torch.cat(embeds, dim=2)
+        return logits_BRC, embed_BRD.transpose(1, 2)
+
+    def weight(self) -> torch.Tensor:
+        """(C, D) weight of the classifier of :meth:`__call__`'s embeddings."""
+        weights = [branch[-1].module.weight.flatten(1) for branch in self._branches]
+        return weights[0] if len(weights) == 1 else torch.cat(weights, dim=1) / len(weights)
+
+    def _embed(self, steps: list[_Step], feat_BRD: torch.Tensor) -> torch.Tensor:
+        normalised = any(isinstance(step.module, _NORMS) for step in steps)
+        if normalised:
+            # The pooled vector walks along as one more position: it is what the statistics are taken from.
+            feat_BRD = torch.cat([feat_BRD, feat_BRD.mean(dim=1, keepdim=True)], dim=1)
+        dropped = False
+        for step in steps:
+            if isinstance(step.module, _NORMS):
+                feat_BRD = _norm_like_pooled(step.module, feat_BRD)
+            elif isinstance(step.module, _DROPOUTS):
+                feat_BRD = _drop_channels(feat_BRD, step.module.p, step.module.training)
+                dropped = True
+            else:
+                feat_BRD = _apply(step, feat_BRD)
+        if not dropped:
+            # ResNet and others drop with F.dropout(p=model.drop_rate), which is no module.
+            feat_BRD = _drop_channels(feat_BRD, float(getattr(self._model, 'drop_rate', 0.0)), self._model.training)
+        return feat_BRD[:, :-1] if normalised else feat_BRD
+
+
+def _apply(step: _Step, feat_BRD: torch.Tensor) -> torch.Tensor:
+    B, R, _ = feat_BRD.shape
+    if isinstance(step.module, (nn.Linear, nn.LayerNorm)) and len(step.shape) == 1:
+        return step.module(feat_BRD)
+    return step.module(feat_BRD.reshape(B * R, *step.shape)).reshape(B, R, -1)
+
+
+def _drop_channels(feat_BRD: torch.Tensor, p: float, training: bool) -> torch.Tensor:
+    if not training or p == 0:
+        return feat_BRD
+    return feat_BRD * F.dropout(torch.ones_like(feat_BRD[:, :1]), p, training=True)
+
+
+def _norm_like_pooled(bn: nn.Module, feat_BRD: torch.Tensor) -> torch.Tensor:
+    """BatchNorm as one affine map whose statistics are those of the last position, the pooled vector."""
+    x = feat_BRD.float() if feat_BRD.dtype != torch.float64 else feat_BRD
+    if bn.training or bn.running_mean is None:
+        if isinstance(bn, nn.SyncBatchNorm) and torch.distributed.is_initialized():
+            mean, var = _global_moments(x[:, -1], bn.process_group)
+        else:
+            mean, var = x[:, -1].mean(dim=0), x[:, -1].var(dim=0, unbiased=False)
+    else:
+        mean, var = bn.running_mean, bn.running_var
+    scale = torch.rsqrt(var + bn.eps)
+    if bn.affine:
+        scale = scale * bn.weight
+    shift = -mean * scale + (bn.bias if bn.affine else 0)
+    return (x * scale + shift).to(feat_BRD.dtype)
+
+
+def _global_moments(pooled_BD: torch.Tensor, group: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and variance over all ranks, differentiable, as SyncBatchNorm has them."""
+    from torch.distributed.nn.functional import all_reduce
+
+    count = pooled_BD.new_full((1,), len(pooled_BD))
+    total = all_reduce(torch.cat([pooled_BD.sum(dim=0), pooled_BD.square().sum(dim=0), count]), group=group)
+    mean, square = total[:-1].div(total[-1]).chunk(2)
+    return mean, square - mean.square()
+
+
+class Anatomy:
+    """Where a timm model can be mixed. Examines a copy once, on the model's device; the model itself is not touched.
+
+    Args:
+        model: A timm classification model.
+        img_size: Height and width of the images it is used with; None takes the size the model was built for.
+
+    Raises:
+        UnsupportedModel: The model has no classifier, or does not run at that size.
+    """
+
+    def __init__(self, model: nn.Module, img_size: int | tuple[int, int] | None = None) -> None:
+        self.model = model
+        cfg = getattr(model, 'pretrained_cfg', None) or {}
+        self.name = cfg.get('architecture') or type(model).__name__
+        if not getattr(model, 'num_classes', 0):
+            raise UnsupportedModel(f'{self.name} has no classifier (num_classes=0); create it with num_classes > 0')
+        self.num_classes = model.num_classes
+        self.input_size = _input_size(model, cfg, img_size)
+        self._copy = _perturbed_copy(model)
+        param = next(model.parameters())
+        generator = torch.Generator().manual_seed(0)
+        self._images, self._others = (
+            torch.randn(2, *self.input_size, generator=generator).to(param.device, param.dtype) for _ in range(2))
+        self._calls, self._logits = self._watch()
+        self._by_name = {call.name: call for call in self._calls}
+
+    def _watch(self) -> tuple[list[_Call], torch.Tensor]:
+        calls: list[_Call] = []
+        counts: dict[str, int] = {}
+        handles = []
+        for name, module in self._copy.named_modules():
+            def hook(module, inputs, output, name=name):
+                counts[name] = counts.get(name, 0) + 1
+                calls.append(_Call(name, module, inputs, output, not any(True for _ in module.children())))
+            handles.append(module.register_forward_hook(hook))
+        try:
+            with torch.no_grad():
+                logits = self._copy(self._images)
+        except Exception as e:
+            C, H, W = self.input_size
+            raise UnsupportedModel(
+                f'{self.name} does not run on {H}x{W} images with {C} channels: {e}; pass img_size, the size of your '
+                'images, or create the model for it') from e
+        finally:
+            for handle in handles:
+                handle.remove()
+        if not isinstance(logits, torch.Tensor) or logits.shape != (2, self.num_classes):
+            shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+            raise UnsupportedModel(f'{self.name} returns {shape} for 2 images, expected logits (2, {self.num_classes})')
+        return [call for call in calls if counts[call.name] == 1 and call.name], logits
+
+    def _same(self, a: torch.Tensor, b: torch.Tensor) -> bool:
+        a, b = a.double(), b.double()
+        scale = b.abs().max()
+        return bool(torch.isfinite(a).all()) and bool((a - b).abs().max() <= 1e-3 * scale)
+
+    # Classifier
+
+    def linear_heads(self) -> list[_Call]:
+        """The linear layers whose mean is the model's output.
+
+        Raises:
+            UnsupportedModel: The logits are not an affine function of an embedding.
+        """
+        heads = []
+        for call in self._calls:
+            if isinstance(call.module, (nn.Linear, nn.Conv2d)) and isinstance(call.output, torch.Tensor):
+                if call.output.shape[:2] == (2, self.num_classes) and call.output.numel() == 2 * self.num_classes:
+                    heads.append(call)
+        outputs = [call.output.reshape(2, self.num_classes) for call in heads]
+        for call, output in zip(heads, outputs, strict=True):
+            if self._same(output, self._logits):
+                return [call]
+        if heads and self._same(torch.stack(outputs).mean(dim=0), self._logits):
+            return heads
+        raise UnsupportedModel(
+            f'{self.name}: the logits are not the output of linear layers (nor their mean), so mixing embeddings is not '
+            'mixing logits; use mix none, mixup, cutmix, manifold or alignmix')
+
+    # Layers to mix at
+
+    def stages(self) -> list[str]:
+        """Module names of the model's stages or blocks, input to output (the stem left out)."""
+        info = getattr(self.model, 'feature_info', None) or []
+        info = getattr(info, 'info', info)
+        names = [entry['module'] for entry in info if isinstance(entry, dict) and 'module' in entry]
+        names = [name for name in names if name in self._by_name]
+        stem = ('act', 'stem', 'conv', 'bn', 'relu', 'norm', 'patch_embed')
+        while len(names) > 2 and names[0].split('.')[0].rstrip('0123456789').startswith(stem):
+            names = names[1:]
+        if len(names) < 2:
+            names = self._children_in_order()
+        return names
+
+    def _children_in_order(self) -> list[str]:
+        """Entries of the longest stage-like container, for models that list no features."""
+        best: list[str] = []
+        for attr in ('stages', 'layers', 'blocks', 'features', 'network', 'transformer'):
+            container = getattr(self.model, attr, None)
+            if isinstance(container, (nn.Sequential, nn.ModuleList)):
+                names = [f'{attr}.{name}' for name, _ in container.named_children() if f'{attr}.{name}' in self._by_name]
+                best = max(best, names, key=len)
+        return best
+
+    def is_isotropic(self) -> bool:
+        """Whether all stages are blocks of one resolution, as in a plain ViT."""
+        shapes = {_shape(self._by_name[name].output) for name in self.stages()}
+        return len(self.stages()) > 4 and len(shapes) == 1
+
+    def align_layer(self, at: str | int = 'auto') -> FeatureLayer:
+        """The layer AlignMixup mixes at.
+
+        Args:
+            at: 'auto' (the stem of LeViT, the end of a middle block of an isotropic model, else the last stage that is
+                followed by another one), 'last' (what is pooled), a stage or block index, or a module's name.
+
+        Raises:
+            UnsupportedModel: Nothing of the kind, or features there do not determine the logits alone.
+        """
+        if at == 'last':
+            return self.layer(self.dense_head(allow_class_token=True).name)
+        stages = self.stages()
+        if at != 'auto':
+            return self.layer(self._stage(at, stages))
+        if 'Levit' in type(self.model).__name__:
+            return self.layer('stem')
+        middle = len(stages) // 2 - 1
+        candidates = stages[middle::-1] if self.is_isotropic() else stages[-2::-1]
+        return self._first(candidates or ['stem'])
+
+    def manifold_layers(self) -> list[FeatureLayer]:
+        """Manifold mixup's default layers besides the input: ends of stages 1 and 2, or of blocks d/3 and 2d/3."""
+        stages = self.stages()
+        if self.is_isotropic():
+            depth = len(stages)
+            return [self.layer(stages[max(depth * k // 3 - 1, 0)]) for k in (1, 2)]
+        layers = []
+        for name in stages[:-1]:
+            try:
+                layers.append(self.layer(name))
+            except UnsupportedModel:
+                continue
+            if len(layers) == 2:
+                break
+        return layers or [self._first(stages)]
+
+    def _stage(self, at: str | int, stages: list[str]) -> str:
+        if isinstance(at, int) or at.lstrip('-').isdigit():
+            if not -len(stages) <= int(at) < len(stages):
+                raise UnsupportedModel(f'{self.name} has {len(stages)} stages or blocks, there is no number {at}')
+            return stages[int(at)]
+        return at
+
+    def _first(self, names: list[str]) -> FeatureLayer:
+        reasons = []
+        for name in names:
+            try:
+                layer = self.layer(name)
+                if layer.num_positions > 1 and not layer.before_pool:
+                    return layer
+                reasons.append(f'{name}: ' + ('goes straight into pooling' if layer.before_pool else 'one position'))
+            except UnsupportedModel as e:
+                reasons.append(str(e).removeprefix(f'{self.name}: '))
+        raise UnsupportedModel(f'{self.name} has no layer to mix positions at: ' + ('; '.join(reasons) or 'no stages'))
+
+    def layer(self, name: str) -> FeatureLayer:
+        """A module as a place to mix, proved to be the only way from the image to the logits.
+
+        Raises:
+            UnsupportedModel: No such module, called more than once, not a feature map, or by-passed.
+        """
+        call = self._by_name.get(name)
+        if call is None:
+            known = dict(self.model.named_modules())
+            why = 'is not called exactly once in a forward pass' if name in known else 'does not exist'
+            raise UnsupportedModel(f'{self.name}: module {name!r} {why}; its stages are {", ".join(self.stages())}')
+        layout = self._layout(call)
+        if not self._cuts(call):
+            raise UnsupportedModel(
+                f'{self.name}: the output of {name!r} does not determine the logits alone, features by-pass it')
+        feat_BDR = layout.positions(call.output)
+        pooled = [feat_BDR.mean(dim=2)]
+        if layout.prefix:
+            pooled += call.output[:, :layout.prefix].unbind(dim=1)
+        vectors = self._vectors(feat_BDR.shape[1])
+        before_pool = any(self._same(p, v) for p in pooled for v in vectors)
+        return FeatureLayer(name, layout, feat_BDR.shape[2], before_pool)
+
+    def _vectors(self, channels: int) -> list[torch.Tensor]:
+        """Every pooled vector a module is given: (2, D), or (2, D, 1, 1), (2, 1, 1, D)."""
+        vectors = []
+        for call in self._calls:
+            for x in call.inputs[:1]:
+                if isinstance(x, torch.Tensor) and x.shape[0] == 2 and x.numel() == 2 * channels and x.is_floating_point():
+                    vectors.append(x.reshape(2, channels))
+        return vectors
+
+    def _cuts(self, call: _Call) -> bool:
+        """Other images with this module's output put in place must give the logits of the first images."""
+        module = self._copy.get_submodule(call.name)
+        handle = module.register_forward_hook(lambda module, inputs, output: call.output)
+        try:
+            with torch.no_grad():
+                logits = self._copy(self._others)
+        finally:
+            handle.remove()
+        return self._same(logits, self._logits)
+
+    def _layout(self, call: _Call) -> Layout:
+        x = call.output
+        if not isinstance(x, torch.Tensor) or x.ndim not in (3, 4) or x.shape[0] != 2:
+            what = tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
+            raise UnsupportedModel(f'{self.name}: the output of {call.name!r} is {what}, no feature map')
+        if x.ndim == 4:
+            return Layout(self._image_layout(call.name, x))
+        prefix = self._prefix_tokens(x.shape[1])
+        if prefix is None:
+            raise UnsupportedModel(
+                f'{self.name}: the {x.shape[1]} tokens of {call.name!r} are no grid of the image plus the model\'s '
+                f'{getattr(self.model, "num_prefix_tokens", 0)} prefix tokens')
+        return Layout('NLC', prefix)
+
+    def _image_layout(self, name: str, x: torch.Tensor) -> str:
+        info = getattr(self.model, 'feature_info', None) or []
+        channels = {e['module']: e['num_chs'] for e in getattr(info, 'info', info) if isinstance(e, dict) and 'module' in e}
+        expected = channels.get(name)
+        if expected in (x.shape[1], x.shape[3]) and x.shape[1] != x.shape[3]:
+            return 'NCHW' if expected == x.shape[1] else 'NHWC'
+        # Images are square far more often than a feature map has as many channels as rows.
+        if (x.shape[2] == x.shape[3]) != (x.shape[1] == x.shape[2]):
+            return 'NCHW' if x.shape[2] == x.shape[3] else 'NHWC'
+        fmt = getattr(self.model, 'output_fmt', None)
+        return 'NHWC' if str(getattr(fmt, 'value', fmt)) == 'NHWC' else 'NCHW'
+
+    def _prefix_tokens(self, tokens: int) -> int | None:
+        """Leading tokens that are no positions: what a grid of the image's shape leaves over."""
+        _, H, W = self.input_size
+        claimed = int(getattr(self.model, 'num_prefix_tokens', 0) or 0)
+        for prefix in dict.fromkeys((claimed, 0, 1, 2)):
+            count = tokens - prefix
+            side = max(round((count * H / W) ** 0.5), 1) if count > 0 else 0
+            if side and count % side == 0 and abs(side / (count // side) - H / W) < 0.2 * H / W:
+                return prefix
+        return None
+
+    # Dense head
+
+    def dense_head(self, allow_class_token: bool = False) -> DenseHead:
+        """The head as a function of one position.
+
+        Args:
+            allow_class_token: Accept a model that classifies its class token; its patch tokens go through the same
+                head.
+
+        Raises:
+            UnsupportedModel: The head is not pooling followed by modules that act on one vector.
+        """
+        heads = self.linear_heads()
+        chains = [self._chain(head) for head in heads]
+        pooled = [vector for _, vector in chains]
+        name, layout, token = self._pooled_map(pooled)
+        if token and not allow_class_token:
+            raise UnsupportedModel(
+                f'{self.name} classifies its class token, which dense mixing would leave to the input-mixup half; create '
+                f"it with global_pool='avg', class_token=False, fc_norm=False where its family takes them (plain ViTs), or "
+                'pass allow_class_token=True to insist')
+        positions = {self.input_size: layout.positions(self._by_name[name].output).shape[2]}
+        if positions[self.input_size] < 2:
+            raise UnsupportedModel(
+                f'{self.name} leaves one position before its classifier, nothing to mix densely; use mix multimix')
+        trial = DenseHead(self._copy, name, layout, [steps for steps, _ in chains], positions)
+        exact_mean = self._prove_dense(trial)
+        branches = [[_Step(self.model.get_submodule(self._name_of(s.module)), s.shape) for s in b] for b, _ in chains]
+        head = DenseHead(self.model, name, layout, branches, positions)
+        head.exact_mean = exact_mean and not token
+        return head
+
+    def _name_of(self, module: nn.Module) -> str:
+        return next(name for name, m in self._copy.named_modules() if m is module)
+
+    def _chain(self, head: _Call) -> tuple[list[_Step], torch.Tensor]:
+        """Leaf modules from the pooled vector to a linear head, and that vector (2, D)."""
+        steps, call, index = [], head, self._calls.index(head)
+        while True:
+            x = call.inputs[0]
+            steps.append(_Step(call.module, tuple(x.shape[1:])))
+            vector = x.reshape(2, -1)
+            previous = next((
+                i for i in range(index - 1, -1, -1)
+                if self._calls[i].is_leaf and _is_same_memory(self._calls[i].output, x)), None)
+            if previous is None:
+                break
+            call, index = self._calls[previous], previous
+            if not call.inputs or not _is_vector(call.inputs[0]):
+                break
+        return [s for s in reversed(steps) if not isinstance(s.module, (nn.Identity, nn.Flatten))], vector
+
+    def _pooled_map(self, vectors: list[torch.Tensor]) -> tuple[str, Layout, bool]:
+        """The last feature map that pools to the vectors: its module, layout, and whether by a class token."""
+        for call in reversed(self._calls):
+            x = call.output
+            if not isinstance(x, torch.Tensor) or x.ndim not in (3, 4) or x.shape[0] != 2 or _is_vector(x):
+                continue
+            for layout in self._possible_layouts(x):
+                feat_BDR = layout.positions(x)
+                if feat_BDR.shape[2] and all(
+                        v.shape[1] == feat_BDR.shape[1] and self._same(feat_BDR.mean(dim=2), v) for v in vectors):
+                    if self._cuts(call):
+                        return call.name, layout, False
+            if x.ndim == 3 and all(
+                    v.shape[1] == x.shape[2] and any(self._same(x[:, t], v) for t in range(min(2, x.shape[1])))
+                    for v in vectors):
+                prefix = self._prefix_tokens(x.shape[1])
+                if prefix and self._cuts(call):
+                    return call.name, Layout('NLC', prefix), True
+        raise UnsupportedModel(
+            f'{self.name}: what its classifier sees is not the mean over positions of a feature map; use mix multimix')
+
+    def _possible_layouts(self, x: torch.Tensor) -> list[Layout]:
+        if x.ndim == 4:
+            return [Layout('NCHW'), Layout('NHWC')]
+        prefix = int(getattr(self.model, 'num_prefix_tokens', 0) or 0)
+        return [Layout('NLC', p) for p in dict.fromkeys((prefix, 0)) if p < x.shape[1]]
+
+    @torch.no_grad()
+    def _prove_dense(self, head: DenseHead) -> bool:
+        """A map that is the same everywhere must give the model's own logits at each position."""
+        call = self._by_name[head.name]
+        feat_BDR = head.layout.positions(call.output)
+        flat_BDR = feat_BDR.mean(dim=2, keepdim=True).expand_as(feat_BDR)
+        prefix = flat_BDR[:, :, :1].transpose(1, 2).expand(-1, head.layout.prefix, -1)
+        flat = head.layout.restore(flat_BDR, call.output, prefix).contiguous()
+        handle = self._copy.get_submodule(head.name).register_forward_hook(lambda module, inputs, output: flat)
+        try:
+            logits_BC = self._copy(self._others)
+        finally:
+            handle.remove()
+        dense_BRC, _ = head(flat)
+        if not self._same(dense_BRC, logits_BC.unsqueeze(1).expand_as(dense_BRC)):
+            raise UnsupportedModel(
+                f'{self.name}: its head is more than a chain of modules after pooling and cannot be applied to one '
+                'position; use mix multimix')
+        return self._same(head(call.output)[0].mean(dim=1), self._logits)
+
+
+def _shape(x: Any) -> tuple[int, ...] | None:
+    return tuple(x.shape) if isinstance(x, torch.Tensor) else None
+
+
+def _is_vector(x: Any) -> bool:
+    """(B, D) with any number of dimensions of size 1."""
+    return isinstance(x, torch.Tensor) and sum(n > 1 for n in x.shape[1:]) <= 1
+
+
+def _is_same_memory(a: Any, b: torch.Tensor) -> bool:
+    return isinstance(a, torch.Tensor) and a.numel() == b.numel() and a.data_ptr() == b.data_ptr()
+
+
+def _input_size(
+        model: nn.Module,
+        cfg: dict[str, Any],
+        img_size: int | tuple[int, int] | None,
+) -> tuple[int, int, int]:
+    channels, *size = cfg.get('input_size') or (3, 224, 224)
+    channels = getattr(model, 'in_chans', channels)
+    if img_size is None:
+        img_size = getattr(getattr(model, 'patch_embed', None), 'img_size', None) or tuple(size)
+    if isinstance(img_size, int):
+        img_size = (img_size, img_size)
+    return channels, *img_size
+
+
+@torch.no_grad()
+def _perturbed_copy(model: nn.Module) -> nn.Module:
+    """A copy in eval mode in which no parameter is a constant: a head of zeros would make every comparison true."""
+    clone = copy.deepcopy(model).eval()
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(x: torch.Tensor) -> torch.Tensor:
+        return torch.randn(x.shape, generator=generator).to(x.device, x.dtype)
+
+    for module in clone.modules():
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
+        if isinstance(module, _NORMS) and module.running_mean is not None:
+            module.running_mean.add_(noise(module.running_mean), alpha=0.1)
+            module.running_var.mul_(1 + 0.2 * noise(module.running_var).tanh())
+    for param in clone.parameters():
+        if param.numel() and bool((param == param.flatten()[0]).all()):
+            param.add_(noise(param), alpha=0.1)
+    return clone
+
+
+def dense_model_kwargs(model_name: str) -> dict[str, Any]:
+    """Arguments for timm.create_model that make a plain ViT fit for dense mixing; empty where none are needed or taken.
+
+    With a class token, or with a norm after pooling, the token or vector that inference uses is not the mean of what
+    dense mixing trains.
+    """
+    import timm
+
+    kwargs = dict(global_pool='avg', class_token=False, fc_norm=False)
+    with torch.device('meta'):
+        model = timm.create_model(model_name)
+        if getattr(model, 'global_pool', None) != 'token' or not hasattr(model, 'fc_norm'):
+            return {}
+        try:
+            timm.create_model(model_name, **kwargs)
+        except (TypeError, AssertionError):
+            return {}
+    return kwargs
+
+

@@ -1,0 +1,24 @@
+"""The mixing methods, one file each, registered by name."""
+from .alignmix import AlignMix
+from .base import Mix
+from .cutmix import CutMix
+from .densemultimix import DenseMultiMix
+from .manifold import ManifoldMixup
+from .mixup import Mixup
+from .multimix import MultiMix
+from .none import NoMix
+from .registry import create_mix, list_mixes, register_mix
+
+__all__ = [
+    'AlignMix',
+    'CutMix',
+    'DenseMultiMix',
+    'ManifoldMixup',
+    'Mix',
+    'Mixup',
+    'MultiMix',
+    'NoMix',
+    'create_mix',
+    'list_mixes',
+    'register_mix',
+]

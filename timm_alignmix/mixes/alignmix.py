@@ -1,0 +1,95 @@
+"""AlignMixup: Improving Representations By Interpolating Aligned Features, CVPR 2022, arXiv 2103.15375 [A].
+
+Equations (6)-(12) and Algorithm 1, without the autoencoder. Where this departs from paper or release, and why:
+
+* lam always weighs what comes from x, and y, as in the release; the paper's (12) swaps both, equal in law since Beta(a,
+a) is
+  symmetric.
+* The three modes are uniform, as in the paper; the release draws 1/2, 1/4, 1/4 (mode_probs).
+* A fixed number of Sinkhorn iterations; the release stops on a batch mean (tolerance stops each sample alone).
+* Each aligned feature is a convex combination (final_marginal='kept'); the release normalises columns last ('columns').
+* The default layer is followed by a stage or block. The release aligns the map that is average-pooled
+(align_at='last'), where
+  pooling and a linear classifier undo the alignment: mean_i(A~_i) = mean_j(A'_j).
+"""
+import warnings
+from typing import Any
+
+import torch
+
+from ..anatomy import Anatomy, FeatureLayer
+from ..functional import align_to
+from ..rng import StepRandom
+from .base import Draw, PairMix, draw_mode, mix_pairs, mode_probabilities
+from .registry import register_mix
+
+_MODES = ('input', 'feat', 'feat_prime')
+
+
+@register_mix('alignmix')
+class AlignMix(PairMix):
+    """Input mixup, or mixing of features after aligning their positions by optimal transport.
+
+    Args:
+        alpha: lam ~ Beta(alpha, alpha).
+        mode_probs: Probabilities of 'input', 'feat' (equation (11): keep x's positions) and 'feat_prime' (equation
+            (12): keep the partner's); in order or by name.
+        per_example: One lam for each example ([A] Algorithm 1) instead of one for the batch (the release).
+        align_at: Layer: 'auto' (end of the last but one stage; LeViT's stem; a middle ViT block), 'last', a stage or
+            block number, or a module's name.
+        eps: Entropy coefficient.
+        iterations: Sinkhorn iterations; 0 is one softmax.
+        final_marginal: 'kept' or 'columns', see :func:`timm_alignmix.functional.align`.
+        tolerance: Per-sample early stop of the iterations, the release's 0.1 for example.
+    """
+
+    def __init__(
+            self,
+            alpha: float = 2.0,
+            mode_probs: Any = (1 / 3, 1 / 3, 1 / 3),
+            per_example: bool = False,
+            align_at: str | int = 'auto',
+            eps: float = 0.1,
+            iterations: int = 100,
+            final_marginal: str = 'kept',
+            tolerance: float | None = None,
+    ) -> None:
+        super().__init__(alpha, per_example)
+        if eps <= 0 or iterations < 0:
+            raise ValueError(f'eps must be > 0 and iterations >= 0, got eps={eps} and iterations={iterations}')
+        if final_marginal not in ('kept', 'columns'):
+            raise ValueError(f"final_marginal must be 'kept' or 'columns', got {final_marginal!r}")
+        self.probs = mode_probabilities(mode_probs, _MODES)
+        self.align_at, self.eps, self.iterations = align_at, eps, iterations
+        self.final_marginal, self.tolerance = final_marginal, tolerance
+
+    def bind(self, anatomy: Anatomy) -> None:
+        layer = anatomy.align_layer(self.align_at)
+        if layer.before_pool:
+            warnings.warn(
+                f'{anatomy.name}: features aligned at {layer.name!r} go straight into pooling, which does not see positions: '
+                'alignment is (nearly) a no-op there, the mix that of unaligned features; align an earlier layer '
+                "(align_at='auto')", stacklevel=2)
+        self.layers = {layer.name: layer}
+
+    def draw(self, images: torch.Tensor, rng: StepRandom) -> Draw:
+        mode = draw_mode(self.probs, rng)
+        layer = None if mode == 'input' else next(iter(self.layers))
+        return dict(mode=mode, layer=layer, **self.draw_pair(images, rng))
+
+    def images(self, images: torch.Tensor, draw: Draw) -> torch.Tensor:
+        return mix_pairs(images, draw) if draw['mode'] == 'input' else images
+
+    def features(self, x: torch.Tensor, layer: FeatureLayer, draw: Draw) -> torch.Tensor:
+        feat_BDR = layer.layout.positions(x)
+        partner_BDR = feat_BDR[draw['perm']]
+        # The release normalises columns, the partner's side, last in both modes.
+        side = 'moved' if self.final_marginal == 'columns' and draw['mode'] == 'feat' else 'kept'
+        options = dict(eps=self.eps, iterations=self.iterations, final_marginal=side, tolerance=self.tolerance)
+        if draw['mode'] == 'feat':
+            mixed_BDR = mix_pairs(feat_BDR, draw, align_to(feat_BDR, partner_BDR, **options))
+        else:
+            mixed_BDR = mix_pairs(align_to(partner_BDR, feat_BDR, **options), draw, partner_BDR)
+        # A class token is no position: it is mixed, not aligned.
+        prefix = mix_pairs(x[:, :layer.layout.prefix], draw) if layer.layout.prefix else None
+        return layer.layout.restore(mixed_BDR, x, prefix)

@@ -1,0 +1,160 @@
+"""What a mixing method is: what to draw, what to mix, which loss.
+
+A step runs straight through: `draw` (random numbers, on the device, outside any compiled graph) -> `images` (mix the
+input) -> the model, in whose forward a tap hands the features of one layer to `features` -> `loss`. A method holds
+options and what it learned of the model in `bind`; everything of one step is in the `Draw` dictionary.
+"""
+from typing import Any
+
+import torch
+
+from ..anatomy import Anatomy, DenseHead, FeatureLayer
+from ..functional import soft_target
+from ..rng import StepRandom, sample_beta
+
+# Of one step: 'mode' (str), 'layer' (name of the tapped layer or None), 'lam' (tensor or None), and the method's own
+# tensors.
+Draw = dict[str, Any]
+
+
+class Mix:
+    """Base of all methods. Subclasses register with :func:`register_mix` and take keyword options.
+
+    Attributes:
+        name: Set by the registry.
+        options: The options it was created with, for logs.
+        layers: Feature layers to tap, by name, set by :meth:`bind`.
+        head: The dense head, for methods that need one, set by :meth:`bind`.
+    """
+    name = ''
+    closed_form = False  # the loss is softmax cross-entropy by construction; no other criterion fits
+
+    def __init__(self) -> None:
+        self.options: dict[str, Any] = {}
+        self.layers: dict[str, FeatureLayer] = {}
+        self.head: DenseHead | None = None
+
+    def __repr__(self) -> str:
+        return f'{type(self).__name__}({", ".join(f"{k}={v!r}" for k, v in self.options.items())})'
+
+    def bind(self, anatomy: Anatomy) -> None:
+        """Learn where to mix in one model.
+
+        Raises:
+            UnsupportedModel: This model cannot be mixed exactly by this method.
+        """
+
+    def draw(self, images: torch.Tensor, rng: StepRandom) -> Draw:
+        """Draw a step."""
+        raise NotImplementedError
+
+    def images(self, images: torch.Tensor, draw: Draw) -> torch.Tensor:
+        """The images the model is fed, (B, C, H, W)."""
+        return images
+
+    def features(self, x: torch.Tensor, layer: FeatureLayer, draw: Draw) -> torch.Tensor:
+        """The features that replace `x`, the output of draw['layer']."""
+        raise NotImplementedError
+
+    def output(self, output: torch.Tensor, draw: Draw) -> torch.Tensor:
+        """What is made of the model's output, (B, C) logits."""
+        return output
+
+    def target(self, target_BC: torch.Tensor, draw: Draw) -> torch.Tensor:
+        """Soft targets of the rows the model returns."""
+        return target_BC
+
+    def loss(
+            self,
+            output: torch.Tensor,
+            feature_map: torch.Tensor | None,
+            target: torch.Tensor,
+            draw: Draw,
+            smoothing: float,
+    ) -> torch.Tensor | None:
+        """The step's own loss, or None for softmax cross-entropy of the output with :meth:`target`.
+
+        Args:
+            output: What the model returned.
+            feature_map: Output of the dense head's layer, where draw['layer'] names it.
+            target: (B,) classes or (B, C) probabilities, as the loader gave them.
+            draw: The step.
+            smoothing: Label smoothing.
+        """
+        return None
+
+    def rows(
+            self,
+            output: torch.Tensor,
+            feature_map: torch.Tensor | None,
+            target: torch.Tensor,
+            draw: Draw,
+            smoothing: float,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same loss as rows of (logits, soft target) whose plain mean of cross-entropies it is."""
+        return output, self.target(soft_target(target, output.shape[1], smoothing), draw)
+
+    def num_rows(self, batch: int, draw: Draw) -> int:
+        """How many rows :meth:`rows` has for a batch of this size."""
+        return batch
+
+
+class PairMix(Mix):
+    """Methods that mix each example with one other: lam weighs the example, 1 - lam its partner, in input and target.
+
+    Args:
+        alpha: lam ~ Beta(alpha, alpha).
+        per_example: One lam for each example ([A] Algorithm 1) instead of one for the batch ([A]'s release, timm's
+            default).
+    """
+
+    def __init__(self, alpha: float, per_example: bool) -> None:
+        super().__init__()
+        if alpha <= 0:
+            raise ValueError(f'alpha must be > 0, got {alpha}')
+        self.alpha, self.per_example = float(alpha), per_example
+
+    def draw_pair(self, images: torch.Tensor, rng: StepRandom) -> Draw:
+        """lam, a scalar or (B,), and the partner of each example, a permutation (B,)."""
+        B = len(images)
+        return dict(
+            lam=sample_beta(self.alpha, (B,) if self.per_example else (), rng.device),
+            perm=torch.randperm(B, generator=rng.device, device=rng.device.device),
+        )
+
+    def target(self, target_BC: torch.Tensor, draw: Draw) -> torch.Tensor:
+        return mix_pairs(target_BC, draw) if 'perm' in draw else target_BC
+
+
+def mix_pairs(x: torch.Tensor, draw: Draw, partner: torch.Tensor | None = None) -> torch.Tensor:
+    """lam * x + (1 - lam) * partner, by default x[perm]."""
+    lam = draw['lam'].to(x.dtype)
+    if lam.ndim:
+        lam = lam.view(-1, *[1] * (x.ndim - 1))
+    return torch.lerp(x[draw['perm']] if partner is None else partner, x, lam)
+
+
+def draw_mode(probs: dict[str, float], rng: StepRandom) -> str:
+    """One of the modes, the same on all ranks."""
+    u = torch.rand((), generator=rng.shared, dtype=torch.float64).item()
+    for mode, p in probs.items():
+        u -= p
+        if u < 0:
+            return mode
+    return next(mode for mode, p in reversed(probs.items()) if p > 0)
+
+
+def mode_probabilities(probs: Any, modes: tuple[str, ...]) -> dict[str, float]:
+    """Check an option `mode_probs`: a number for each mode, in order or by name, normalised.
+
+    Raises:
+        ValueError: Wrong modes or count, negative, or all zero.
+    """
+    if isinstance(probs, dict):
+        unknown = sorted(set(probs) - set(modes))
+        values = [float(probs.get(mode, 0)) for mode in modes]
+    else:
+        unknown, values = [], [float(p) for p in probs]
+    if unknown or len(values) != len(modes) or min(values) < 0 or sum(values) <= 0:
+        raise ValueError(f'mode_probs must give a probability to each of {", ".join(modes)}, got {probs}')
+    return {mode: value / sum(values) for mode, value in zip(modes, values, strict=True)}

@@ -1,0 +1,51 @@
+"""CutMix: Regularization Strategy to Train Strong Classifiers with Localizable Features, ICCV 2019, arXiv 1905.04899.
+
+The box is timm's (timm.data.mixup.rand_bbox, margin 0) and lam is corrected to the area that is really pasted, but
+drawn from this step's generators instead of numpy's global state; pairs are a random permutation.
+"""
+import torch
+
+from ..rng import StepRandom, sample_beta
+from .base import Draw, PairMix
+from .registry import register_mix
+
+
+@register_mix('cutmix')
+class CutMix(PairMix):
+    """CutMix.
+
+    Args:
+        alpha: lam ~ Beta(alpha, alpha), before it is corrected to the area of the box.
+        per_example: One lam and box for each example instead of one for the batch.
+    """
+
+    def __init__(self, alpha: float = 1.0, per_example: bool = False) -> None:
+        super().__init__(alpha, per_example)
+
+    def draw(self, images: torch.Tensor, rng: StepRandom) -> Draw:
+        B, _, H, W = images.shape
+        shape = (B, 1) if self.per_example else (1, 1)
+        lam = sample_beta(self.alpha, shape, rng.host)
+        side = torch.tensor([H, W])
+        cut = (side * (1 - lam).sqrt()).int()
+        centre = torch.cat([torch.randint(n, shape, generator=rng.host) for n in (H, W)], dim=1)
+        # (B or 1, 4): top, left, bottom, right.
+        box = torch.cat([(centre - cut // 2).clamp_min(0), torch.minimum(centre + (cut + 1) // 2, side)], dim=1)
+        area = (box[:, 2] - box[:, 0]) * (box[:, 3] - box[:, 1])
+        lam = 1 - area / (H * W)
+        device = images.device
+        return dict(
+            mode='input',
+            layer=None,
+            lam=(lam if self.per_example else lam[0]).to(device, non_blocking=True),
+            box=box.to(device, non_blocking=True),
+            perm=torch.randperm(B, generator=rng.device, device=device),
+        )
+
+    def images(self, images: torch.Tensor, draw: Draw) -> torch.Tensor:
+        H, W = images.shape[2:]
+        top, left, bottom, right = draw['box'].view(-1, 4, 1, 1, 1).unbind(dim=1)
+        y = torch.arange(H, device=images.device).view(1, 1, H, 1)
+        x = torch.arange(W, device=images.device).view(1, 1, 1, W)
+        inside = (y >= top) & (y < bottom) & (x >= left) & (x < right)
+        return torch.where(inside, images[draw['perm']], images)

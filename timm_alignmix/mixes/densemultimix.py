@@ -1,0 +1,88 @@
+"""Dense MultiMix: Embedding Space Interpolation Beyond Mini-Batch, Beyond Pairs and Beyond Examples, NeurIPS 2023,
+arXiv 2311.05538 [M].
+
+Equations (10)-(14): MultiMix at every position of the last feature map, with interpolation vectors of its own at each,
+weighted by attention. The paper leaves open: the attention's default (here u = GAP(z), h = ReLU and l1 norm), whether
+gradients pass through it (here not: it is a confidence), the reduction over positions (here the mean over those with
+any attention), and alpha of the input-mixup half (2.0 here). Inference is the untouched model.
+"""
+import torch
+
+from ..anatomy import Anatomy
+from ..functional import attention_map, dense_multimix_loss, dense_multimix_rows
+from ..rng import StepRandom
+from .base import Draw, draw_mode
+from .multimix import HullMix
+from .registry import register_mix
+
+
+@register_mix('densemultimix')
+class DenseMultiMix(HullMix):
+    """Dense MultiMix.
+
+    Args:
+        n: Generated examples per step, position and device.
+        m: Examples a point is made of, a random subset; None is the whole batch.
+        alpha: Dirichlet concentration of a point: a pair for U[low, high], or a fixed number.
+        prob: Probability of mixing embeddings; otherwise input mixup.
+        attention: 'gap', 'cam' or 'none'.
+        normalize: 'relu' (and l1) or 'softmax'.
+        attention_grad: Let gradients pass through the attention.
+        input_alpha: lam ~ Beta(input_alpha, input_alpha) of the input-mixup steps.
+        per_example: One lam for each example in input-mixup steps.
+        allow_class_token: Accept models that classify a class token; their patch tokens are trained densely all the
+            same.
+    """
+
+    def __init__(
+            self,
+            n: int = 1000,
+            m: int | None = None,
+            alpha: float | tuple[float, float] = (0.5, 2.0),
+            prob: float = 0.5,
+            attention: str = 'gap',
+            normalize: str = 'relu',
+            attention_grad: bool = False,
+            input_alpha: float = 2.0,
+            per_example: bool = False,
+            allow_class_token: bool = False,
+    ) -> None:
+        super().__init__(n, m, alpha, prob, input_alpha, per_example, mode='dense')
+        if attention not in ('gap', 'cam', 'none') or normalize not in ('relu', 'softmax'):
+            raise ValueError(
+                "attention must be 'gap', 'cam' or 'none' and normalize 'relu' or 'softmax', "
+                f'got attention={attention!r}, normalize={normalize!r}')
+        self.attention, self.normalize, self.attention_grad = attention, normalize, attention_grad
+        self.allow_class_token = allow_class_token
+
+    def bind(self, anatomy: Anatomy) -> None:
+        self.head = anatomy.dense_head(self.allow_class_token)
+
+    def draw(self, images: torch.Tensor, rng: StepRandom) -> Draw:
+        mode = draw_mode(self.probs, rng)
+        if mode == 'input':
+            return dict(mode=mode, layer=None, **self.draw_pair(images, rng))
+        positions = self.head.positions_at(images)
+        return dict(
+            mode=mode, layer=self.head.name, lam=None, weights=self.draw_weights(len(images), rng, positions))
+
+    def _dense(self, feature_map, target):
+        logits_BRC, embed_BDR = self.head(feature_map)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.attention_grad):
+            attention_BR = attention_map(
+                embed_BDR, self.attention, self.normalize,
+                weight=self.head.weight() if self.attention == 'cam' else None, labels=target)
+        return logits_BRC, attention_BR
+
+    def loss(self, output, feature_map, target, draw, smoothing):
+        if draw['mode'] == 'input':
+            return None
+        logits_BRC, attention_BR = self._dense(feature_map, target)
+        return dense_multimix_loss(
+            logits_BRC, target, draw['weights'], attention_BR, smoothing, attention_grad=self.attention_grad)
+
+    def rows(self, output, feature_map, target, draw, smoothing):
+        if draw['mode'] == 'input':
+            return super().rows(output, feature_map, target, draw, smoothing)
+        logits_BRC, attention_BR = self._dense(feature_map, target)
+        return dense_multimix_rows(logits_BRC, target, draw['weights'], attention_BR, smoothing)

@@ -1,0 +1,28 @@
+"""mixup: Beyond Empirical Risk Minimization, ICLR 2018, arXiv 1710.09412.
+
+Pairs are one random permutation of the batch, not timm's flipped batch, and any batch size will do.
+"""
+import torch
+
+from ..rng import StepRandom
+from .base import Draw, PairMix, mix_pairs
+from .registry import register_mix
+
+
+@register_mix('mixup')
+class Mixup(PairMix):
+    """Input mixup.
+
+    Args:
+        alpha: lam ~ Beta(alpha, alpha).
+        per_example: One lam for each example instead of one for the batch.
+    """
+
+    def __init__(self, alpha: float = 1.0, per_example: bool = False) -> None:
+        super().__init__(alpha, per_example)
+
+    def draw(self, images: torch.Tensor, rng: StepRandom) -> Draw:
+        return dict(mode='input', layer=None, **self.draw_pair(images, rng))
+
+    def images(self, images: torch.Tensor, draw: Draw) -> torch.Tensor:
+        return mix_pairs(images, draw)

@@ -1,0 +1,109 @@
+"""MultiMix: Embedding Space Interpolation Beyond Mini-Batch, Beyond Pairs and Beyond Examples, NeurIPS 2023, arXiv
+2311.05538 [M].
+
+Equations (6)-(8). With probability `prob` a step replaces the clean loss by that of n random points of the convex hull
+of the mini-batch's embeddings; otherwise it is input mixup. The paper leaves open: alpha of the input-mixup half (2.0
+here). The self-distillation of the 2022 draft (arXiv 2206.14868) is not part of the method.
+"""
+import torch
+
+from ..anatomy import Anatomy, FeatureLayer
+from ..functional import convex_weights, dense_multimix_rows, multimix_loss
+from ..rng import StepRandom
+from .base import Draw, PairMix, draw_mode, mix_pairs
+from .registry import register_mix
+
+
+class HullMix(PairMix):
+    """What MultiMix and Dense MultiMix share: input mixup, or n random points of the convex hull of the mini-batch.
+
+    Args: see :class:`MultiMix`; `mode` names the feature mode.
+    """
+    closed_form = True
+
+    def __init__(
+            self,
+            n: int,
+            m: int | None,
+            alpha: float | tuple[float, float],
+            prob: float,
+            input_alpha: float,
+            per_example: bool,
+            mode: str,
+    ) -> None:
+        super().__init__(input_alpha, per_example)
+        low, high = (alpha, alpha) if isinstance(alpha, (int, float)) else alpha
+        if n < 1 or not (m is None or m >= 1) or not 0 <= prob <= 1 or not 0 < low <= high:
+            raise ValueError(
+                f'need n >= 1, m >= 1 or None, 0 <= prob <= 1 and alpha > 0 or a pair 0 < low <= high, got n={n}, m={m}, '
+                f'prob={prob}, alpha={alpha}')
+        self.n, self.m, self.hull_alpha, self.mode = n, m, (float(low), float(high)), mode
+        self.probs = {mode: prob, 'input': 1 - prob}
+
+    def draw_weights(self, batch: int, rng: StepRandom, positions: int | None = None) -> torch.Tensor:
+        m = None if self.m is None else min(self.m, batch)
+        return convex_weights(self.n, batch, self.hull_alpha, m, rng.device, positions)
+
+    def images(self, images: torch.Tensor, draw: Draw) -> torch.Tensor:
+        return mix_pairs(images, draw) if draw['mode'] == 'input' else images
+
+    def num_rows(self, batch: int, draw: Draw) -> int:
+        return draw['weights'].shape[:-1].numel() if 'weights' in draw else batch
+
+
+@register_mix('multimix')
+class MultiMix(HullMix):
+    """MultiMix.
+
+    Args:
+        n: Generated examples per step and device.
+        m: Examples a point is made of, a random subset; None is the whole batch.
+        alpha: Dirichlet concentration of a point: a pair for U[low, high], or a fixed number.
+        prob: Probability of mixing embeddings; otherwise input mixup.
+        input_alpha: lam ~ Beta(input_alpha, input_alpha) of the input-mixup steps.
+        per_example: One lam for each example in input-mixup steps.
+        mix_at: 'embedding', or an earlier layer (stage or block number, module name; [M] Figure 4(a)), after which the
+            network runs on n examples.
+    """
+
+    def __init__(
+            self,
+            n: int = 1000,
+            m: int | None = None,
+            alpha: float | tuple[float, float] = (0.5, 2.0),
+            prob: float = 0.5,
+            input_alpha: float = 2.0,
+            per_example: bool = False,
+            mix_at: str | int = 'embedding',
+    ) -> None:
+        super().__init__(n, m, alpha, prob, input_alpha, per_example, mode='embedding')
+        self.mix_at = mix_at
+
+    def bind(self, anatomy: Anatomy) -> None:
+        if self.mix_at == 'embedding':
+            anatomy.linear_heads()
+        else:
+            layer = anatomy.align_layer(self.mix_at)
+            self.layers = {layer.name: layer}
+
+    def draw(self, images: torch.Tensor, rng: StepRandom) -> Draw:
+        mode = draw_mode(self.probs, rng)
+        if mode == 'input':
+            return dict(mode=mode, layer=None, **self.draw_pair(images, rng))
+        return dict(mode=mode, layer=next(iter(self.layers), None), lam=None, weights=self.draw_weights(len(images), rng))
+
+    def features(self, x: torch.Tensor, layer: FeatureLayer, draw: Draw) -> torch.Tensor:
+        return torch.einsum('nb,b...->n...', draw['weights'].to(x.dtype), x)
+
+    def loss(self, output, feature_map, target, draw, smoothing):
+        if draw['mode'] == 'input' or draw['layer'] is not None:
+            return None
+        return multimix_loss(output, target, draw['weights'], smoothing)
+
+    def target(self, target_BC: torch.Tensor, draw: Draw) -> torch.Tensor:
+        return draw['weights'].to(target_BC.dtype) @ target_BC if 'weights' in draw else super().target(target_BC, draw)
+
+    def rows(self, output, feature_map, target, draw, smoothing):
+        if draw['mode'] == 'input' or draw['layer'] is not None:
+            return super().rows(output, feature_map, target, draw, smoothing)
+        return dense_multimix_rows(output.unsqueeze(1), target, draw['weights'].unsqueeze(0), smoothing=smoothing)

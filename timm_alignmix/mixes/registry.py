@@ -1,0 +1,60 @@
+"""Methods by name, as timm has models by name."""
+import inspect
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from .base import Mix
+
+_MIXES: dict[str, type[Mix]] = {}
+_MixType = TypeVar('_MixType', bound=type[Mix])
+
+
+def _key(name: str) -> str:
+    return name.lower().replace('-', '').replace('_', '')
+
+
+def register_mix(name: str) -> Callable[[_MixType], _MixType]:
+    """Class decorator that makes a :class:`Mix` known to :func:`create_mix` under `name`.
+
+    Raises:
+        ValueError: The name is taken.
+    """
+    def register(cls: _MixType) -> _MixType:
+        if _key(name) in _MIXES:
+            raise ValueError(f'a mix named {name!r} is registered already: {_MIXES[_key(name)].__qualname__}')
+        cls.name = name
+        _MIXES[_key(name)] = cls
+        return cls
+    return register
+
+
+def list_mixes() -> list[str]:
+    """Names of the registered methods, sorted."""
+    return sorted(cls.name for cls in _MIXES.values())
+
+
+def create_mix(name: str, **options: Any) -> Mix:
+    """Create a mixing method.
+
+    Args:
+        name: A name of :func:`list_mixes`; case, '-' and '_' do not matter.
+        **options: The method's own options, see its class.
+
+    Raises:
+        ValueError: Unknown name or option (the valid ones are listed), or a value out of range.
+
+    Example:
+        >>> create_mix('Dense-MultiMix', n=500)
+        DenseMultiMix(n=500)
+    """
+    if _key(name) not in _MIXES:
+        raise ValueError(f'unknown mix {name!r}; available: {", ".join(list_mixes())}')
+    cls = _MIXES[_key(name)]
+    valid = inspect.signature(cls).parameters
+    unknown = sorted(set(options) - set(valid))
+    if unknown:
+        listed = ', '.join(f'{p.name}={p.default!r}' for p in valid.values()) or 'none'
+        raise ValueError(f'mix {cls.name!r} has no option {", ".join(unknown)}; its options: {listed}')
+    mix = cls(**options)
+    mix.options = dict(options)
+    return mix

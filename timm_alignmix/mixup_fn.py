@@ -1,0 +1,154 @@
+"""Any mixing method behind timm.data.Mixup's call, for loops that were written for it."""
+from typing import Any
+
+import torch
+import torch.nn as nn
+
+from .functional import soft_target
+from .mixes import Mix
+from .module import MixModule
+from .rng import StepRandom
+
+
+class MixupFn:
+    """`x, target = mixup_fn(x, target)`, then `SoftTargetCrossEntropy()(model(x), target)`; see
+    :func:`create_mixup`."""
+
+    def __init__(
+            self,
+            mix: str | Mix,
+            model: nn.Module,
+            mix_kwargs: dict[str, Any] | None = None,
+            num_classes: int | None = None,
+            label_smoothing: float = 0.0,
+            seed: int = 0,
+            rank: int = 0,
+            img_size: int | tuple[int, int] | None = None,
+    ) -> None:
+        if not isinstance(model, nn.Module) or hasattr(model, '_orig_mod') or hasattr(model, 'module'):
+            raise ValueError(f'pass the timm model itself, before DDP or torch.compile wrap it; got {type(model).__name__}')
+        self._module = MixModule(model, mix, mix_kwargs, img_size)
+        self.mix = self._module.mix
+        self.num_classes = model.num_classes if num_classes is None else num_classes
+        self.label_smoothing, self.seed, self.rank = label_smoothing, seed, rank
+        self.step = 0
+        self.mixup_enabled = True
+        self.mode: str | None = None
+        self.lam: torch.Tensor | None = None
+        self._random = StepRandom(seed, rank)
+        self._pending: tuple[Any, ...] | None = None
+        self._handles = [
+            model.register_forward_pre_hook(self._before_forward),
+            model.register_forward_hook(self._after_forward),
+        ]
+
+    def __call__(self, x: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Draw a step and arm the model for its next training forward.
+
+        Args:
+            x: Images (B, C, H, W), normalised. Not changed in place.
+            target: Classes (B,) int64, or probabilities (B, num_classes).
+
+        Returns:
+            Images for the model, and soft targets (rows, num_classes) for what it will return: B rows, or n for
+            multimix, or n * R for densemultimix. In dense steps the targets are filled in by the model's forward, since
+            they depend on its attention: pass on this very tensor (a copy taken before holds NaN).
+
+        Raises:
+            RuntimeError: The step before was not followed by a training forward of the model.
+            ValueError: Targets of the wrong shape.
+        """
+        if self._pending is not None:
+            raise RuntimeError(
+                'mixup_fn was called again before the model ran a training forward on what it returned; call model(x) in train mode '
+                'once after each call, or disarm() to drop a step')
+        clean = soft_target(target, self.num_classes, self.label_smoothing)
+        if not self.mixup_enabled:
+            self.mode, self.lam = 'clean', None
+            return x, clean
+        draw = self.mix.draw(x, self._random.at(self.step, x.device))
+        self.step += 1
+        self.mode, self.lam = draw['mode'], draw['lam']
+        x = self.mix.images(x, draw)
+        if draw['mode'] in ('clean', 'input'):
+            return x, self.mix.target(clean, draw)
+        rows = self.mix.num_rows(len(x), draw)
+        soft = clean.new_full((rows, self.num_classes), float('nan'))
+        self._pending = (draw, x.shape, target, soft)
+        return x, soft
+
+    def disarm(self) -> None:
+        """Drop a step that was drawn and not run."""
+        self._pending = None
+
+    def remove_hooks(self) -> None:
+        """Take the hooks off the model; mixing with this function ends."""
+        self._module.remove_hooks()
+        for handle in self._handles:
+            handle.remove()
+
+    def _before_forward(self, model: nn.Module, inputs: tuple) -> None:
+        if self._pending is None or not model.training:
+            return
+        draw, shape, *_ = self._pending
+        if inputs[0].shape != shape:
+            self._pending = None
+            raise RuntimeError(
+                f'mixup_fn returned images of shape {tuple(shape)}, the model was called with {tuple(inputs[0].shape)}; call it with what '
+                'mixup_fn returned')
+        self._module.arm(draw)
+
+    def _after_forward(self, model: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor | None:
+        if self._pending is None or not model.training:
+            return None
+        draw, _, target, soft = self._pending
+        self._pending = None
+        feature_map = self._module.disarm(draw)
+        output, rows = self.mix.rows(self.mix.output(output, draw), feature_map, target, draw, self.label_smoothing)
+        with torch.no_grad():
+            soft.copy_(rows)
+        return output
+
+
+def create_mixup(
+        name: str | Mix,
+        model: nn.Module,
+        num_classes: int | None = None,
+        label_smoothing: float = 0.0,
+        seed: int = 0,
+        rank: int = 0,
+        img_size: int | tuple[int, int] | None = None,
+        **options: Any,
+) -> MixupFn:
+    """A mixing method as a function like timm.data.Mixup, for loops that were written for it.
+
+    Feature methods arm the model for exactly one training forward; evaluation is never mixed, and a step that is drawn
+    but not run raises at the next call. The loss is the same as :class:`timm_alignmix.MixTask`'s for the same draws.
+    The task is the form that saves memory: here multimix returns n rows of logits and densemultimix n * R, all kept for
+    the backward pass.
+
+    Args:
+        name: Name of a method (see :func:`timm_alignmix.list_mixes`) or a method.
+        model: The timm model, before DDP or torch.compile wrap it.
+        num_classes: The model's when None.
+        label_smoothing: timm's convention; the loss must not smooth again.
+        seed: Seed of the draws; each is a function of (seed, step, rank).
+        rank: This process.
+        img_size: Size of the images; None takes the size the model was built for.
+        **options: The method's options.
+
+    Returns:
+        A callable with timm's switch `mixup_enabled`, and `mode` and `lam` of the last step.
+
+    Raises:
+        ValueError: As :class:`timm_alignmix.MixTask`.
+
+    Example:
+        >>> import timm, torch
+        >>> from timm.loss import SoftTargetCrossEntropy
+        >>> model = timm.create_model('test_resnet', num_classes=10)
+        >>> mixup_fn = create_mixup('alignmix', model)
+        >>> x, target = mixup_fn(torch.randn(4, 3, 160, 160), torch.tensor([1, 2, 3, 4]))
+        >>> loss = SoftTargetCrossEntropy()(model(x), target)
+    """
+    return MixupFn(name, model, options, num_classes, label_smoothing, seed, rank, img_size)

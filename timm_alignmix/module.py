@@ -1,0 +1,132 @@
+"""The model and a mixing method as one module, in whose forward all trainable compute happens.
+
+DDP, torch.compile and autocast act only on a module's forward, so the method's part of the network (dense heads, mixed
+features, closed-form losses) must run there too.
+"""
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn as nn
+from timm.models import group_parameters
+
+from .anatomy import Anatomy
+from .mixes import Mix, create_mix
+from .mixes.base import Draw
+
+
+class Tap:
+    """Forward hook on one layer: idle unless armed, then it records the layer's output and lets the method replace it.
+
+    A plain object, so that copies of the model (EMA) get idle taps of their own and a pickled model stays loadable.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.mix: Mix | None = None
+        self.draw: Draw | None = None
+        self.output: torch.Tensor | None = None
+
+    def __call__(self, module: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor | None:
+        if self.draw is None:
+            return None
+        self.output = output
+        layer = self.mix.layers.get(self.name)
+        return None if layer is None else self.mix.features(output, layer, self.draw)
+
+    def arm(self, mix: Mix, draw: Draw) -> None:
+        self.mix, self.draw = mix, draw
+
+    def disarm(self) -> torch.Tensor | None:
+        """Go idle and return what was recorded."""
+        output = self.output
+        self.mix = self.draw = self.output = None
+        return output
+
+
+class MixModule(nn.Module):
+    """A timm model that can also run one step of a mixing method. Called without a draw, it is the model.
+
+    Args:
+        model: A timm classification model, kept as `.model` and not changed but for idle forward hooks on the layers
+            the method taps, installed here because torch.compile ignores later ones.
+        mix: Name or method; a method is copied, since it learns about one model.
+        mix_kwargs: Options of a method given by name.
+        img_size: Size of the images; None takes the size the model was built for.
+
+    Raises:
+        ValueError: The method does not exist, has no such option, or cannot mix this model exactly.
+    """
+
+    def __init__(
+            self,
+            model: nn.Module,
+            mix: str | Mix,
+            mix_kwargs: dict[str, Any] | None = None,
+            img_size: int | tuple[int, int] | None = None,
+    ) -> None:
+        super().__init__()
+        if isinstance(mix, Mix) and mix_kwargs:
+            raise ValueError(f'mix_kwargs {sorted(mix_kwargs)} go with the name of a mix; {mix!r} has its options already')
+        self.model = model
+        self.mix = copy.deepcopy(mix) if isinstance(mix, Mix) else create_mix(mix, **(mix_kwargs or {}))
+        if type(self.mix).bind is not Mix.bind:
+            self.mix.bind(Anatomy(model, img_size))
+        names = list(self.mix.layers) + ([self.mix.head.name] if self.mix.head else [])
+        self.taps = {name: Tap(name) for name in names}
+        self._handles = [model.get_submodule(name).register_forward_hook(tap) for name, tap in self.taps.items()]
+
+    def remove_hooks(self) -> None:
+        """Take the hooks off the model; mixing with this module ends."""
+        for handle in self._handles:
+            handle.remove()
+
+    def arm(self, draw: Draw) -> None:
+        """Make the next forward of the model the step that was drawn."""
+        if draw['layer'] is not None:
+            self.taps[draw['layer']].arm(self.mix, draw)
+
+    def disarm(self, draw: Draw) -> torch.Tensor | None:
+        """Make the model itself again; returns the tapped layer's output."""
+        return None if draw['layer'] is None else self.taps[draw['layer']].disarm()
+
+    def forward(
+            self,
+            images: torch.Tensor,
+            target: torch.Tensor | None = None,
+            draw: Draw | None = None,
+            smoothing: float = 0.0,
+    ) -> Any:
+        """Run the model, or one step.
+
+        Args:
+            images: (B, C, H, W), already mixed where the step mixes its input.
+            target: (B,) classes or (B, C) probabilities of the clean examples.
+            draw: The step; None runs the model alone.
+            smoothing: Label smoothing of a closed-form loss.
+
+        Returns:
+            The model's output; with a draw, a dict of 'output' and, for a closed-form loss, 'loss'.
+        """
+        if draw is None:
+            return self.model(images)
+        self.arm(draw)
+        try:
+            output = self.model(images)
+        finally:
+            feature_map = self.disarm(draw)
+        output = self.mix.output(output, draw)
+        loss = self.mix.loss(output, feature_map, target, draw, smoothing)
+        return dict(output=output) if loss is None else dict(output=output, loss=loss)
+
+    # What timm's optimizer factory asks a model, answered for the inner one.
+
+    def no_weight_decay(self) -> set[str]:
+        names = self.model.no_weight_decay() if hasattr(self.model, 'no_weight_decay') else ()
+        return {f'model.{name}' for name in names}
+
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
+        """timm's layer groups of the inner model, by the wrapped parameter names."""
+        layers = group_parameters(self.model, self.model.group_matcher(coarse=coarse), reverse=True)
+        return lambda name: layers[name.removeprefix('model.')]

@@ -1,0 +1,41 @@
+"""Randomness as a function of (seed, step, rank): resume is exact by construction, and no global state is touched."""
+import numpy as np
+import torch
+
+
+class StepRandom:
+    """Generators for one training step.
+
+    Attributes:
+        shared: CPU generator that is the same on all ranks in a step (the mode must be).
+        host: CPU generator of this rank, for what Python must know (box coordinates).
+        device: Generator of this rank on the device of the data.
+    """
+
+    def __init__(self, seed: int, rank: int = 0) -> None:
+        self.seed, self.rank = seed, rank
+        self.shared, self.host = torch.Generator(), torch.Generator()
+        self.device = torch.Generator()
+
+    def at(self, step: int, device: torch.device) -> 'StepRandom':
+        """Seed the generators for a step and return self. Costs no device sync."""
+        if self.device.device != device:
+            self.device = torch.Generator(device)
+        for generator, key in (
+                (self.shared, (self.seed, step)),
+                (self.host, (self.seed, step, self.rank, 0)),
+                (self.device, (self.seed, step, self.rank, 1)),
+        ):
+            state = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
+            generator.manual_seed(int(state) & (2 ** 63 - 1))
+        return self
+
+
+def sample_beta(alpha: float, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    """Draw float32 lam ~ Beta(alpha, alpha) on the generator's device.
+
+    The ratio of two Gamma variables, since torch's Beta takes no generator.
+    """
+    gamma = torch._standard_gamma(
+        torch.full((2, *shape), alpha, dtype=torch.float32, device=generator.device), generator=generator)
+    return gamma[0] / gamma.sum(dim=0)

@@ -1,0 +1,146 @@
+"""Any mixing method as a timm training task."""
+from typing import Any
+
+import torch
+import torch.nn as nn
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.task import ClassificationTask
+from timm.utils import unwrap_model
+
+from .functional import soft_target, soft_target_cross_entropy
+from .mixes import Mix
+from .module import MixModule
+from .rng import StepRandom
+
+
+class MixTask(ClassificationTask):
+    """Train a timm model with a mixing method: model + method -> {'loss', 'output', 'mode', 'lam'}.
+
+    EMA, compile, DDP and checkpoints are timm's. Checkpoints carry the plain model's keys; evaluation, export and
+    fine-tuning use the model itself, which is not changed.
+
+    Args:
+        model: A timm classification model.
+        mix: Name of a method (see :func:`timm_alignmix.list_mixes`) or a method.
+        mix_kwargs: Options of a method given by name.
+        criterion: Loss of (logits, soft targets) for methods whose rows are images or mixed pairs. Softmax
+            cross-entropy, in timm's or torch's classes, is recognised with its label smoothing and computed in float32;
+            any other is called as it is (mix 'none' passes it the targets untouched).
+        criterion_kwargs: Arguments for timm.loss.create_classification_loss instead.
+        seed: Seed of the draws; each is a function of (seed, step, rank).
+        rank: This process, so that ranks draw differently; the mode is the same on all.
+        img_size: Size of the images; None takes the size the model was built for.
+        device: Device for task tensors.
+        dtype: Dtype for task tensors.
+        verbose: Log what is set up.
+
+    Raises:
+        ValueError: Unknown method or option; a model that the method cannot mix exactly; a criterion other than softmax
+            cross-entropy for multimix or densemultimix.
+
+    Example:
+        >>> import timm, torch
+        >>> task = MixTask(timm.create_model('test_resnet', num_classes=10), mix='densemultimix', mix_kwargs=dict(n=16))
+        >>> result = task(torch.randn(4, 3, 160, 160), torch.tensor([1, 2, 3, 4]))
+        >>> result['loss'].backward()
+        >>> sorted(result)
+        ['lam', 'loss', 'mode', 'output']
+    """
+
+    def __init__(
+            self,
+            model: nn.Module,
+            mix: str | Mix = 'none',
+            mix_kwargs: dict[str, Any] | None = None,
+            criterion: nn.Module | Any | None = None,
+            criterion_kwargs: dict[str, Any] | None = None,
+            seed: int = 0,
+            rank: int = 0,
+            img_size: int | tuple[int, int] | None = None,
+            device: torch.device | None = None,
+            dtype: torch.dtype | None = None,
+            verbose: bool = True,
+    ) -> None:
+        super().__init__(
+            model, criterion=criterion, criterion_kwargs=criterion_kwargs, device=device, dtype=dtype, verbose=verbose)
+        self.num_classes = model.num_classes
+        self.trainable_module = MixModule(model, mix, mix_kwargs, img_size)
+        self.mix = self.trainable_module.mix
+        self.smoothing = _cross_entropy_smoothing(self.criterion)
+        if self.smoothing is None and self.mix.closed_form:
+            raise ValueError(
+                f'mix {self.mix.name!r} computes softmax cross-entropy in closed form, criterion '
+                f'{type(self.criterion).__name__} cannot replace it; leave criterion out, or use mix none, mixup, cutmix, manifold or '
+                'alignmix')
+        self.seed, self.rank, self.step = seed, rank, 0
+        self._random = StepRandom(seed, rank)
+
+    def forward(self, input: torch.Tensor, target: torch.Tensor) -> dict[str, Any]:
+        """One step: draw, mix, run the model, compute the loss. In eval mode, the clean loss.
+
+        Args:
+            input: Images (B, C, H, W), normalised.
+            target: Classes (B,) int64, or probabilities (B, num_classes).
+
+        Returns:
+            'loss', a scalar; 'output', the logits of what the model was fed (mixed images in an input mode); 'mode',
+            what was drawn; 'lam', the weight of each example against its partner (scalar or (B,)), or None.
+        """
+        if not self.trainable_module.training:
+            output = self.trainable_module(input)
+            return dict(loss=self._loss(output, target, None), output=output, mode='clean', lam=None)
+        draw = self.mix.draw(input, self._random.at(self.step, input.device))
+        self.step += 1
+        result = self.trainable_module(self.mix.images(input, draw), target, draw, self.smoothing or 0.0)
+        if 'loss' not in result:
+            result['loss'] = self._loss(result['output'], target, draw)
+        return dict(loss=result['loss'], output=result['output'], mode=draw['mode'], lam=draw['lam'])
+
+    def _loss(self, output: torch.Tensor, target: torch.Tensor, draw: dict[str, Any] | None) -> torch.Tensor:
+        mixed = draw is not None and draw['mode'] != 'clean'
+        if self.smoothing is None:
+            if mixed:
+                target = self.mix.target(soft_target(target, self.num_classes), draw)
+            return self.criterion(output, target)
+        target_BC = soft_target(target, self.num_classes, self.smoothing)
+        return soft_target_cross_entropy(output, self.mix.target(target_BC, draw) if mixed else target_BC)
+
+    def compile(self, backend: str = 'inductor', mode: str | None = None, **compile_kwargs: Any) -> nn.Module:
+        """Compile the training step and, apart from it, the plain model for evaluation."""
+        options = dict(backend=backend, mode=mode, **compile_kwargs)
+        self.eval_model = torch.compile(self.trainable_module.model, **options)
+        self.trainable_module = torch.compile(self.trainable_module, **options)
+        return self.eval_model
+
+    def get_eval_model(self, module: nn.Module | None = None, ema: bool = False) -> nn.Module | None:
+        """The plain timm model (or its EMA copy, or its compiled form)."""
+        resolved = super().get_eval_model(module=module, ema=ema)
+        inner = unwrap_model(resolved) if resolved is not None else None
+        return inner.model if isinstance(inner, MixModule) else resolved
+
+    def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
+        """What the next draws depend on besides the rank."""
+        return dict(step=self.step, seed=self.seed)
+
+    def load_task_state(
+            self,
+            state: dict[str, Any] | None,
+            strict: bool = True,
+            module: nn.Module | None = None,
+            ema: bool = False,
+    ) -> None:
+        """Continue the draws of a checkpoint."""
+        if state and not ema:
+            self.step, self.seed = state['step'], state['seed']
+            self._random = StepRandom(self.seed, self.rank)
+
+
+def _cross_entropy_smoothing(criterion: Any) -> float | None:
+    """Label smoothing of a plain softmax cross-entropy; None for any other criterion."""
+    if isinstance(criterion, LabelSmoothingCrossEntropy):
+        return criterion.smoothing
+    if isinstance(criterion, SoftTargetCrossEntropy):
+        return 0.0
+    if isinstance(criterion, nn.CrossEntropyLoss) and criterion.weight is None and criterion.reduction == 'mean':
+        return criterion.label_smoothing
+    return None
