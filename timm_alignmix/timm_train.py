@@ -1,0 +1,128 @@
+"""The mixing methods in timm's own train.py, unmodified.
+
+    python -m timm_alignmix.timm_train PATH/TO/train.py --mix densemultimix --mix-kwargs n=1000 [flags of train.py]
+    torchrun --nproc-per-node 8 -m timm_alignmix.timm_train PATH/TO/train.py --mix alignmix [flags of train.py]
+
+timm ships train.py in its repository only, so its path is the first argument. The script is imported, --mix and
+--mix-kwargs join its flags (and its args.yaml and --config files), and timm_alignmix.MixTask stands where it builds its
+timm.task.ClassificationTask. Everything else (data, optimizer, schedule, EMA, checkpoints, logs) is train.py's own.
+"""
+import importlib.metadata
+import importlib.util
+import sys
+from argparse import Namespace
+from pathlib import Path
+from types import ModuleType
+
+import timm
+from timm.data import resolve_data_config
+from timm.utils import ParseKwargs
+
+from timm_alignmix import MixTask, create_mix
+
+# What is used of train.py. timm's own tests of 1.0.31 use these names too.
+NAMES_USED = ('parser', '_parse_args', 'ClassificationTask', 'main')
+
+
+def load_train_script(path: Path) -> ModuleType:
+    """Import timm's train.py as the module `train`.
+
+    Its folder stays off sys.path: in a clone of timm's repository that folder holds another copy of timm.
+
+    Args:
+        path: train.py of timm's repository.
+
+    Returns:
+        The module, also entered in sys.modules, where data loader workers look for it.
+
+    Raises:
+        ValueError: There is no such file, or it lacks a name that is needed here.
+    """
+    if not path.is_file():
+        raise ValueError(f"no file {path}: give the path of train.py in a clone of timm's repository.")
+    spec = importlib.util.spec_from_file_location('train', path)
+    train = importlib.util.module_from_spec(spec)
+    sys.modules['train'] = train
+    spec.loader.exec_module(train)
+    missing = [name for name in NAMES_USED if not hasattr(train, name)]
+    if missing:
+        raise ValueError(
+            f"{path} has no {', '.join(missing)}: it is not a train.py of timm that this version of timm_alignmix "
+            f'knows (timm {timm.__version__} is installed). train_imagenet.py does not depend on it.')
+    return train
+
+
+def check_timm_is_the_installed_one() -> None:
+    """Refuse a `timm` folder that hides the installed timm.
+
+    `python -m` looks in the working directory first, and in a clone of timm's repository finds the clone's timm.
+    """
+    installed = Path(importlib.metadata.distribution('timm').locate_file('timm/__init__.py'))
+    imported = Path(timm.__file__)
+    if installed.exists() and not installed.samefile(imported):
+        raise RuntimeError(
+            f'timm was imported from {imported.parent} and hides the installed timm {installed.parent}: '
+            'run the command from another folder.')
+
+
+def check_args(args: Namespace) -> None:
+    """Raise ValueError where flags ask for what --mix cannot do, or name a method or option that does not exist."""
+    create_mix(args.mix, **args.mix_kwargs)
+    if getattr(args, 'kd_model_name', None):
+        raise ValueError('--kd-model-name trains with a distillation task, which --mix cannot replace: drop one.')
+    task = getattr(args, 'task', 'classification')
+    if task != 'classification':
+        raise ValueError(f'--mix needs --task classification, got --task {task}.')
+    own_mixing = [
+        f'--{name.replace("_", "-")}' for name in ('mixup', 'cutmix', 'cutmix_minmax') if getattr(args, name, None)]
+    if own_mixing and args.mix.lower() != 'none':
+        raise ValueError(f"--mix {args.mix} and timm's {', '.join(own_mixing)} would both mix the images: drop one.")
+
+
+def install(train: ModuleType) -> None:
+    """Add --mix and --mix-kwargs to a train script, and put MixTask where it builds its task.
+
+    Args:
+        train: The module of load_train_script().
+    """
+    group = train.parser.add_argument_group('timm_alignmix')
+    group.add_argument('--mix', default='none', metavar='NAME', help='mixing method (default: none)')
+    group.add_argument(
+        '--mix-kwargs', default={}, nargs='*', action=ParseKwargs, metavar='KEY=VALUE', help='options of the method')
+    parse_args = train._parse_args
+
+    def parse_args_and_install_task():
+        args, args_text = parse_args()
+        try:
+            check_args(args)
+        except ValueError as e:
+            train.parser.error(str(e))
+
+        def create_task(model, **kwargs):
+            # Both read here, not above: train.py learns its rank and makes its model after it has read its flags.
+            img_size = resolve_data_config(vars(args), model=model)['input_size'][-2:]
+            return MixTask(
+                model, args.mix, args.mix_kwargs, seed=args.seed, rank=args.rank, img_size=img_size, **kwargs)
+
+        train.ClassificationTask = create_task
+        return args, args_text
+
+    train._parse_args = parse_args_and_install_task
+
+
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0].startswith('-'):
+        sys.exit(__doc__)
+    try:
+        check_timm_is_the_installed_one()
+        train = load_train_script(Path(argv[0]))
+    except (RuntimeError, ValueError) as e:
+        sys.exit(f'timm_alignmix.timm_train: {e}')
+    install(train)
+    sys.argv = argv  # train.py reads its flags there
+    train.main()
+
+
+if __name__ == '__main__':
+    main()
