@@ -194,10 +194,12 @@ def inspect_beton(path: str | Path) -> BetonInfo:
     Damage inside the pages is not seen here: that takes a full read, `python -m timm_alignmix.data.verify FILE`.
 
     Raises:
-        ValueError: Not a .beton of the format FFCV reads, cut short, of other fields, or inconsistent.
+        ValueError: Missing, not a .beton of the format FFCV reads, cut short, of other fields, or inconsistent.
     """
     path = Path(path)
     types = import_ffcv().types
+    if not path.is_file():
+        raise ValueError(f'{path} does not exist; {CONVERT}')
     file_size = path.stat().st_size
     with open(path, 'rb') as file:
         def read(dtype: np.dtype, count: int, offset: int) -> np.ndarray:

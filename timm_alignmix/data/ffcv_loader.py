@@ -225,7 +225,8 @@ def _check_images(info: BetonInfo, input_size: tuple[int, int, int], crop_ratio:
     if buffers > memory_bytes():
         raise ValueError(
             f'{info.path}: FFCV keeps room for batches of its largest image '
-            f'({info.widths.max()} x {info.heights.max()}), {buffers / 2 ** 30:.0f} GiB here; use a smaller --batch-size or convert with a smaller --max-resolution')
+            f'({info.widths.max()} x {info.heights.max()}), {buffers / 2 ** 30:.0f} GiB here; '
+            'use a smaller --batch-size or convert with a smaller --max-resolution')
 
 
 def visible_workers(workers: int) -> int:

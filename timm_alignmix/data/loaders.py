@@ -1,6 +1,7 @@
 """create_loaders(): one call from the training flags to both loaders, whatever reads the data."""
 import logging
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,91 +28,14 @@ class Loaders:
 
 
 @dataclass(frozen=True)
-class _Options:
-    """The arguments of create_loaders(), which documents them."""
-    train_split: str
-    val_split: str
-    class_map: str
-    dataset_download: bool
-    input_size: tuple[int, int, int]
-    batch_size: int
-    val_batch_size: int | None
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    interpolation: str
-    crop_pct: float
-    scale: tuple[float, float]
-    ratio: tuple[float, float]
-    hflip: float
-    train_interpolation: str | None
-    no_aug: bool
-    color_jitter: float
-    aa: str | None
-    reprob: float
-    remode: str
-    recount: int
-    workers: int
-    pin_mem: bool
-    device: torch.device
-    channels_last: bool
-    seed: int
-    rank: int
-    world_size: int
-    num_classes: int | None
-    os_cache: bool | None
-
-
-def create_loaders(
-        data_dir: str | None = None,
-        dataset: str = '',
-        train_split: str = 'train',
-        val_split: str = 'validation',
-        class_map: str = '',
-        dataset_download: bool = False,
-        loader: str = 'auto',
-        input_size: tuple[int, int, int] = (3, 224, 224),
-        batch_size: int = 128,
-        val_batch_size: int | None = None,
-        mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN,
-        std: tuple[float, ...] = IMAGENET_DEFAULT_STD,
-        interpolation: str = 'bilinear',
-        crop_pct: float = 0.875,
-        scale: tuple[float, float] = (0.08, 1.0),
-        ratio: tuple[float, float] = (3 / 4, 4 / 3),
-        hflip: float = 0.5,
-        train_interpolation: str | None = None,
-        no_aug: bool = False,
-        color_jitter: float = 0.0,
-        aa: str | None = None,
-        reprob: float = 0.0,
-        remode: str = 'pixel',
-        recount: int = 1,
-        workers: int = 4,
-        pin_mem: bool = False,
-        device: torch.device | str = 'cpu',
-        channels_last: bool = False,
-        seed: int = 42,
-        rank: int = 0,
-        world_size: int = 1,
-        num_classes: int | None = None,
-        os_cache: bool | None = None,
-) -> Loaders:
-    """Make the training and the evaluation loader of one rank.
-
-    Both yield images (B, C, H, W) float32, normalised on the device, and labels (B,) int64, on the device. Training
-    gives every rank the same number of full batches and uses each sample at most once an epoch; evaluation gives every
-    sample once over all ranks, so ranks may differ by a batch.
+class LoaderOptions:
+    """What both loaders are made from; named as the training flags are.
 
     Args:
-        data_dir: A folder with train.beton and val.beton, an ImageFolder root, or the folder of a named dataset. None:
-            the built-in sample.
-        dataset: timm dataset name such as 'torch/cifar10'; '' for folders.
         train_split: Training split or folder.
         val_split: Evaluation split or folder.
         class_map: timm class map file; '' for none.
         dataset_download: Let the dataset's library download it.
-        loader: 'ffcv' for .beton files, 'timm' for all else, 'auto' for FFCV where it is installed and the files are
-            there.
         input_size: (channels, height, width).
         batch_size: Training samples per batch and rank.
         val_batch_size: Evaluation samples per batch and rank; None for batch_size.
@@ -139,16 +63,76 @@ def create_loaders(
         num_classes: Classes of the model; labels must be below. None: those of the data.
         os_cache: FFCV: read through the page cache (True), or page by page into the process's own memory (False). None:
             the page cache where the file fits in memory.
+    """
+    train_split: str = 'train'
+    val_split: str = 'validation'
+    class_map: str = ''
+    dataset_download: bool = False
+    input_size: tuple[int, int, int] = (3, 224, 224)
+    batch_size: int = 128
+    val_batch_size: int | None = None
+    mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN
+    std: tuple[float, ...] = IMAGENET_DEFAULT_STD
+    interpolation: str = 'bilinear'
+    crop_pct: float = 0.875
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    hflip: float = 0.5
+    train_interpolation: str | None = None
+    no_aug: bool = False
+    color_jitter: float = 0.0
+    aa: str | None = None
+    reprob: float = 0.0
+    remode: str = 'pixel'
+    recount: int = 1
+    workers: int = 4
+    pin_mem: bool = False
+    device: torch.device | str = 'cpu'
+    channels_last: bool = False
+    seed: int = 42
+    rank: int = 0
+    world_size: int = 1
+    num_classes: int | None = None
+    os_cache: bool | None = None
+
+    def for_split(self, train: bool) -> dict:
+        """The options that every kind of batches takes."""
+        return {
+            'batch_size': self.batch_size if train else self.val_batch_size or self.batch_size,
+            'train': train,
+            'workers': self.workers,
+            'seed': self.seed,
+            'rank': self.rank,
+            'world_size': self.world_size,
+        }
+
+
+def create_loaders(data_dir: str | None = None, dataset: str = '', loader: str = 'auto', **options) -> Loaders:
+    """Make the training and the evaluation loader of one rank.
+
+    Both yield images (B, C, H, W) float32, normalised on the device, and labels (B,) int64, on the device. Training
+    gives every rank the same number of full batches and uses each sample at most once an epoch; evaluation gives every
+    sample once over all ranks, so ranks may differ by a batch. Call set_epoch() before each epoch.
+
+    Args:
+        data_dir: A folder with train.beton and val.beton, an ImageFolder root, or the folder of a named dataset. None:
+            the built-in sample.
+        dataset: timm dataset name such as 'torch/cifar10'; '' for folders.
+        loader: 'ffcv' for .beton files, 'timm' for all else, 'auto' for FFCV where it is installed and the files are
+            there.
+        **options: Fields of LoaderOptions.
 
     Raises:
         ImportError: loader='ffcv' and FFCV is missing.
         ValueError: The data is missing, damaged, too small, has labels that num_classes does not cover, or an option
             does not go with the loader; the message says what to do.
+
+    Example:
+        >>> loaders = create_loaders('imagenet_ffcv', batch_size=256, device='cuda')  # doctest: +SKIP
+        >>> for images, labels in loaders.train:  # doctest: +SKIP
+        ...     pass
     """
-    options = dict(locals())
-    options['device'] = torch.device(device)
-    del options['data_dir'], options['dataset'], options['loader']
-    o = _Options(**options)
+    o = LoaderOptions(**options)
     if loader not in ('auto', 'ffcv', 'timm'):
         raise ValueError(f"loader {loader!r} is unknown; use 'auto', 'ffcv' or 'timm'")
     kind = _choose(loader, data_dir, dataset)
@@ -160,8 +144,8 @@ def create_loaders(
 def _choose(loader: str, data_dir: str | None, dataset: str) -> str:
     """'ffcv' or 'timm', or an error that says how to get what was asked for."""
     is_sample = not data_dir and not dataset
-    betons = [Path(data_dir) / name for name in (TRAIN_BETON, VAL_BETON)] if data_dir and not dataset else []
-    has_betons = bool(betons) and all(path.is_file() for path in betons)
+    has_betons = bool(data_dir) and not dataset and any(
+        (Path(data_dir) / name).is_file() for name in (TRAIN_BETON, VAL_BETON))
     source = f'--dataset {dataset} ' if dataset else ''
     convert = f'python -m timm_alignmix.data.write {source}--data-dir {data_dir or "DIR"} --output FOLDER'
     if loader == 'timm':
@@ -198,10 +182,8 @@ def _resolve_num_classes(asked: int | None, names: list[str] | None, largest: in
     return asked
 
 
-def _ffcv_loaders(folder: Path, o: _Options) -> Loaders:
-    refused = {
-        '--color-jitter': o.color_jitter, '--aa': o.aa, '--reprob': o.reprob, '--class-map': o.class_map,
-    }
+def _ffcv_loaders(folder: Path, o: LoaderOptions) -> Loaders:
+    refused = {'--color-jitter': o.color_jitter, '--aa': o.aa, '--reprob': o.reprob, '--class-map': o.class_map}
     for flag, value in refused.items():
         if value:
             raise ValueError(f'{flag} {value} is not available with FFCV; use --loader timm, or leave it out')
@@ -214,35 +196,28 @@ def _ffcv_loaders(folder: Path, o: _Options) -> Loaders:
     names = infos[0].class_names
     if None not in (names, infos[1].class_names) and names != infos[1].class_names:
         raise ValueError(f'{infos[0].path} and {infos[1].path} have different classes; convert both in one run')
-    num_classes = o.num_classes
-    for info in infos:
-        num_classes = max(
-            num_classes or 0, _resolve_num_classes(o.num_classes, names, int(info.labels.max()), str(info.path)))
+    largest = max(int(info.labels.max()) for info in infos)
+    num_classes = _resolve_num_classes(o.num_classes, names, largest, str(folder))
     made = []
     for info, train in zip(infos, (True, False), strict=True):
         batches = FFCVBatches(
             info,
             o.input_size,
-            o.batch_size if train else o.val_batch_size or o.batch_size,
-            train=train,
+            **o.for_split(train),
             scale=o.scale,
             ratio=o.ratio,
             hflip=o.hflip,
             no_aug=o.no_aug,
             crop_pct=o.crop_pct,
-            workers=o.workers,
             device=o.device,
-            seed=o.seed,
-            rank=o.rank,
-            world_size=o.world_size,
             os_cache=o.os_cache,
         )
-        made.append(DeviceLoader(batches, o.mean, o.std, o.device, o.channels_last))
+        made.append(DeviceLoader(batches, o.mean, o.std, torch.device(o.device), o.channels_last))
     cache = 'page cache' if made[0].batches.os_cache else 'quasi-random order, own memory'
     return _loaders(made, num_classes, names, 'ffcv', f'FFCV, {folder} ({cache})')
 
 
-def _timm_loaders(data_dir: str | None, dataset: str, o: _Options) -> Loaders:
+def _timm_loaders(data_dir: str | None, dataset: str, o: LoaderOptions) -> Loaders:
     if data_dir and not dataset and not (Path(data_dir) / o.train_split).exists() \
             and (Path(data_dir) / TRAIN_BETON).exists():
         raise ValueError(
@@ -250,22 +225,18 @@ def _timm_loaders(data_dir: str | None, dataset: str, o: _Options) -> Loaders:
             'give --data-dir the original images')
     sources: list[ImageSource] = []
     for split, train in ((o.train_split, True), (o.val_split, False)):
-        batch_size = o.batch_size if train else o.val_batch_size or o.batch_size
-        stream = {}
-        if dataset.partition('/')[0].lower() in STREAMS:
-            stream = {'is_training': train, 'batch_size': batch_size, 'seed': o.seed}
+        is_stream = dataset.partition('/')[0].lower() in STREAMS
+        stream = {'is_training': train, 'batch_size': o.batch_size, 'seed': o.seed} if is_stream else {}
         class_to_idx = sources[0].class_to_idx if sources else None
         sources.append(open_source(data_dir, dataset, split, o.class_map, o.dataset_download, class_to_idx, **stream))
     names = sources[0].class_names
-    num_classes = o.num_classes
-    for source in sources:
-        largest = max(source.labels) if source.labels else None
-        num_classes = max(num_classes or 0, _resolve_num_classes(o.num_classes, names, largest, source.title))
+    largest = max((max(source.labels) for source in sources if source.labels), default=None)
+    num_classes = _resolve_num_classes(o.num_classes, names, largest, dataset or data_dir)
     made = [_timm_loader(source, train, num_classes, o) for source, train in zip(sources, (True, False), strict=True)]
     return _loaders(made, num_classes, names, 'timm', f"timm's loader, {dataset or data_dir}")
 
 
-def _timm_loader(source: ImageSource, train: bool, num_classes: int, o: _Options) -> DeviceLoader:
+def _timm_loader(source: ImageSource, train: bool, num_classes: int, o: LoaderOptions) -> DeviceLoader:
     from .timm_loader import StreamBatches, TimmBatches
 
     erasing = {'reprob': o.reprob, 'remode': o.remode, 'recount': o.recount} if train and not o.no_aug else {}
@@ -284,21 +255,10 @@ def _timm_loader(source: ImageSource, train: bool, num_classes: int, o: _Options
         crop_pct=o.crop_pct,
         use_prefetcher=True,
     )
-    common = {
-        'source': source,
-        'transform': transform,
-        'batch_size': o.batch_size if train else o.val_batch_size or o.batch_size,
-        'train': train,
-        'workers': o.workers,
-        'pin_memory': o.pin_mem and o.device.type == 'cuda',
-        'rank': o.rank,
-        'world_size': o.world_size,
-    }
-    if source.is_stream:
-        batches = StreamBatches(**common)
-    else:
-        batches = TimmBatches(**common, channels=o.input_size[0], num_classes=num_classes, seed=o.seed)
-    return DeviceLoader(batches, o.mean, o.std, o.device, o.channels_last, o.input_size[0], **erasing)
+    make = StreamBatches if source.is_stream else partial(TimmBatches, channels=o.input_size[0])
+    pin_memory = o.pin_mem and torch.device(o.device).type == 'cuda'
+    batches = make(source, transform, num_classes=num_classes, pin_memory=pin_memory, **o.for_split(train))
+    return DeviceLoader(batches, o.mean, o.std, torch.device(o.device), o.channels_last, o.input_size[0], **erasing)
 
 
 def _loaders(made: list[DeviceLoader], num_classes: int, names: list[str] | None, kind: str, where: str) -> Loaders:

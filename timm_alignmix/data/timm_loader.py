@@ -7,6 +7,7 @@ each sample once, and an unreadable image ends the run with its name. Datasets t
 and the like) keep timm's own loader.
 """
 import contextlib
+import itertools
 import random
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,7 +16,6 @@ import numpy as np
 import torch
 import torch.utils.data
 from PIL import Image
-from timm.data import create_loader
 from timm.data.loader import fast_collate
 
 from .images import decode_image, read_bytes
@@ -39,6 +39,11 @@ def _generators_seeded(*seed: int) -> Iterator[None]:
         torch.set_rng_state(states[2])
 
 
+def _check_label(label: int, num_classes: int, where: str) -> None:
+    if not 0 <= label < num_classes:
+        raise RuntimeError(f'{where} has the label {label}; --num-classes {num_classes} allows 0 to {num_classes - 1}')
+
+
 class _TransformedImages(torch.utils.data.Dataset):
     """Indexed by (epoch, index), so that workers that live through all epochs know which one they are in."""
 
@@ -57,10 +62,8 @@ class _TransformedImages(torch.utils.data.Dataset):
         except Exception as error:
             raise RuntimeError(
                 f'{self.source.describe(index)} cannot be read ({type(error).__name__}: {error}); repair or remove it, '
-                'or convert the data set with python -m timm_alignmix.data.write, which leaves such images out') from error
-        if not 0 <= label < self.num_classes:
-            raise RuntimeError(
-                f'{self.source.describe(index)} has the label {label}, outside of --num-classes {self.num_classes}')
+                'or convert the data with python -m timm_alignmix.data.write, which leaves such images out') from error
+        _check_label(label, self.num_classes, self.source.describe(index))
         with _generators_seeded(self.seed, epoch, index):
             return self.transform(image), label
 
@@ -152,17 +155,21 @@ class _Keys(torch.utils.data.Sampler):
 
 
 class _EveryNth(torch.utils.data.IterableDataset):
-    """Each rank's share of a stream that every rank reads whole."""
+    """Every n-th sample of a stream, from the first-th on."""
 
-    def __init__(self, dataset: Any, rank: int, world_size: int):
-        self.dataset = dataset
-        self.rank = rank
-        self.world_size = world_size
+    def __init__(self, source: ImageSource, first: int, n: int, num_classes: int):
+        self.source = source
+        self.first = first
+        self.n = n
+        self.num_classes = num_classes
 
-    def __iter__(self) -> Iterator:
-        for place, sample in enumerate(self.dataset):
-            if place % self.world_size == self.rank:
-                yield sample
+    def __iter__(self) -> Iterator[tuple[Any, int]]:
+        for image, label in itertools.islice(self.source.dataset, self.first, None, self.n):
+            _check_label(label, self.num_classes, self.source.title)
+            yield image, label
+
+    def __len__(self) -> int:
+        return len(self.source.dataset) // self.n
 
 
 class StreamBatches:
@@ -177,8 +184,10 @@ class StreamBatches:
         transform: From timm's create_transform(use_prefetcher=True).
         batch_size: Samples per batch and rank.
         train: Which of the two.
+        num_classes: Labels must be below.
         workers: Processes; 0 reads in this one.
         pin_memory: Whether to pin batches.
+        seed: Seed of augmentation.
         rank: This process.
         world_size: Processes.
     """
@@ -189,8 +198,10 @@ class StreamBatches:
             transform: Callable,
             batch_size: int,
             train: bool,
+            num_classes: int,
             workers: int = 4,
             pin_memory: bool = False,
+            seed: int = 42,
             rank: int = 0,
             world_size: int = 1,
     ):
@@ -198,19 +209,20 @@ class StreamBatches:
         self._source = source
         dataset = source.dataset
         if not train:
-            dataset.reader.dist_rank, dataset.reader.dist_num_replicas = 0, 1
-        # The wrapper around the loader is what transfers and normalises, so timm's own prefetcher stays off
-        self._loader = create_loader(
-            dataset, 224, batch_size, is_training=train, num_workers=workers, pin_memory=pin_memory,
-            use_prefetcher=False, collate_fn=fast_collate)
+            dataset.reader.dist_rank, dataset.reader.dist_num_replicas = 0, 1  # every rank reads all shards
         dataset.transform = transform
-        if not train and world_size > 1:
-            shard = _EveryNth(dataset, rank, world_size)
-            self._loader = torch.utils.data.DataLoader(
-                shard, batch_size, num_workers=workers, pin_memory=pin_memory, collate_fn=fast_collate,
-                persistent_workers=workers > 0)
-        step = batch_size * world_size
-        self._length = self.num_samples // step if train else -(-self.num_samples // step)
+        dataset.set_loader_cfg(num_workers=workers)  # timm's readers count samples per worker
+        self._loader = torch.utils.data.DataLoader(
+            _EveryNth(source, *((0, 1) if train else (rank, world_size)), num_classes),
+            batch_size=batch_size,
+            collate_fn=fast_collate,
+            num_workers=workers,
+            pin_memory=pin_memory,
+            drop_last=train,
+            persistent_workers=workers > 0,
+            generator=torch.Generator().manual_seed(seed + rank),
+        )
+        self._length = len(self._loader) if train else -(-self.num_samples // (batch_size * world_size))
 
     def set_epoch(self, epoch: int) -> None:
         self._source.dataset.set_epoch(epoch)

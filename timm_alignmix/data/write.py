@@ -15,7 +15,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog='Examples:\n'
                '  python -m timm_alignmix.data.write --data-dir imagenet --output imagenet_ffcv\n'
                '      imagenet/train/<class>/*.JPEG and imagenet/validation/<class>/*.JPEG (or val/, or test/). With\n'
-               '      the default settings, ffcv-imagenet needs about 340 GB for ImageNet; --write-mode jpg needs far less.\n'
+               '      the default settings ImageNet takes about 340 GB; --write-mode jpg takes far less.\n'
                '  python -m timm_alignmix.data.write --dataset torch/cifar10 --dataset-download --data-dir cifar \\\n'
                '      --val-split test --output cifar_ffcv --write-mode raw\n'
                '  python -m timm_alignmix.data.verify imagenet_ffcv/train.beton\n'
