@@ -1,0 +1,270 @@
+"""Build everything a run needs from its configuration, and refuse what cannot work before anything is trained."""
+import logging
+import os
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+import timm
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from timm.data import resolve_data_config
+from timm.layers import convert_sync_batchnorm
+from timm.optim import create_optimizer_v2, list_optimizers, optimizer_kwargs
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import random_seed
+from torch import nn
+
+import timm_alignmix
+from timm_alignmix.data import Loaders, create_loaders
+
+from .config import TrainConfig
+from .resolve import near_names
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Run:
+    """The parts of a training run."""
+
+    config: TrainConfig
+    accelerator: Accelerator
+    loaders: Loaders
+    task: timm_alignmix.MixTask
+    optimizer: torch.optim.Optimizer
+    scheduler: Scheduler | None
+    data_config: dict[str, Any]
+    num_epochs: int
+    start_epoch: int = 0
+
+    @property
+    def updates_per_epoch(self) -> int:
+        """Optimizer updates of an epoch; batches left over at its end make a smaller last update."""
+        return -(-len(self.loaders.train) // self.config.grad_accum_steps)
+
+    @property
+    def global_batch_size(self) -> int:
+        """Images per optimizer update, over all processes."""
+        return self.config.batch_size * self.config.grad_accum_steps * self.accelerator.num_processes
+
+
+def create_accelerator(config: TrainConfig) -> Accelerator:
+    """Start Accelerate and check that it runs as many processes as the launcher started.
+
+    Raises:
+        ValueError: The launcher's processes would each train on their own, or the device cannot do what the options
+            ask for.
+    """
+    precision = {'float16': 'fp16', 'bfloat16': 'bf16'}[config.amp_dtype] if config.amp else None
+    accelerator = Accelerator(
+        cpu=config.device == 'cpu',
+        mixed_precision=precision,  # None leaves it to accelerate launch --mixed_precision
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=not config.no_ddp_bb)],
+    )
+    launched = int(os.environ.get('WORLD_SIZE', 1))
+    if accelerator.num_processes != launched:
+        raise ValueError(
+            f'the launcher started {launched} processes, but each would train alone (Accelerate sees '
+            f'{accelerator.num_processes}, {accelerator.distributed_type}). On CPUs launch with '
+            f'ACCELERATE_USE_CPU=1 accelerate launch --multi_gpu --num_processes {launched}')
+    if config.sync_bn and accelerator.device.type == 'cpu':
+        raise ValueError('--sync-bn needs GPUs: PyTorch has no synchronized batch norm on CPUs')
+    if not accelerator.is_main_process:
+        for name in ('timm', 'timm_alignmix'):
+            logging.getLogger(name).setLevel(logging.WARNING)
+    # TF32 stays off for matrix products: transport costs need the full float32.
+    torch.backends.cudnn.benchmark = True
+    return accelerator
+
+
+def scaled_lr(config: TrainConfig, global_batch_size: int) -> float:
+    """Learning rate of a run: `lr`, or `lr_base` scaled to the global batch as timm scales it."""
+    if config.lr is not None:
+        return config.lr
+    scale = config.lr_base_scale
+    if scale is None:
+        scale = 'sqrt' if any(name in config.opt.lower() for name in ('ada', 'lamb')) else 'linear'
+    ratio = global_batch_size / config.lr_base_size
+    return config.lr_base * (ratio ** 0.5 if scale == 'sqrt' else ratio)
+
+
+def model_arguments(config: TrainConfig) -> dict[str, Any]:
+    """Arguments of `timm.create_model` except `pretrained`, `num_classes` and `checkpoint_path`."""
+    extra = {}
+    if timm_alignmix.create_mix(config.mix, **config.mix_kwargs).name == 'densemultimix':
+        extra = timm_alignmix.dense_model_kwargs(config.model)
+        if extra:
+            _logger.info(f'{config.model} is built with {extra}: dense mixing trains the classifier on every position')
+    arguments = dict(
+        in_chans=config.in_chans,
+        drop_rate=config.drop,
+        drop_path_rate=config.drop_path,
+        drop_block_rate=config.drop_block,
+        global_pool=config.gp,
+        bn_momentum=config.bn_momentum,
+        bn_eps=config.bn_eps,
+    )
+    return {**extra, **{key: value for key, value in arguments.items() if value is not None}, **config.model_kwargs}
+
+
+def resolve_data(config: TrainConfig, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Input size, mean, std, interpolation and crop of the model, after checking that it takes such images.
+
+    The model is built without memory (on the meta device), so that a wrong name or size costs no time.
+
+    Raises:
+        ValueError: No such model, or one that is built for another image size.
+    """
+    name = config.model
+    if ':' not in name and not timm.is_model(name):
+        raise ValueError(f'--model {name}: timm has no such model{near_names(name, timm.list_models())}')
+    with torch.device('meta'):
+        probe = timm.create_model(name, **arguments)
+    data_config = resolve_data_config(config.to_dict(), model=probe)
+    size = data_config['input_size']
+    try:
+        _probe_forward(probe, size)
+    except (RuntimeError, AssertionError, ValueError) as e:
+        built_for = resolve_data_config({}, model=probe)['input_size']
+        remedy = f'--img-size {built_for[-1]}'
+        with suppress(Exception), torch.device('meta'):  # whatever stops this, the model cannot be told its size
+            _probe_forward(timm.create_model(name, **{**arguments, 'img_size': size[-1]}), size)
+            remedy = f'--model-kwargs img_size={size[-1]}, or {remedy}'
+        raise ValueError(
+            f'{name} was built for {_by(built_for)}, got {_by(size)}; pass {remedy} (the model says: {e})') from e
+    return data_config
+
+
+def _probe_forward(probe: nn.Module, size: tuple[int, int, int]) -> None:
+    with torch.no_grad():
+        probe.eval()(torch.empty(2, *size, device='meta'))
+
+
+def _by(size: tuple[int, int, int]) -> str:
+    return f'{size[-2]}x{size[-1]}' + (f' with {size[0]} channels' if size[0] != 3 else '')
+
+
+def create_data(config: TrainConfig, data_config: dict[str, Any], accelerator: Accelerator) -> Loaders:
+    """Loaders of the run; on each machine the first process goes first, to write what is written once."""
+    with accelerator.local_main_process_first():
+        return create_loaders(
+            data_dir=config.data_dir,
+            dataset=config.dataset,
+            train_split=config.train_split,
+            val_split=config.val_split,
+            class_map=config.class_map,
+            dataset_download=config.dataset_download,
+            loader=config.loader,
+            input_size=data_config['input_size'],
+            batch_size=config.batch_size,
+            val_batch_size=config.validation_batch_size,
+            mean=data_config['mean'],
+            std=data_config['std'],
+            interpolation=data_config['interpolation'],
+            crop_pct=data_config['crop_pct'],
+            scale=tuple(config.scale),
+            ratio=tuple(config.ratio),
+            hflip=config.hflip,
+            train_interpolation=config.train_interpolation,
+            no_aug=config.no_aug,
+            color_jitter=config.color_jitter,
+            aa=config.aa,
+            reprob=config.reprob,
+            remode=config.remode,
+            recount=config.recount,
+            workers=config.workers,
+            pin_mem=config.pin_mem,
+            device=accelerator.device,
+            channels_last=config.channels_last,
+            seed=config.seed,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+            num_classes=config.num_classes,
+        )
+
+
+def create_task(
+        config: TrainConfig,
+        arguments: dict[str, Any],
+        input_size: tuple[int, int, int],
+        num_classes: int,
+        accelerator: Accelerator,
+) -> timm_alignmix.MixTask:
+    """The model, on the run's device, inside its training task."""
+    if config.initial_checkpoint and not os.path.isfile(config.initial_checkpoint):
+        raise ValueError(f'--initial-checkpoint {config.initial_checkpoint}: no such file')
+    random_seed(config.seed)
+    model = timm.create_model(
+        config.model,
+        pretrained=config.pretrained,
+        num_classes=num_classes,
+        checkpoint_path=config.initial_checkpoint,
+        **arguments,
+    )
+    if config.grad_checkpointing:
+        model.set_grad_checkpointing(enable=True)
+    if config.sync_bn and accelerator.num_processes > 1:
+        model = convert_sync_batchnorm(model)
+    model.to(accelerator.device)
+    if config.channels_last:
+        model.to(memory_format=torch.channels_last)
+    criterion = dict(smoothing=config.smoothing)
+    if config.bce_loss:
+        criterion.update(loss_type='bce', bce_sum=config.bce_sum, bce_target_thresh=config.bce_target_thresh)
+    return timm_alignmix.MixTask(
+        model,
+        mix=config.mix,
+        mix_kwargs=config.mix_kwargs,
+        criterion_kwargs=criterion,
+        seed=config.seed,
+        rank=accelerator.process_index,
+        img_size=input_size[-2:],
+        device=accelerator.device,
+        verbose=accelerator.is_main_process,
+    )
+
+
+def build_run(config: TrainConfig) -> Run:
+    """Build and check the parts of a run; nothing is wrapped for several processes or resumed yet.
+
+    Raises:
+        ValueError: An option, the data or the model does not fit, with the remedy.
+    """
+    if config.opt.lower() not in list_optimizers():
+        raise ValueError(f'--opt {config.opt}: timm has no such optimizer{near_names(config.opt, list_optimizers())}')
+    accelerator = create_accelerator(config)
+    arguments = model_arguments(config)
+    data_config = resolve_data(config, arguments)
+    loaders = create_data(config, data_config, accelerator)
+    task = create_task(config, arguments, data_config['input_size'], loaders.num_classes, accelerator)
+    run = Run(config, accelerator, loaders, task, None, None, data_config, config.epochs)
+    run.config = config = replace(config, lr=scaled_lr(config, run.global_batch_size))
+    run.optimizer = create_optimizer_v2(
+        task.get_trainable_module(), **optimizer_kwargs(config), **config.opt_kwargs)
+    run.scheduler, run.num_epochs = create_scheduler_v2(
+        run.optimizer, **scheduler_kwargs(config), updates_per_epoch=run.updates_per_epoch)
+    return run
+
+
+def describe_run(run: Run) -> str:
+    """What the run will do: processes, steps, batch, learning rate and parameter groups."""
+    config, groups = run.config, run.optimizer.param_groups
+    lines = [
+        f'Data: {run.loaders.description}',
+        'Images: ' + ', '.join(
+            f'{key} {run.data_config[key]}' for key in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct')),
+        f'Processes: {run.accelerator.num_processes} on {run.accelerator.device.type}, '
+        f'mixed precision {run.accelerator.mixed_precision}',
+        f'Global batch: {run.global_batch_size} = {config.batch_size} per process x {config.grad_accum_steps} '
+        f'accumulated x {run.accelerator.num_processes} processes',
+        f'Steps: {run.num_epochs} epochs x {run.updates_per_epoch} updates ({len(run.loaders.train)} batches)',
+        f'Learning rate: {config.lr:.4g}, {config.sched} schedule',
+        f'Parameter groups ({config.opt}):',
+    ]
+    for group in groups:
+        lines.append(
+            f'  {len(group["params"])} tensors, {sum(p.numel() for p in group["params"]):,} values, '
+            f'weight decay {group.get("weight_decay", 0.0):g}, learning rate x{group.get("lr_scale", 1.0):g}')
+    return '\n'.join(lines)

@@ -1,0 +1,170 @@
+"""A whole training run: build, resume, train, evaluate, save."""
+import logging
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+from timm.models import safe_model_name
+from timm.utils import distribute_bn, trim_summary
+
+from .build import Run, build_run, describe_run
+from .checkpoint import CheckpointSaver, checkpoint_state, find_checkpoint, load_run, read_checkpoint
+from .config import TrainConfig
+from .engine import mean_lr, train_one_epoch, validate
+from .logs import append_summary, result_json, write_args
+
+_logger = logging.getLogger(__name__)
+
+# Options that say how a run is watched or continued, not what it computes.
+_RUN_OPTIONS = ('resume', 'no_resume_opt', 'start_epoch', 'stop_epoch', 'progress', 'log_interval', 'dry_run',
+                'workers', 'pin_mem', 'output', 'checkpoint_hist')
+
+
+def train(config: TrainConfig) -> dict[str, Any] | None:
+    """Train as configured.
+
+    Args:
+        config: The options.
+
+    Returns:
+        `folder` of the run, `last` and `best` epoch (`epoch` and the metrics; `best` on the main process) and
+        `history`, one entry per epoch; None for a dry run.
+
+    Raises:
+        ValueError: An option, the data or the model does not fit; nothing has been trained then.
+        RuntimeError: The training loss is not finite.
+    """
+    return fit(*prepare(config))
+
+
+def prepare(config: TrainConfig) -> tuple[Run, CheckpointSaver]:
+    """Build and check a run, resume it where asked, and make it ready for its devices."""
+    run = build_run(config)
+    config = run.config
+    name = config.experiment or '-'.join([
+        datetime.now().strftime('%Y%m%d-%H%M%S'), safe_model_name(config.model),
+        str(run.data_config['input_size'][-1]), config.mix])
+    saver = CheckpointSaver(Path(config.output) / name, config.eval_metric, config.checkpoint_hist)
+    if run.accelerator.is_main_process:
+        _logger.info(describe_run(run))
+    if config.dry_run:
+        return run, saver
+
+    resumed = _find_resume(config, saver.folder)
+    if run.accelerator.is_main_process:
+        _open_folder(saver.folder, config, resumed is not None)
+    if config.model_ema:
+        run.task.setup_ema(
+            decay=config.model_ema_decay,
+            use_warmup=config.model_ema_warmup,
+            device='cpu' if config.model_ema_force_cpu else None,
+        )
+    if resumed is not None:
+        load_run(run, resumed[1], resumed[0])
+        if run.accelerator.is_main_process:
+            saver.restore(resumed[1], resumed[0])
+    if config.start_epoch is not None:
+        run.start_epoch = config.start_epoch
+    if run.accelerator.is_main_process:
+        trim_summary(saver.folder / 'summary.csv', run.start_epoch)
+    _wrap(run)
+    return run, saver
+
+
+def _find_resume(config: TrainConfig, folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    if config.resume != 'auto':
+        return (Path(config.resume), read_checkpoint(config.resume)) if config.resume else None
+    found = find_checkpoint(folder)
+    if found is None:
+        _logger.info(f'--resume auto: no checkpoint in {folder}, starting anew')
+    return found
+
+
+def _open_folder(folder: Path, config: TrainConfig, resumed: bool) -> None:
+    """Make the run's folder and write its arguments; never train over another run."""
+    args_file = folder / 'args.yaml'
+    args = config.to_dict()
+    old = yaml.safe_load(args_file.read_text(encoding='utf-8')) if args_file.exists() else {}
+    changed = [
+        f'{key} {old.get(key)!r} -> {value!r}' for key, value in args.items()
+        if old and key not in _RUN_OPTIONS and old.get(key) != value
+    ]
+    if (folder / 'last.pth.tar').exists() and not resumed:
+        what = f'other arguments ({", ".join(changed)})' if changed else 'the same arguments'
+        raise ValueError(
+            f'{folder} holds a run with {what}; pass --resume auto to continue it or another --experiment')
+    if changed and resumed:
+        _logger.warning(f'Resuming with changed arguments: {", ".join(changed)}')
+    folder.mkdir(parents=True, exist_ok=True)
+    write_args(args_file, args)
+
+
+def _wrap(run: Run) -> None:
+    """Compile, then wrap for the devices; loaders and schedule stay as they are."""
+    config, task, accelerator = run.config, run.task, run.accelerator
+    if config.torchcompile:
+        task.compile(backend=config.torchcompile)
+        task.compile_ema(backend=config.torchcompile)
+    task.trainable_module, run.optimizer = accelerator.prepare(task.get_trainable_module(), run.optimizer)
+    if run.scheduler is not None and run.start_epoch > 0:
+        if config.sched_on_updates:
+            run.scheduler.step_update(run.start_epoch * run.updates_per_epoch)
+        else:
+            run.scheduler.step(run.start_epoch)
+
+
+def fit(run: Run, saver: CheckpointSaver) -> dict[str, Any] | None:
+    """Train a prepared run to its end."""
+    config = run.config
+    if config.dry_run:
+        if run.accelerator.is_main_process:
+            print(yaml.safe_dump(config.to_dict(), default_flow_style=False))
+        return None
+    stop = min(run.num_epochs, config.stop_epoch or run.num_epochs)
+    if run.start_epoch >= stop:
+        raise ValueError(f'nothing to train: epoch {run.start_epoch} of {stop} is already reached; raise --epochs')
+    history = [_run_epoch(run, saver, epoch, epoch + 1 == stop) for epoch in range(run.start_epoch, stop)]
+    result = _report(run, saver, history)
+    run.accelerator.end_training()
+    return result
+
+
+def _run_epoch(run: Run, saver: CheckpointSaver, epoch: int, is_last: bool) -> dict[str, Any]:
+    config, accelerator = run.config, run.accelerator
+    entry = {'epoch': epoch, 'train': train_one_epoch(run, epoch), 'lr': mean_lr(run)}
+    if is_last or (epoch + 1) % config.val_interval == 0:
+        entry['validation'] = _evaluate(run)
+    metrics = entry.get('validation')
+    if run.scheduler is not None:
+        run.scheduler.step(epoch + 1, metrics and metrics[config.eval_metric])
+    if accelerator.is_main_process:
+        append_summary(saver.folder / 'summary.csv', epoch, entry['train'], metrics, entry['lr'])
+        saver.save(checkpoint_state(run), epoch, metrics)
+    return entry
+
+
+def _evaluate(run: Run) -> dict[str, float]:
+    """Metrics of the model, or of its moving average where there is one to evaluate."""
+    config, task, processes = run.config, run.task, run.accelerator.num_processes
+    if config.dist_bn and processes > 1:
+        distribute_bn(task.get_eval_model(), processes, config.dist_bn == 'reduce')
+    metrics = validate(run, task.get_eval_model())
+    if task.has_ema() and not config.model_ema_force_cpu:
+        if config.dist_bn and processes > 1:
+            distribute_bn(task.get_eval_model(ema=True), processes, config.dist_bn == 'reduce')
+        metrics = validate(run, task.get_eval_model(ema=True), 'Test (EMA)')
+    return metrics
+
+
+def _report(run: Run, saver: CheckpointSaver, history: list[dict[str, Any]]) -> dict[str, Any]:
+    """Say and return how the run ended: the last epoch and the best one, each by name."""
+    metric, best = run.config.eval_metric, saver.best
+    last = {'epoch': history[-1]['epoch'], **history[-1]['validation']}
+    if run.accelerator.is_main_process:
+        _logger.info(f'*** Best metric: {best[metric]} (epoch {best["epoch"]})')
+        _logger.info(
+            f'*** Top-1 of the last epoch ({last["epoch"]}): {last["top1"]:.2f}; '
+            f'of the best epoch by {metric} ({best["epoch"]}): {best["top1"]:.2f}')
+        print(result_json(history, metric), flush=True)
+    return {'folder': saver.folder, 'last': last, 'best': best, 'history': history}
