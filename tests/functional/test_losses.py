@@ -6,11 +6,11 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.data.mixup import mixup_target
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from timm_alignmix.functional import dense_multimix_loss, multimix_loss, soft_target
 
 from . import textbook
+from .memory import largest_allocation
 
 EXACT = {'rtol': 1e-10, 'atol': 1e-12}
 TARGETS = ('hard', 'soft')
@@ -66,21 +66,6 @@ def assert_dense_matches(parameters, target, weights_RNB, attention_BR, smoothin
     for x, want, got in zip(inputs, expected_grads, actual_grads, strict=True):
         zero = torch.zeros_like(x)
         torch.testing.assert_close(zero if got is None else got, zero if want is None else want, **EXACT)
-
-
-class LargestTensor(TorchDispatchMode):
-    """Records the size of the largest tensor that any operation creates."""
-
-    def __init__(self):
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(tensor, torch.Tensor):
-                self.numel = max(self.numel, tensor.numel())
-        return out
 
 
 # ---------------------------------------------------------------------------------------------------------- MultiMix
@@ -312,13 +297,17 @@ def test_losses_without_gradients_have_the_same_value():
 
 
 def test_dense_chunks_bound_the_memory():
-    """No tensor of N * R * C, forward or backward, when positions are taken one at a time."""
-    (Z, W, b), target, weights_RNB, attention_BR = dense_case(B=4, C=24, D=3, R=16, N=40, seed=18)
+    """No tensor of R * N * C, forward or backward, when positions are taken one at a time."""
+    B, R, N, C = 4, 16, 40, 24
+    (Z, W, b), target, weights_RNB, attention_BR = dense_case(B=B, R=R, N=N, C=C, D=3, seed=18)
     logits_BRC = classify(Z, W, b).detach().requires_grad_()
-    with LargestTensor() as largest:
-        dense_multimix_loss(logits_BRC, target, weights_RNB, attention_BR, chunk_size=1).backward()
-    N, R, C, B = 40, 16, 24, 4
-    assert largest.numel <= max(N * C, R * N * B, B * R * C)
+    arguments = (logits_BRC, target, weights_RNB, attention_BR)
+    most = [
+        largest_allocation(lambda size=size: dense_multimix_loss(*arguments, chunk_size=size).backward(), itemsize=8)
+        for size in (1, R)
+    ]
+    assert most[0] <= max(N * C, B * R * C)
+    assert most[1] >= R * N * C  # the measurement sees what is inside
 
 
 # --------------------------------------------------------------------------------------------------------- precision
