@@ -67,13 +67,17 @@ class _Epoch(_ffcv.loader.epoch_iterator.EpochIterator):
         """FFCV's threads that read pages, where the page cache is not used."""
         return getattr(getattr(self.memory_context, 'executor', None), 'threads', [])
 
+    def _starved(self) -> bool:
+        """Whether this thread waits for a page that no other thread will read."""
+        return not all(thread.is_alive() for thread in self._page_readers())
+
     def __next__(self) -> tuple[torch.Tensor, torch.Tensor]:
         while True:
             try:
                 item = self.output_queue.get(timeout=1.0)
                 break
             except queue.Empty:
-                if not all(thread.is_alive() for thread in self._page_readers()):
+                if self._starved():
                     raise RuntimeError(
                         f'a thread that reads {self.loader.fname} has died; is the file still there?') from None
         if item is None:
@@ -86,7 +90,7 @@ class _Epoch(_ffcv.loader.epoch_iterator.EpochIterator):
         if self.closed:
             return
         self.terminate_event.set()
-        if self.is_alive():
+        if not self._starved():
             self.join()
         self.memory_context.__exit__(None, None, None)
         for thread in self._page_readers():
