@@ -26,7 +26,8 @@ class MixupFn:
             img_size: int | tuple[int, int] | None = None,
     ) -> None:
         if not isinstance(model, nn.Module) or hasattr(model, '_orig_mod') or hasattr(model, 'module'):
-            raise ValueError(f'pass the timm model itself, before DDP or torch.compile wrap it; got {type(model).__name__}')
+            raise ValueError(
+                f'pass the timm model itself, before DDP or torch.compile wrap it; got {type(model).__name__}')
         self._module = MixModule(model, mix, mix_kwargs, img_size)
         self.mix = self._module.mix
         self.num_classes = model.num_classes if num_classes is None else num_classes
@@ -60,8 +61,8 @@ class MixupFn:
         """
         if self._pending is not None:
             raise RuntimeError(
-                'mixup_fn was called again before the model ran a training forward on what it returned; call model(x) in train mode '
-                'once after each call, or disarm() to drop a step')
+                'mixup_fn was called again before the model ran a training forward on what it returned; call model(x) '
+                'in train mode once after each call, or disarm() to drop a step')
         clean = soft_target(target, self.num_classes, self.label_smoothing)
         if not self.mixup_enabled:
             self.mode, self.lam = 'clean', None
@@ -94,8 +95,8 @@ class MixupFn:
         if inputs[0].shape != shape:
             self._pending = None
             raise RuntimeError(
-                f'mixup_fn returned images of shape {tuple(shape)}, the model was called with {tuple(inputs[0].shape)}; call it with what '
-                'mixup_fn returned')
+                f'mixup_fn returned images of shape {tuple(shape)}, the model was called with '
+                f'{tuple(inputs[0].shape)}; call it with what mixup_fn returned')
         self._module.arm(draw)
 
     def _after_forward(self, model: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor | None:

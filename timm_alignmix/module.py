@@ -68,7 +68,7 @@ class MixModule(nn.Module):
     ) -> None:
         super().__init__()
         if isinstance(mix, Mix) and mix_kwargs:
-            raise ValueError(f'mix_kwargs {sorted(mix_kwargs)} go with the name of a mix; {mix!r} has its options already')
+            raise ValueError(f'mix_kwargs {sorted(mix_kwargs)} go with the name of a mix, {mix!r} has its options')
         self.model = model
         self.mix = copy.deepcopy(mix) if isinstance(mix, Mix) else create_mix(mix, **(mix_kwargs or {}))
         if type(self.mix).bind is not Mix.bind:

@@ -70,8 +70,8 @@ class MixTask(ClassificationTask):
         if self.smoothing is None and self.mix.closed_form:
             raise ValueError(
                 f'mix {self.mix.name!r} computes softmax cross-entropy in closed form, criterion '
-                f'{type(self.criterion).__name__} cannot replace it; leave criterion out, or use mix none, mixup, cutmix, manifold or '
-                'alignmix')
+                f'{type(self.criterion).__name__} cannot replace it; leave criterion out, or use mix none, mixup, cutmix, '
+                'manifold or alignmix')
         self.seed, self.rank, self.step = seed, rank, 0
         self._random = StepRandom(seed, rank)
 

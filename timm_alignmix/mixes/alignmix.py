@@ -67,8 +67,8 @@ class AlignMix(PairMix):
         layer = anatomy.align_layer(self.align_at)
         if layer.before_pool:
             warnings.warn(
-                f'{anatomy.name}: features aligned at {layer.name!r} go straight into pooling, which does not see positions: '
-                'alignment is (nearly) a no-op there, the mix that of unaligned features; align an earlier layer '
+                f'{anatomy.name}: features aligned at {layer.name!r} go straight into pooling, which does not see '
+                'positions: alignment is (nearly) a no-op there, the mix that of unaligned features; align an earlier layer '
                 "(align_at='auto')", stacklevel=2)
         self.layers = {layer.name: layer}
 

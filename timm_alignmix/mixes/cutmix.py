@@ -26,11 +26,8 @@ class CutMix(PairMix):
         B, _, H, W = images.shape
         shape = (B, 1) if self.per_example else (1, 1)
         lam = sample_beta(self.alpha, shape, rng.host)
-        side = torch.tensor([H, W])
-        cut = (side * (1 - lam).sqrt()).int()
         centre = torch.cat([torch.randint(n, shape, generator=rng.host) for n in (H, W)], dim=1)
-        # (B or 1, 4): top, left, bottom, right.
-        box = torch.cat([(centre - cut // 2).clamp_min(0), torch.minimum(centre + (cut + 1) // 2, side)], dim=1)
+        box = box_around(centre, lam, H, W)
         area = (box[:, 2] - box[:, 0]) * (box[:, 3] - box[:, 1])
         lam = 1 - area / (H * W)
         device = images.device
@@ -49,3 +46,20 @@ class CutMix(PairMix):
         x = torch.arange(W, device=images.device).view(1, 1, 1, W)
         inside = (y >= top) & (y < bottom) & (x >= left) & (x < right)
         return torch.where(inside, images[draw['perm']], images)
+
+
+def box_around(centre: torch.Tensor, lam: torch.Tensor, H: int, W: int) -> torch.Tensor:
+    """Boxes of area 1 - lam around centres, clipped to the image.
+
+    Args:
+        centre: (K, 2) rows and columns.
+        lam: (K, 1).
+        H: Height of the image.
+        W: Width of the image.
+
+    Returns:
+        (K, 4) top, left, bottom, right; the last two exclusive.
+    """
+    side = torch.tensor([H, W])
+    cut = (side * (1 - lam.double()).sqrt()).int()
+    return torch.cat([(centre - cut // 2).clamp_min(0), torch.minimum(centre + (cut + 1) // 2, side)], dim=1)

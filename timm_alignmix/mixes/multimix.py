@@ -35,8 +35,8 @@ class HullMix(PairMix):
         low, high = (alpha, alpha) if isinstance(alpha, (int, float)) else alpha
         if n < 1 or not (m is None or m >= 1) or not 0 <= prob <= 1 or not 0 < low <= high:
             raise ValueError(
-                f'need n >= 1, m >= 1 or None, 0 <= prob <= 1 and alpha > 0 or a pair 0 < low <= high, got n={n}, m={m}, '
-                f'prob={prob}, alpha={alpha}')
+                f'need n >= 1, m >= 1 or None, 0 <= prob <= 1 and alpha > 0 or a pair 0 < low <= high, got n={n}, '
+                f'm={m}, prob={prob}, alpha={alpha}')
         self.n, self.m, self.hull_alpha, self.mode = n, m, (float(low), float(high)), mode
         self.probs = {mode: prob, 'input': 1 - prob}
 
@@ -90,7 +90,8 @@ class MultiMix(HullMix):
         mode = draw_mode(self.probs, rng)
         if mode == 'input':
             return dict(mode=mode, layer=None, **self.draw_pair(images, rng))
-        return dict(mode=mode, layer=next(iter(self.layers), None), lam=None, weights=self.draw_weights(len(images), rng))
+        weights = self.draw_weights(len(images), rng)
+        return dict(mode=mode, layer=next(iter(self.layers), None), lam=None, weights=weights)
 
     def features(self, x: torch.Tensor, layer: FeatureLayer, draw: Draw) -> torch.Tensor:
         return torch.einsum('nb,b...->n...', draw['weights'].to(x.dtype), x)

@@ -1,67 +1,24 @@
 """How a timm model is built: where features can be mixed, and what stands between them and the logits.
 
-The only file that knows. Everything is found by watching the model's own forward pass, on a copy, and is believed only
-after the copy has reproduced that forward pass through the split; a model that cannot be split exactly is refused by
-name.
+Everything is found by watching the model's own forward pass, on a copy, and is believed only after the copy has
+reproduced that forward pass through the split; a model that cannot be split exactly is refused by name.
 
-Shape suffixes: B batch, C classes, D channels, R spatial positions, T tokens (prefix tokens and positions).
+Shape suffixes: B batch, C classes, D channels, R spatial positions.
 """
 import copy
 from dataclasses import dataclass
 from typing import Any
 
+import timm
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
-_NORMS = (nn.modules.batchnorm._BatchNorm,)
-_DROPOUTS = (nn.modules.dropout._DropoutNd,)
+from .dense_head import NORMS, DenseHead, HeadStep
+from .layers import FeatureLayer, Layout
 
 
 class UnsupportedModel(ValueError):
     """The model cannot be mixed exactly in the way that was asked for."""
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How a feature tensor stores positions: 'NCHW', 'NHWC', or 'NLC' with `prefix` leading tokens that are no
-    positions."""
-    kind: str
-    prefix: int = 0
-
-    def positions(self, x: torch.Tensor) -> torch.Tensor:
-        """Features as (B, D, R), a view where the layout allows."""
-        if self.kind == 'NCHW':
-            return x.flatten(2)
-        if self.kind == 'NHWC':
-            return x.flatten(1, 2).transpose(1, 2)
-        return x[:, self.prefix:].transpose(1, 2)
-
-    def restore(self, feat_BDR: torch.Tensor, like: torch.Tensor, prefix: torch.Tensor | None = None) -> torch.Tensor:
-        """Features (B, D, R) back in the shape of `like`; `prefix` (B, prefix, D) replaces its leading tokens."""
-        if self.kind == 'NCHW':
-            return feat_BDR.reshape(len(feat_BDR), *like.shape[1:])
-        x = feat_BDR.transpose(1, 2)
-        if self.kind == 'NHWC':
-            return x.reshape(len(feat_BDR), *like.shape[1:])
-        return torch.cat([prefix.to(x.dtype), x], dim=1) if self.prefix else x
-
-
-@dataclass(frozen=True)
-class FeatureLayer:
-    """A module whose output is the only way from the image to the logits.
-
-    Attributes:
-        name: The module's name in the model.
-        layout: Layout of its output.
-        num_positions: R at the image size the model was examined at.
-        before_pool: The output goes straight into average pooling, or its class token into the classifier: what happens
-            between positions there does not reach the logits.
-    """
-    name: str
-    layout: Layout
-    num_positions: int
-    before_pool: bool
 
 
 @dataclass
@@ -72,140 +29,6 @@ class _Call:
     inputs: tuple
     output: Any
     is_leaf: bool
-
-
-@dataclass(frozen=True)
-class _Step:
-    """A module on the way from the pooled vector to the logits, and the per-example shape it takes."""
-    module: nn.Module
-    shape: tuple[int, ...]
-
-
-class DenseHead:
-    """The model's own head, applied at every position instead of once after pooling.
-
-    Inference is untouched. A BatchNorm in the head normalises positions with the mean and variance of the POOLED batch,
-    as one affine map, and its running statistics are left to the model's own pooled forward; dropout draws one channel
-    mask an example; norms and layers after the pooling are applied per position ([M] defines the dense classifier so).
-
-    Attributes:
-        name: Name of the module whose output is pooled.
-        layout: Its layout.
-        exact_mean: Whether the mean of dense logits equals the model's logits (a head that is affine after pooling).
-    """
-
-    def __init__(
-            self,
-            model: nn.Module,
-            name: str,
-            layout: Layout,
-            branches: list[list[_Step]],
-            positions: dict[tuple[int, ...], int],
-    ) -> None:
-        self.name, self.layout = name, layout
-        self.exact_mean = False
-        self._model, self._branches, self._positions = model, branches, positions
-
-    def positions_at(self, images: torch.Tensor) -> int:
-        """R for images of this size, learnt from one clean forward pass when the size is new."""
-        size = tuple(images.shape[1:])
-        if size not in self._positions:
-            self._positions[size] = self.layout.positions(self._feature_map(images[:1])).shape[2]
-        return self._positions[size]
-
-    @torch.no_grad()
-    def _feature_map(self, images: torch.Tensor) -> torch.Tensor:
-        found = []
-        training = [module for module in self._model.modules() if module.training]
-        handle = self._model.get_submodule(self.name).register_forward_hook(lambda m, inputs, output: found.append(output))
-        try:
-            self._model.eval()(images)
-        finally:
-            handle.remove()
-            for module in training:
-                module.training = True
-        return found[0]
-
-    def __call__(self, feature_map: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Dense logits and embeddings of a feature map.
-
-        Returns:
-            logits_BRC, whose classifier is the mean of the model's linear heads, and embed_BDR, the inputs of those
-            linears (concatenated over heads along D).
-        """
-        feat_BRD = self.layout.positions(feature_map).transpose(1, 2)
-        logits, embeds = [], []
-        for branch in self._branches:
-            embed_BRD = self._embed(branch[:-1], feat_BRD)
-            embeds.append(embed_BRD)
-            logits.append(_apply(branch[-1], embed_BRD))
-        logits_BRC = logits[0] if len(logits) == 1 else torch.stack(logits).mean(dim=0)
-        embed_BRD = embeds[0] if len(embeds) == 1 else torch.cat(embeds, dim=2)
-        return logits_BRC, embed_BRD.transpose(1, 2)
-
-    def weight(self) -> torch.Tensor:
-        """(C, D) weight of the classifier of :meth:`__call__`'s embeddings."""
-        weights = [branch[-1].module.weight.flatten(1) for branch in self._branches]
-        return weights[0] if len(weights) == 1 else torch.cat(weights, dim=1) / len(weights)
-
-    def _embed(self, steps: list[_Step], feat_BRD: torch.Tensor) -> torch.Tensor:
-        normalised = any(isinstance(step.module, _NORMS) for step in steps)
-        if normalised:
-            # The pooled vector walks along as one more position: it is what the statistics are taken from.
-            feat_BRD = torch.cat([feat_BRD, feat_BRD.mean(dim=1, keepdim=True)], dim=1)
-        dropped = False
-        for step in steps:
-            if isinstance(step.module, _NORMS):
-                feat_BRD = _norm_like_pooled(step.module, feat_BRD)
-            elif isinstance(step.module, _DROPOUTS):
-                feat_BRD = _drop_channels(feat_BRD, step.module.p, step.module.training)
-                dropped = True
-            else:
-                feat_BRD = _apply(step, feat_BRD)
-        if not dropped:
-            # ResNet and others drop with F.dropout(p=model.drop_rate), which is no module.
-            feat_BRD = _drop_channels(feat_BRD, float(getattr(self._model, 'drop_rate', 0.0)), self._model.training)
-        return feat_BRD[:, :-1] if normalised else feat_BRD
-
-
-def _apply(step: _Step, feat_BRD: torch.Tensor) -> torch.Tensor:
-    B, R, _ = feat_BRD.shape
-    if isinstance(step.module, (nn.Linear, nn.LayerNorm)) and len(step.shape) == 1:
-        return step.module(feat_BRD)
-    return step.module(feat_BRD.reshape(B * R, *step.shape)).reshape(B, R, -1)
-
-
-def _drop_channels(feat_BRD: torch.Tensor, p: float, training: bool) -> torch.Tensor:
-    if not training or p == 0:
-        return feat_BRD
-    return feat_BRD * F.dropout(torch.ones_like(feat_BRD[:, :1]), p, training=True)
-
-
-def _norm_like_pooled(bn: nn.Module, feat_BRD: torch.Tensor) -> torch.Tensor:
-    """BatchNorm as one affine map whose statistics are those of the last position, the pooled vector."""
-    x = feat_BRD.float() if feat_BRD.dtype != torch.float64 else feat_BRD
-    if bn.training or bn.running_mean is None:
-        if isinstance(bn, nn.SyncBatchNorm) and torch.distributed.is_initialized():
-            mean, var = _global_moments(x[:, -1], bn.process_group)
-        else:
-            mean, var = x[:, -1].mean(dim=0), x[:, -1].var(dim=0, unbiased=False)
-    else:
-        mean, var = bn.running_mean, bn.running_var
-    scale = torch.rsqrt(var + bn.eps)
-    if bn.affine:
-        scale = scale * bn.weight
-    shift = -mean * scale + (bn.bias if bn.affine else 0)
-    return (x * scale + shift).to(feat_BRD.dtype)
-
-
-def _global_moments(pooled_BD: torch.Tensor, group: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and variance over all ranks, differentiable, as SyncBatchNorm has them."""
-    from torch.distributed.nn.functional import all_reduce
-
-    count = pooled_BD.new_full((1,), len(pooled_BD))
-    total = all_reduce(torch.cat([pooled_BD.sum(dim=0), pooled_BD.square().sum(dim=0), count]), group=group)
-    mean, square = total[:-1].div(total[-1]).chunk(2)
-    return mean, square - mean.square()
 
 
 class Anatomy:
@@ -285,17 +108,14 @@ class Anatomy:
         if heads and self._same(torch.stack(outputs).mean(dim=0), self._logits):
             return heads
         raise UnsupportedModel(
-            f'{self.name}: the logits are not the output of linear layers (nor their mean), so mixing embeddings is not '
-            'mixing logits; use mix none, mixup, cutmix, manifold or alignmix')
+            f'{self.name}: the logits are not the output of linear layers (nor their mean), so mixing embeddings is '
+            'not mixing logits; use mix none, mixup, cutmix, manifold or alignmix')
 
     # Layers to mix at
 
     def stages(self) -> list[str]:
         """Module names of the model's stages or blocks, input to output (the stem left out)."""
-        info = getattr(self.model, 'feature_info', None) or []
-        info = getattr(info, 'info', info)
-        names = [entry['module'] for entry in info if isinstance(entry, dict) and 'module' in entry]
-        names = [name for name in names if name in self._by_name]
+        names = [entry['module'] for entry in self._feature_info() if entry['module'] in self._by_name]
         stem = ('act', 'stem', 'conv', 'bn', 'relu', 'norm', 'patch_embed')
         while len(names) > 2 and names[0].split('.')[0].rstrip('0123456789').startswith(stem):
             names = names[1:]
@@ -303,14 +123,18 @@ class Anatomy:
             names = self._children_in_order()
         return names
 
+    def _feature_info(self) -> list[dict[str, Any]]:
+        info = getattr(self.model, 'feature_info', None) or []
+        return [entry for entry in getattr(info, 'info', info) if isinstance(entry, dict) and 'module' in entry]
+
     def _children_in_order(self) -> list[str]:
         """Entries of the longest stage-like container, for models that list no features."""
         best: list[str] = []
         for attr in ('stages', 'layers', 'blocks', 'features', 'network', 'transformer'):
             container = getattr(self.model, attr, None)
             if isinstance(container, (nn.Sequential, nn.ModuleList)):
-                names = [f'{attr}.{name}' for name, _ in container.named_children() if f'{attr}.{name}' in self._by_name]
-                best = max(best, names, key=len)
+                names = [f'{attr}.{name}' for name, _ in container.named_children()]
+                best = max(best, [name for name in names if name in self._by_name], key=len)
         return best
 
     def is_isotropic(self) -> bool:
@@ -402,7 +226,7 @@ class Anatomy:
         vectors = []
         for call in self._calls:
             for x in call.inputs[:1]:
-                if isinstance(x, torch.Tensor) and x.shape[0] == 2 and x.numel() == 2 * channels and x.is_floating_point():
+                if isinstance(x, torch.Tensor) and x.shape[0] == 2 and x.numel() == 2 * channels:
                     vectors.append(x.reshape(2, channels))
         return vectors
 
@@ -432,9 +256,7 @@ class Anatomy:
         return Layout('NLC', prefix)
 
     def _image_layout(self, name: str, x: torch.Tensor) -> str:
-        info = getattr(self.model, 'feature_info', None) or []
-        channels = {e['module']: e['num_chs'] for e in getattr(info, 'info', info) if isinstance(e, dict) and 'module' in e}
-        expected = channels.get(name)
+        expected = next((entry['num_chs'] for entry in self._feature_info() if entry['module'] == name), None)
         if expected in (x.shape[1], x.shape[3]) and x.shape[1] != x.shape[3]:
             return 'NCHW' if expected == x.shape[1] else 'NHWC'
         # Images are square far more often than a feature map has as many channels as rows.
@@ -472,16 +294,16 @@ class Anatomy:
         name, layout, token = self._pooled_map(pooled)
         if token and not allow_class_token:
             raise UnsupportedModel(
-                f'{self.name} classifies its class token, which dense mixing would leave to the input-mixup half; create '
-                f"it with global_pool='avg', class_token=False, fc_norm=False where its family takes them (plain ViTs), or "
-                'pass allow_class_token=True to insist')
+                f'{self.name} classifies its class token, which dense mixing would leave to the input-mixup half; '
+                "create it with global_pool='avg', class_token=False, fc_norm=False where its family takes them (plain "
+                'ViTs), or pass allow_class_token=True to insist')
         positions = {self.input_size: layout.positions(self._by_name[name].output).shape[2]}
         if positions[self.input_size] < 2:
             raise UnsupportedModel(
                 f'{self.name} leaves one position before its classifier, nothing to mix densely; use mix multimix')
         trial = DenseHead(self._copy, name, layout, [steps for steps, _ in chains], positions)
         exact_mean = self._prove_dense(trial)
-        branches = [[_Step(self.model.get_submodule(self._name_of(s.module)), s.shape) for s in b] for b, _ in chains]
+        branches = [[HeadStep(self.model.get_submodule(self._name_of(s.module)), s.shape) for s in b] for b, _ in chains]
         head = DenseHead(self.model, name, layout, branches, positions)
         head.exact_mean = exact_mean and not token
         return head
@@ -489,12 +311,12 @@ class Anatomy:
     def _name_of(self, module: nn.Module) -> str:
         return next(name for name, m in self._copy.named_modules() if m is module)
 
-    def _chain(self, head: _Call) -> tuple[list[_Step], torch.Tensor]:
+    def _chain(self, head: _Call) -> tuple[list[HeadStep], torch.Tensor]:
         """Leaf modules from the pooled vector to a linear head, and that vector (2, D)."""
         steps, call, index = [], head, self._calls.index(head)
         while True:
             x = call.inputs[0]
-            steps.append(_Step(call.module, tuple(x.shape[1:])))
+            steps.append(HeadStep(call.module, tuple(x.shape[1:])))
             vector = x.reshape(2, -1)
             previous = next((
                 i for i in range(index - 1, -1, -1)
@@ -593,7 +415,7 @@ def _perturbed_copy(model: nn.Module) -> nn.Module:
     for module in clone.modules():
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()
-        if isinstance(module, _NORMS) and module.running_mean is not None:
+        if isinstance(module, NORMS) and module.running_mean is not None:
             module.running_mean.add_(noise(module.running_mean), alpha=0.1)
             module.running_var.mul_(1 + 0.2 * noise(module.running_var).tanh())
     for param in clone.parameters():
@@ -608,8 +430,6 @@ def dense_model_kwargs(model_name: str) -> dict[str, Any]:
     With a class token, or with a norm after pooling, the token or vector that inference uses is not the mean of what
     dense mixing trains.
     """
-    import timm
-
     kwargs = dict(global_pool='avg', class_token=False, fc_norm=False)
     with torch.device('meta'):
         model = timm.create_model(model_name)

@@ -1,0 +1,150 @@
+"""A model's own head as a function of one position.
+
+Shape suffixes: B batch, C classes, D channels, R spatial positions.
+"""
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from .layers import Layout
+
+NORMS = (nn.modules.batchnorm._BatchNorm,)
+DROPOUTS = (nn.modules.dropout._DropoutNd,)
+
+
+@dataclass(frozen=True)
+class HeadStep:
+    """A module on the way from the pooled vector to the logits, and the per-example shape it takes."""
+    module: nn.Module
+    shape: tuple[int, ...]
+
+
+class DenseHead:
+    """The model's own head, applied at every position instead of once after pooling.
+
+    Inference is untouched. A BatchNorm in the head normalises positions with the mean and variance of the POOLED batch,
+    as one affine map, and its running statistics are left to the model's own pooled forward; dropout draws one channel
+    mask an example; norms and layers after the pooling are applied per position ([M] defines the dense classifier so).
+
+    Attributes:
+        name: Name of the module whose output is pooled.
+        layout: Its layout.
+        exact_mean: Whether the mean of dense logits equals the model's logits (a head that is affine after pooling).
+    """
+
+    def __init__(
+            self,
+            model: nn.Module,
+            name: str,
+            layout: Layout,
+            branches: list[list[HeadStep]],
+            positions: dict[tuple[int, ...], int],
+    ) -> None:
+        self.name, self.layout = name, layout
+        self.exact_mean = False
+        self._model, self._branches, self._positions = model, branches, positions
+
+    def positions_at(self, images: torch.Tensor) -> int:
+        """R for images of this size, learnt from one clean forward pass when the size is new."""
+        size = tuple(images.shape[1:])
+        if size not in self._positions:
+            self._positions[size] = self.layout.positions(self._feature_map(images[:1])).shape[2]
+        return self._positions[size]
+
+    @torch.no_grad()
+    def _feature_map(self, images: torch.Tensor) -> torch.Tensor:
+        found = []
+        training = [module for module in self._model.modules() if module.training]
+        module = self._model.get_submodule(self.name)
+        handle = module.register_forward_hook(lambda module, inputs, output: found.append(output))
+        try:
+            self._model.eval()(images)
+        finally:
+            handle.remove()
+            for module in training:
+                module.training = True
+        return found[0]
+
+    def __call__(self, feature_map: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Dense logits and embeddings of a feature map.
+
+        Returns:
+            logits_BRC, whose classifier is the mean of the model's linear heads, and embed_BDR, the inputs of those
+            linears (concatenated over heads along D).
+        """
+        feat_BRD = self.layout.positions(feature_map).transpose(1, 2)
+        logits, embeds = [], []
+        for branch in self._branches:
+            embed_BRD = self._embed(branch[:-1], feat_BRD)
+            embeds.append(embed_BRD)
+            logits.append(_apply(branch[-1], embed_BRD))
+        logits_BRC = logits[0] if len(logits) == 1 else torch.stack(logits).mean(dim=0)
+        embed_BRD = embeds[0] if len(embeds) == 1 else torch.cat(embeds, dim=2)
+        return logits_BRC, embed_BRD.transpose(1, 2)
+
+    def weight(self) -> torch.Tensor:
+        """(C, D) weight of the classifier of :meth:`__call__`'s embeddings."""
+        weights = [branch[-1].module.weight.flatten(1) for branch in self._branches]
+        return weights[0] if len(weights) == 1 else torch.cat(weights, dim=1) / len(weights)
+
+    def _embed(self, steps: list[HeadStep], feat_BRD: torch.Tensor) -> torch.Tensor:
+        normalised = any(isinstance(step.module, NORMS) for step in steps)
+        if normalised:
+            # The pooled vector walks along as one more position: it is what the statistics are taken from.
+            feat_BRD = torch.cat([feat_BRD, feat_BRD.mean(dim=1, keepdim=True)], dim=1)
+        dropped = False
+        for step in steps:
+            if isinstance(step.module, NORMS):
+                feat_BRD = _norm_like_pooled(step.module, feat_BRD)
+            elif isinstance(step.module, DROPOUTS):
+                feat_BRD = _drop_channels(feat_BRD, step.module.p, step.module.training)
+                dropped = True
+            else:
+                feat_BRD = _apply(step, feat_BRD)
+        if not dropped:
+            # ResNet and others drop with F.dropout(p=model.drop_rate), which is no module.
+            feat_BRD = _drop_channels(feat_BRD, float(getattr(self._model, 'drop_rate', 0.0)), self._model.training)
+        return feat_BRD[:, :-1] if normalised else feat_BRD
+
+
+def _apply(step: HeadStep, feat_BRD: torch.Tensor) -> torch.Tensor:
+    B, R, _ = feat_BRD.shape
+    if isinstance(step.module, (nn.Linear, nn.LayerNorm)) and len(step.shape) == 1:
+        return step.module(feat_BRD)
+    return step.module(feat_BRD.reshape(B * R, *step.shape)).reshape(B, R, -1)
+
+
+def _drop_channels(feat_BRD: torch.Tensor, p: float, training: bool) -> torch.Tensor:
+    if not training or p == 0:
+        return feat_BRD
+    return feat_BRD * F.dropout(torch.ones_like(feat_BRD[:, :1]), p, training=True)
+
+
+def _norm_like_pooled(bn: nn.Module, feat_BRD: torch.Tensor) -> torch.Tensor:
+    """BatchNorm as one affine map whose statistics are those of the last position, the pooled vector."""
+    x = feat_BRD.float() if feat_BRD.dtype != torch.float64 else feat_BRD
+    if bn.training or bn.running_mean is None:
+        if isinstance(bn, nn.SyncBatchNorm) and torch.distributed.is_initialized():
+            mean, var = _global_moments(x[:, -1], bn.process_group)
+        else:
+            mean, var = x[:, -1].mean(dim=0), x[:, -1].var(dim=0, unbiased=False)
+    else:
+        mean, var = bn.running_mean, bn.running_var
+    scale = torch.rsqrt(var + bn.eps)
+    if bn.affine:
+        scale = scale * bn.weight
+    shift = -mean * scale + (bn.bias if bn.affine else 0)
+    return (x * scale + shift).to(feat_BRD.dtype)
+
+
+def _global_moments(pooled_BD: torch.Tensor, group: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and variance over all ranks, differentiable, as SyncBatchNorm has them."""
+    from torch.distributed.nn.functional import all_reduce
+
+    count = pooled_BD.new_full((1,), len(pooled_BD))
+    total = all_reduce(torch.cat([pooled_BD.sum(dim=0), pooled_BD.square().sum(dim=0), count]), group=group)
+    mean, square = total[:-1].div(total[-1]).chunk(2)
+    return mean, square - mean.square()

@@ -1,0 +1,49 @@
+"""Feature layers of a model and how they store positions.
+
+Shape suffixes: B batch, C classes, D channels, R spatial positions.
+"""
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a feature tensor stores positions: 'NCHW', 'NHWC', or 'NLC' with `prefix` leading tokens that are no
+    positions."""
+    kind: str
+    prefix: int = 0
+
+    def positions(self, x: torch.Tensor) -> torch.Tensor:
+        """Features as (B, D, R), a view where the layout allows."""
+        if self.kind == 'NCHW':
+            return x.flatten(2)
+        if self.kind == 'NHWC':
+            return x.flatten(1, 2).transpose(1, 2)
+        return x[:, self.prefix:].transpose(1, 2)
+
+    def restore(self, feat_BDR: torch.Tensor, like: torch.Tensor, prefix: torch.Tensor | None = None) -> torch.Tensor:
+        """Features (B, D, R) back in the shape of `like`; `prefix` (B, prefix, D) replaces its leading tokens."""
+        if self.kind == 'NCHW':
+            return feat_BDR.reshape(len(feat_BDR), *like.shape[1:])
+        x = feat_BDR.transpose(1, 2)
+        if self.kind == 'NHWC':
+            return x.reshape(len(feat_BDR), *like.shape[1:])
+        return torch.cat([prefix.to(x.dtype), x], dim=1) if self.prefix else x
+
+
+@dataclass(frozen=True)
+class FeatureLayer:
+    """A module whose output is the only way from the image to the logits.
+
+    Attributes:
+        name: The module's name in the model.
+        layout: Layout of its output.
+        num_positions: R at the image size the model was examined at.
+        before_pool: The output goes straight into average pooling, or its class token into the classifier: what happens
+            between positions there does not reach the logits.
+    """
+    name: str
+    layout: Layout
+    num_positions: int
+    before_pool: bool
