@@ -11,6 +11,21 @@ from timm_alignmix.data import WriteSettings, convert
 NUM_TRAIN, NUM_VAL = 37, 11  # no multiple of any world size or batch size that the tests use
 
 
+def _average_rows(image: np.ndarray, count: int) -> np.ndarray:
+    edges = np.linspace(0, len(image), count + 1)
+    starts = np.arange(len(image))
+    overlap = np.minimum(edges[1:, None], starts + 1) - np.maximum(edges[:-1, None], starts)
+    return np.tensordot(overlap.clip(0) * count / len(image), image, axes=1)
+
+
+@pytest.fixture(scope='session')
+def area_average():
+    """Callable: exact area averages of an image at a smaller (height, width), in float64."""
+    def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+        return _average_rows(_average_rows(image, size[0]).swapaxes(0, 1), size[1]).swapaxes(0, 1)
+    return resize
+
+
 @pytest.fixture(scope='session')
 def photos() -> list[np.ndarray]:
     """Two photographs, (427, 640, 3) uint8."""

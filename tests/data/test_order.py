@@ -31,10 +31,10 @@ def test_training_uses_a_sample_at_most_once_and_ranks_get_as_many(count, batch_
 def test_global_batches_do_not_depend_on_the_number_of_ranks():
     order = shuffled(60, seed=0, epoch=0)
     for world_size, batch_size in ((1, 12), (2, 6), (3, 4)):
-        shards = [train_shard(order, batch_size, rank, world_size).reshape(-1, batch_size) for rank in range(world_size)]
+        shards = [train_shard(order, batch_size, rank, world_size) for rank in range(world_size)]
         for step in range(5):
-            together = sorted(np.concatenate([shard[step] for shard in shards]).tolist())
-            assert together == sorted(order[step * 12:(step + 1) * 12].tolist())
+            together = [shard[step * batch_size:(step + 1) * batch_size] for shard in shards]
+            assert sorted(np.concatenate(together).tolist()) == sorted(order[step * 12:(step + 1) * 12].tolist())
 
 
 def test_orders_differ_between_seeds_and_epochs_and_repeat():

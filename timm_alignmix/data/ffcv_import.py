@@ -1,9 +1,11 @@
 """The one place that imports FFCV, so that everything else works without it."""
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
+from typing import Any
 
+import numpy as np
 import torch
 
 INSTALL = (
@@ -38,6 +40,8 @@ def import_ffcv() -> ModuleType:
             import ffcv.fields.basics
             import ffcv.fields.rgb_image
             import ffcv.loader.epoch_iterator
+            import ffcv.memory_managers.os_cache
+            import ffcv.pipeline.compiler
             import ffcv.transforms
             import ffcv.types
             import numba
@@ -45,4 +49,23 @@ def import_ffcv() -> ModuleType:
         raise ImportError(f'FFCV cannot be imported ({error}). To install it, {INSTALL}') from error
     if 'NUMBA_THREADING_LAYER' not in os.environ:
         numba.config.THREADING_LAYER = 'threadsafe'
+    ffcv.memory_managers.os_cache.OSCacheManager.compile_reader = _compile_reader
     return ffcv
+
+
+def _compile_reader(manager: Any) -> Callable:
+    """FFCV's reader of the page cache, with types of its own.
+
+    FFCV's marks numba's uint8[::1] read-only, an object that the whole process shares and uses as a dictionary key:
+    numba's finalizers then fail for every function compiled before, whenever the garbage collector gets to them.
+    """
+    import ffcv
+    from numba import types, uint64
+
+    def read(address, state):
+        size = state[2][np.searchsorted(state[1], address)]
+        return state[0][address:address + size]
+
+    content = types.Array(types.uint8, 1, 'C', readonly=True)
+    signature = content(uint64, types.Tuple([content, uint64[::1], uint64[::1]]))
+    return ffcv.pipeline.compiler.Compiler.compile(read, signature)

@@ -56,10 +56,9 @@ def decode_image(
     Args:
         source: File, path, or an image already opened.
         mode: 'RGB' or 'L'.
-        max_side: Longer side above which the image is reduced by area averaging, aspect ratio kept. None keeps the
-            size.
-        max_pixels: Refuse to decode more pixels than this. A JPEG too large is decoded at a reduced scale first, so
-            only other formats (and JPEGs without max_side) meet the limit.
+        max_side: Longer side that suffices: a JPEG of more than max_pixels is decoded at a reduced scale, no smaller
+            than this. Other images keep their size.
+        max_pixels: Refuse to decode more pixels than this.
 
     Raises:
         ValueError: Too many pixels, or a pixel type without an 8-bit meaning.
@@ -76,12 +75,7 @@ def decode_image(
     image = _to_eight_bits(image)
     if image.mode == 'P' and 'transparency' in image.info:
         image = image.convert('RGBA')
-    image = image.convert(mode)
-    if max_side and max(image.size) > max_side:
-        scale = max_side / max(image.size)
-        size = tuple(max(1, int(side * scale)) for side in image.size)
-        image = image.resize(size, Image.Resampling.BOX)
-    return image
+    return image.convert(mode)
 
 
 def read_bytes(source: BinaryIO) -> io.BytesIO:

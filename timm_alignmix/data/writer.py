@@ -84,12 +84,14 @@ def _encode(image: Any, label: int, index: int, name: str, settings: WriteSettin
         if not isinstance(image, Image.Image):
             image = read_bytes(image)
         image = decode_image(image, max_side=settings.max_resolution, max_pixels=settings.max_pixels)
-        if min(image.size) < MIN_SIDE:
-            raise ValueError(f'{image.width} x {image.height} pixels are too few')
+        scale = min(1.0, settings.max_resolution / max(image.size))
+        if int(min(image.size) * scale) < MIN_SIDE:
+            raise ValueError(f'too thin: {image.width} x {image.height} pixels')
     except Exception as error:  # Pillow raises many types on damaged files; errors after this are ours and not caught
         return Unreadable(name, label, f'{type(error).__name__}: {error}')
     as_jpeg = np.random.default_rng([settings.seed, index]).random() < settings.jpeg_share
-    return encode_sample(np.asarray(image), label, as_jpeg, settings.jpeg_quality)
+    pixels = import_ffcv().fields.rgb_image.resizer(np.asarray(image), settings.max_resolution)
+    return encode_sample(pixels, label, as_jpeg, settings.jpeg_quality)
 
 
 class _EncodedImages(torch.utils.data.Dataset):
