@@ -105,6 +105,7 @@ class MixupFn:
         draw, _, target, soft = self._pending
         self._pending = None
         feature_map = self._module.disarm(draw)
+        self._module.check_ran(draw, feature_map)
         output, rows = self.mix.rows(self.mix.output(output, draw), feature_map, target, draw, self.label_smoothing)
         with torch.no_grad():
             soft.copy_(rows)

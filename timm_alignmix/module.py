@@ -83,13 +83,29 @@ class MixModule(nn.Module):
             handle.remove()
 
     def arm(self, draw: Draw) -> None:
-        """Make the next forward of the model the step that was drawn."""
+        """Make the next forward of the model the step that was drawn.
+
+        Raises:
+            RuntimeError: Gradient checkpointing would run the layer again in the backward pass, without the mix.
+        """
         if draw['layer'] is not None:
+            if draw['layer'] in self.mix.layers and getattr(self.model, 'grad_checkpointing', False):
+                raise RuntimeError(
+                    f'mix {self.mix.name!r} replaces the features of {draw["layer"]!r}, which gradient checkpointing '
+                    'would compute again without the mix; turn it off, or use mix none, mixup, cutmix, multimix or '
+                    'densemultimix')
             self.taps[draw['layer']].arm(self.mix, draw)
 
     def disarm(self, draw: Draw) -> torch.Tensor | None:
         """Make the model itself again; returns the tapped layer's output."""
         return None if draw['layer'] is None else self.taps[draw['layer']].disarm()
+
+    def check_ran(self, draw: Draw, feature_map: torch.Tensor | None) -> None:
+        """Raise RuntimeError if the tapped layer was by-passed: targets must never be mixed without the features."""
+        if draw['layer'] is not None and feature_map is None:
+            raise RuntimeError(
+                f'module {draw["layer"]!r} was not called in this forward pass, so nothing was mixed; gradient '
+                'checkpointing calls the blocks of a stage one by one: turn it off for this mix')
 
     def forward(
             self,
@@ -116,6 +132,7 @@ class MixModule(nn.Module):
             output = self.model(images)
         finally:
             feature_map = self.disarm(draw)
+        self.check_ran(draw, feature_map)
         output = self.mix.output(output, draw)
         loss = self.mix.loss(output, feature_map, target, draw, smoothing)
         return dict(output=output) if loss is None else dict(output=output, loss=loss)

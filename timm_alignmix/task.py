@@ -102,7 +102,9 @@ class MixTask(ClassificationTask):
             if mixed:
                 target = self.mix.target(soft_target(target, self.num_classes), draw)
             return self.criterion(output, target)
-        target_BC = soft_target(target, self.num_classes, self.smoothing)
+        # Float64 models are trained in float64 throughout; anything less has float32 targets.
+        dtype = torch.promote_types(output.dtype, torch.float32)
+        target_BC = soft_target(target, self.num_classes, self.smoothing, dtype)
         return soft_target_cross_entropy(output, self.mix.target(target_BC, draw) if mixed else target_BC)
 
     def compile(self, backend: str = 'inductor', mode: str | None = None, **compile_kwargs: Any) -> nn.Module:

@@ -303,7 +303,10 @@ class Anatomy:
                 f'{self.name} leaves one position before its classifier, nothing to mix densely; use mix multimix')
         trial = DenseHead(self._copy, name, layout, [steps for steps, _ in chains], positions)
         exact_mean = self._prove_dense(trial)
-        branches = [[HeadStep(self.model.get_submodule(self._name_of(s.module)), s.shape) for s in b] for b, _ in chains]
+        branches = [
+            [HeadStep(self.model.get_submodule(self._name_of(step.module)), step.shape) for step in steps]
+            for steps, _ in chains
+        ]
         head = DenseHead(self.model, name, layout, branches, positions)
         head.exact_mean = exact_mean and not token
         return head

@@ -20,23 +20,30 @@ from ._precision import at_least_fp32, full_precision
 _CHUNK_ELEMENTS = {'cpu': 2 ** 20, 'cuda': 2 ** 25}
 
 
-def soft_target(target: torch.Tensor, num_classes: int, smoothing: float = 0.0) -> torch.Tensor:
+def soft_target(
+        target: torch.Tensor,
+        num_classes: int,
+        smoothing: float = 0.0,
+        dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
     """Targets as (B, C) probabilities, smoothed by timm's convention: s / C everywhere plus 1 - s on the target.
 
     Args:
         target: (B,) integer classes, or (B, C) probabilities.
         num_classes: C.
         smoothing: Label smoothing s in [0, 1).
+        dtype: Of the result, unless the targets are float64.
 
     Returns:
-        (B, C), float32 (float64 for float64 targets).
+        (B, C).
 
     Raises:
         ValueError: Wrong shape, or rows that do not sum to 1 (checked on the CPU only: a check elsewhere would wait for
             the device).
     """
     check_target(target, len(target), num_classes)
-    target = F.one_hot(target.long(), num_classes).float() if target.ndim == 1 else at_least_fp32(target)
+    target = F.one_hot(target.long(), num_classes) if target.ndim == 1 else target
+    target = target.to(torch.float64 if target.dtype == torch.float64 else dtype)
     return target if smoothing == 0 else target * (1 - smoothing) + smoothing / num_classes
 
 
@@ -171,7 +178,7 @@ def dense_multimix_rows(
     """
     R, N, _ = weights_RNB.shape
     logits_RBC = at_least_fp32(logits_BRC).transpose(0, 1)
-    target_BC = soft_target(target, logits_RBC.shape[2], smoothing).to(logits_RBC.dtype)
+    target_BC = soft_target(target, logits_RBC.shape[2], smoothing, logits_RBC.dtype).to(logits_RBC.dtype)
     mixed_RNB, share_RN, total_R1 = _mixing(weights_RNB.to(logits_RBC.dtype), attention_BR)
     scale_RN1 = (share_RN * (R * N / (total_R1 > 0).sum().clamp(min=1))).unsqueeze(2)
     with torch.autocast(logits_RBC.device.type, enabled=False):

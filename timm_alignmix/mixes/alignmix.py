@@ -68,8 +68,8 @@ class AlignMix(PairMix):
         if layer.before_pool:
             warnings.warn(
                 f'{anatomy.name}: features aligned at {layer.name!r} go straight into pooling, which does not see '
-                'positions: alignment is (nearly) a no-op there, the mix that of unaligned features; align an earlier layer '
-                "(align_at='auto')", stacklevel=2)
+                'positions: alignment is (nearly) a no-op there, the mix that of unaligned features; align an earlier '
+                "layer (align_at='auto')", stacklevel=2)
         self.layers = {layer.name: layer}
 
     def draw(self, images: torch.Tensor, rng: StepRandom) -> Draw:
