@@ -63,6 +63,13 @@ def test_empty_class_folders_are_named(tree):
         open_source(str(root))
 
 
+def test_links_that_list_a_folder_twice_are_refused(tree):
+    root = tree('train/a/1.png', 'train/b/1.png')
+    (root / 'train' / 'a' / 'loop').symlink_to(root / 'train' / 'a')  # would become a class of its own
+    with pytest.raises(ValueError, match='a/loop and .*/a are the same folder, through a symbolic link'):
+        open_source(str(root))
+
+
 def test_no_images_at_all(tmp_path):
     (tmp_path / 'train' / 'a').mkdir(parents=True)
     with pytest.raises(ValueError, match='no images in the class folders'):

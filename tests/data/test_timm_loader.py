@@ -83,7 +83,7 @@ def test_global_generators_are_left_alone(numbered):
     assert draw() == expected
 
 
-@pytest.mark.parametrize('workers', [0, 2])
+@pytest.mark.parametrize('workers', [0, 1])  # torch waits 5 s for each worker after an exception
 def test_an_unreadable_image_is_named(tmp_path, crops, workers):
     folder = tmp_path / 'train' / 'a'
     folder.mkdir(parents=True)

@@ -93,7 +93,7 @@ def find_split_folder(root: str | Path, split: str) -> Path:
 
 
 def _check_folders(folder: Path, samples: list[tuple[str, int]]) -> None:
-    """Every folder in a split has images, and none lie outside of the folders."""
+    """Every folder in a split has images, none lie outside of the folders, and links do not list a folder twice."""
     places = [os.path.relpath(os.path.dirname(name), folder).split(os.sep)[0] for name, _ in samples]
     if '.' in places:
         raise ValueError(f'images lie directly in {folder}, such as {samples[places.index(".")][0]}; '
@@ -104,6 +104,11 @@ def _check_folders(folder: Path, samples: list[tuple[str, int]]) -> None:
         raise ValueError(
             f'{len(empty)} class folders in {folder} have no images that can be listed ({", ".join(EXTENSIONS)}): '
             f'{", ".join(empty[:20])}; fill them or remove them')
+    folder_of: dict[str, str] = {}
+    for place in sorted({os.path.dirname(name) for name, _ in samples}):
+        first = folder_of.setdefault(os.path.realpath(place), place)
+        if first != place:
+            raise ValueError(f'{place} and {first} are the same folder, through a symbolic link; remove the link')
 
 
 def _open_folder(root: str, split: str, class_map: str, class_to_idx: dict[str, int] | None) -> ImageSource:
