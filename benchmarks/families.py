@@ -61,8 +61,10 @@ vision_transformer_relpos=vit_srelpos_small_patch16_224 vision_transformer_sam=s
 vitamin=vitamin_small_224 volo=volo_d1_224 vovnet=ese_vovnet19b_slim_dw xception=legacy_xception
 xception_aligned=xception41 xcit=xcit_nano_12_p8_224
 """.split())
-# Where the default size is for documents or dense prediction. Models that take any size run at 128 pixels.
+# Where the default size is for documents or dense prediction, or 128 is too small. Other models that take any size run
+# at ANY_SIZE.
 SIZES = dict(
+    eca_halonext26ts=256,
     samvit_base_patch16=256, qwen3_vit_88m=224, gemma4_vit_167m=224, deepseek_vit_412m=224,
     naflexvit_base_patch16_siglip=224,
 )
@@ -73,10 +75,10 @@ def step(name: str, mix: str) -> dict[str, Any]:
     """One step in feature mode: {'result': 'exact' | 'per-position head' | 'refused' | 'failed', ...}."""
     kwargs = timm_alignmix.dense_model_kwargs(name) if mix == 'densemultimix' else {}
     row = dict(model_kwargs=kwargs) if kwargs else {}
-    sized = dict(img_size=SIZES[name]) if name in SIZES else {}
+    cfg = timm.get_pretrained_cfg(name)
+    size = SIZES.get(name) or (cfg.input_size[-1] if cfg.fixed_input_size else ANY_SIZE)
+    sized = dict(img_size=size) if cfg.fixed_input_size and size != cfg.input_size[-1] else {}
     model = timm.create_model(name, num_classes=CLASSES, **kwargs, **sized)
-    cfg = model.pretrained_cfg
-    size = sized.get('img_size') or (cfg['input_size'][-1] if cfg.get('fixed_input_size') else ANY_SIZE)
     try:
         task = MixTask(model, mix, FEATURE_MODES[mix], img_size=size, verbose=False)
     except UnsupportedModel as e:
@@ -105,8 +107,8 @@ def markdown(rows: list[dict[str, Any]], info: str) -> str:
     lines = [
         '# Model families',
         '',
-        'One small model of every timm model module, one forward and backward step of every method in its feature mode. '
-        'mixup, cutmix and none need no knowledge of the model and run on all of them.',
+        'One small model of every timm model module, one forward and backward step of every method in its feature '
+        'mode. mixup, cutmix and none need no knowledge of the model and run on all of them.',
         '',
         f'`python benchmarks/families.py`, {info}.',
         '',

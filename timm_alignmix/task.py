@@ -7,7 +7,7 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.task import ClassificationTask
 from timm.utils import unwrap_model
 
-from .functional import soft_target, soft_target_cross_entropy
+from .functional import check_target, soft_target, soft_target_cross_entropy
 from .mixes import Mix
 from .module import MixModule
 from .rng import StepRandom
@@ -70,8 +70,8 @@ class MixTask(ClassificationTask):
         if self.smoothing is None and self.mix.closed_form:
             raise ValueError(
                 f'mix {self.mix.name!r} computes softmax cross-entropy in closed form, criterion '
-                f'{type(self.criterion).__name__} cannot replace it; leave criterion out, or use mix none, mixup, cutmix, '
-                'manifold or alignmix')
+                f'{type(self.criterion).__name__} cannot replace it; leave criterion out, or use mix none, mixup, '
+                'cutmix, manifold or alignmix')
         self.seed, self.rank, self.step = seed, rank, 0
         self._random = StepRandom(seed, rank)
 
@@ -89,6 +89,8 @@ class MixTask(ClassificationTask):
         if not self.trainable_module.training:
             output = self.trainable_module(input)
             return dict(loss=self._loss(output, target, None), output=output, mode='clean', lam=None)
+        if self.smoothing is not None or self.mix.name != 'none':
+            check_target(target, len(input), self.num_classes)
         draw = self.mix.draw(input, self._random.at(self.step, input.device))
         self.step += 1
         result = self.trainable_module(self.mix.images(input, draw), target, draw, self.smoothing or 0.0)

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from timm_alignmix import Anatomy, MixTask, UnsupportedModel, dense_model_kwargs
 
 DENSE_VIT = dict(global_pool='avg', class_token=False, fc_norm=False)
-# name, create_model kwargs, image size, layer to align at and its positions, positions of the dense head (None: refused).
+# name, create_model kwargs, image size, layer to align at and its positions, positions of the dense head (None:
+# refused).
 MODELS = [
     ('resnet50', {}, 96, ('layer3', 36), 9),
     ('vit_small_patch16_224', dict(img_size=96), 96, ('blocks.5', 36), None),
@@ -171,7 +172,7 @@ def test_functional_dropout_is_off_in_eval():
 
 
 @pytest.mark.parametrize('name,options,mix,reason', [
-    ('vit_tiny_patch16_224', {}, 'densemultimix', r"vit_tiny_patch16_224.*global_pool='avg', class_token=False, fc_norm=F"),
+    ('vit_tiny_patch16_224', {}, 'densemultimix', r"vit_tiny_patch16_224.*'avg', class_token=False, fc_norm=False"),
     ('vgg11', {}, 'densemultimix', 'vgg11.*multimix'),
     ('test_resnet', dict(align_at='layer9'), 'alignmix', "layer9' does not exist; its stages are layer1"),
     ('test_resnet', dict(align_at='layer3.0.conv1'), 'alignmix', 'do.* not determine the logits alone'),

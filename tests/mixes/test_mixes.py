@@ -159,7 +159,8 @@ def test_alignmix_against_a_plain_sinkhorn(mode):
 
 
 def test_alignment_before_gap_and_linear_cancels_and_is_said():
-    """With exact columns the aligned mix (11) pools to the unaligned one: the release's layer makes alignment a no-op."""
+    """With exact columns the aligned mix (11) pools to the unaligned one: the release's layer makes alignment a
+    no-op."""
     model, (images, y) = tiny(), batch(B=5, size=96)
     options = dict(mode_probs=(0, 1, 0), align_at='last', final_marginal='columns')
     with pytest.warns(UserWarning, match='no-op'):
@@ -260,7 +261,7 @@ def test_names_and_options():
     assert create_mix('Dense_Multi-Mix', n=5).name == 'densemultimix'
     with pytest.raises(ValueError, match="unknown mix 'cutmixx'; available: alignmix, cutmix"):
         create_mix('cutmixx')
-    with pytest.raises(ValueError, match=r"'multimix' has no option beta; its options: n=1000, m=None, alpha=\(0.5, 2.0\)"):
+    with pytest.raises(ValueError, match="'multimix' has no option beta; its options: n=1000, m=None"):
         create_mix('multimix', beta=1)
 
 

@@ -5,6 +5,7 @@ AlignMixup (Venkataramanan et al., CVPR 2022, arXiv 2103.15375) is cited as [A],
 """
 from .attention import attention_map
 from .losses import (
+    check_target,
     dense_multimix_loss,
     dense_multimix_rows,
     multimix_loss,
@@ -18,6 +19,7 @@ __all__ = [
     'align',
     'align_to',
     'attention_map',
+    'check_target',
     'convex_weights',
     'dense_multimix_loss',
     'dense_multimix_rows',

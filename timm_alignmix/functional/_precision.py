@@ -4,6 +4,12 @@ from contextlib import contextmanager
 
 import torch
 
+# The legacy torch.get_float32_matmul_precision() raises once a user has set one of these, and torch < 2.9 lacks them.
+_MATMUL = [
+    backend for backend in (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, 'matmul', None))
+    if hasattr(backend, 'fp32_precision')
+]
+
 
 def at_least_fp32(x: torch.Tensor) -> torch.Tensor:
     """Half precision and integers become float32; float32 and float64 stay."""
@@ -17,12 +23,19 @@ def full_precision(device: torch.device) -> Iterator[None]:
     A squared distance of 1000 is off by about 1 in TF32, and exp(-M / eps) with eps = 0.1 turns that into e^10.
     Changes process-wide state for its duration, so it belongs inside operators that torch.compile does not trace.
     """
-    precision = torch.get_float32_matmul_precision()
+    if not _MATMUL:
+        saved = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision('highest')
+    else:
+        saved = [backend.fp32_precision for backend in _MATMUL]
+        for backend in _MATMUL:
+            backend.fp32_precision = 'ieee'
     try:
-        if precision != 'highest':
-            torch.set_float32_matmul_precision('highest')
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        if precision != 'highest':
-            torch.set_float32_matmul_precision(precision)
+        if not _MATMUL:
+            torch.set_float32_matmul_precision(saved)
+        else:
+            for backend, precision in zip(_MATMUL, saved, strict=True):
+                backend.fp32_precision = precision

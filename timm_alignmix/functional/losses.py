@@ -179,8 +179,12 @@ def dense_multimix_rows(
     R, N, _ = weights_RNB.shape
     logits_RBC = at_least_fp32(logits_BRC).transpose(0, 1)
     target_BC = soft_target(target, logits_RBC.shape[2], smoothing, logits_RBC.dtype).to(logits_RBC.dtype)
-    mixed_RNB, share_RN, total_R1 = _mixing(weights_RNB.to(logits_RBC.dtype), attention_BR)
-    scale_RN1 = (share_RN * (R * N / (total_R1 > 0).sum().clamp(min=1))).unsqueeze(2)
+    attended = R
+    if attention_BR is not None:
+        attention_BR = attention_BR.to(logits_RBC.dtype)
+        attended = (attention_BR > 0).any(dim=0).sum().clamp(min=1).to(logits_RBC.dtype)
+    mixed_RNB, share_RN, _ = _mixing(weights_RNB.to(logits_RBC.dtype), attention_BR)
+    scale_RN1 = (share_RN * (R * N / attended)).unsqueeze(2)
     with torch.autocast(logits_RBC.device.type, enabled=False):
         return (mixed_RNB @ logits_RBC).flatten(0, 1), (mixed_RNB @ target_BC * scale_RN1).flatten(0, 1)
 
@@ -232,8 +236,7 @@ def _dense_multimix_loss_and_grads(
     if attention_BR is not None:
         attention_BR = attention_BR.to(dtype)
         scale = 1 / (attention_BR > 0).any(dim=0).sum().clamp(min=1).to(dtype)
-    if target.is_floating_point():
-        target = target.to(dtype)
+    target = target.to(dtype if target.is_floating_point() else torch.int64)
     with full_precision(logits_BRC.device):
         for start in range(0, R, chunk_size):
             chunk = slice(start, min(start + chunk_size, R))

@@ -197,7 +197,8 @@ def align_to(
     )
     # R = R_positions * P in the paper's notation: rows sum to 1 instead of 1/R, so the scale of features is kept.
     rows_BRR = (plan_BRR * plan_BRR.shape[1]).to(moved_BDR.dtype)
-    return torch.matmul(moved_BDR, rows_BRR.transpose(1, 2)).to(moved_BDR.dtype)
+    with torch.autocast(moved_BDR.device.type, enabled=False):
+        return torch.matmul(moved_BDR, rows_BRR.transpose(1, 2))
 
 
 def align(

@@ -1,0 +1,241 @@
+"""MixTask as a timm task: criterion, EMA, compile, optimizer groups, checkpoints, DDP."""
+import os
+
+import pytest
+import timm
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.optim import create_optimizer_v2
+from timm.task import ClassificationTask
+
+from timm_alignmix import MixTask, create_mix, dense_model_kwargs, list_mixes
+
+FEATURE = dict(
+    manifold=dict(layers=[1]), alignmix=dict(mode_probs=(0, 1, 1)), multimix=dict(prob=1.0, n=8),
+    densemultimix=dict(prob=1.0, n=8),
+)
+
+
+def tiny(name='test_resnet', **kwargs):
+    torch.manual_seed(0)
+    return timm.create_model(name, num_classes=5, **kwargs).train()
+
+
+def batch(B=4, size=64):
+    return torch.randn(B, 3, size, size, generator=torch.Generator().manual_seed(1)), torch.arange(B) % 5
+
+
+@pytest.mark.parametrize('criterion,reference', [
+    (None, nn.CrossEntropyLoss()),
+    (nn.CrossEntropyLoss(label_smoothing=0.1), nn.CrossEntropyLoss(label_smoothing=0.1)),
+    (LabelSmoothingCrossEntropy(0.1), LabelSmoothingCrossEntropy(0.1)),
+    (BinaryCrossEntropy(smoothing=0.1), BinaryCrossEntropy(smoothing=0.1)),
+])
+def test_none_is_timms_classification_task(criterion, reference):
+    images, y = batch()
+    theirs = ClassificationTask(tiny(), criterion=reference, verbose=False)(images, y)
+    ours = MixTask(tiny(), 'none', criterion=criterion, verbose=False)(images, y)
+    torch.testing.assert_close(ours['loss'], theirs['loss'])
+    assert torch.equal(ours['output'], theirs['output']) and ours['mode'] == 'clean'
+
+
+def test_other_criterion_gets_soft_targets_or_is_refused():
+    images, y = batch()
+    task = MixTask(tiny(), 'mixup', criterion=BinaryCrossEntropy(smoothing=0.0), verbose=False)
+    result = task(images, y)
+    lam = result['lam']
+    perm = task.mix.draw(images, task._random.at(0, images.device))['perm']
+    target = lam * F.one_hot(y, 5) + (1 - lam) * F.one_hot(y[perm], 5)
+    expected = F.binary_cross_entropy_with_logits(result['output'], target)
+    torch.testing.assert_close(result['loss'], expected)
+    for mix in ('multimix', 'densemultimix'):
+        with pytest.raises(ValueError, match='BinaryCrossEntropy cannot replace it'):
+            MixTask(tiny(), mix, criterion_kwargs=dict(loss_type='bce'), verbose=False)
+    with pytest.raises(ValueError, match='not both'):
+        MixTask(tiny(), 'mixup', criterion=SoftTargetCrossEntropy(), criterion_kwargs=dict(smoothing=0.1))
+
+
+def test_targets_that_do_not_sum_to_one_are_refused():
+    images, _ = batch()
+    with pytest.raises(ValueError, match='sum to 1'):
+        MixTask(tiny(), 'multimix', FEATURE['multimix'], verbose=False)(images, torch.ones(4, 5))
+    with pytest.raises(ValueError, match=r'target must be \(4,\) integers or \(4, 5\)'):
+        MixTask(tiny(), 'mixup', verbose=False)(images, torch.zeros(3, dtype=torch.long))
+
+
+@pytest.mark.parametrize('mix', list_mixes())
+def test_soft_targets_equal_their_hard_form(mix):
+    images, y = batch()
+    losses = [
+        MixTask(tiny(), mix, FEATURE.get(mix), verbose=False)(images, target)['loss']
+        for target in (y, F.one_hot(y, 5).float())
+    ]
+    torch.testing.assert_close(*losses)
+
+
+@pytest.mark.parametrize('mix', list_mixes())
+def test_eval_is_never_mixed(mix):
+    images, y = batch()
+    model = tiny()
+    task = MixTask(model, mix, FEATURE.get(mix), verbose=False)
+    task.trainable_module.eval()
+    result = task(images, y)
+    assert torch.equal(result['output'], model(images)) and task.step == 0
+    torch.testing.assert_close(result['loss'], F.cross_entropy(model(images), y))
+    assert task.get_eval_model() is model
+
+
+@pytest.mark.parametrize('mix', ['alignmix', 'densemultimix'])
+def test_ema_copies_are_idle_and_checkpoints_plain(mix):
+    images, y = batch()
+    model = tiny()
+    plain = list(model.state_dict())
+    task = MixTask(model, mix, FEATURE[mix], verbose=False)
+    task.setup_ema(decay=0.5)
+    optimizer = torch.optim.SGD(task.get_trainable_module().parameters(), lr=0.1)
+    for step in range(3):
+        task(images, y)['loss'].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        task.update_ema(step + 1)
+    state = {**task.get_checkpoint_state(), **task.get_checkpoint_state(ema=True)}
+    assert list(state['state_dict']) == plain == list(state['state_dict_ema'])
+    assert state['task_state'] == dict(step=3, seed=0)
+    ema = task.get_eval_model(ema=True)
+    assert type(ema) is type(model) and ema is not model
+    timm.create_model('test_resnet', num_classes=5).load_state_dict(state['state_dict_ema'], strict=True)
+    # The copy mixes nothing, even in train mode and while the original does.
+    assert torch.equal(ema.eval()(images), ema.eval()(images))
+    clean = tiny()
+    clean.load_state_dict(ema.state_dict())
+    torch.testing.assert_close(ema.train()(images), clean(images))
+
+    resumed = MixTask(tiny(), mix, FEATURE[mix], verbose=False)
+    resumed.load_checkpoint_state(state['state_dict'], task_state=state['task_state'])
+    torch.testing.assert_close(resumed(images, y)['loss'], task(images, y)['loss'])
+
+
+@pytest.mark.parametrize('name,mix', [
+    *(('test_resnet', mix) for mix in ('none', *FEATURE)), ('test_vit', 'alignmix'), ('test_vit', 'densemultimix'),
+    ('levit_128s', 'densemultimix'),
+])
+def test_compiles_without_graph_breaks_to_the_same_loss(mix, name):
+    torch._dynamo.reset()
+    kwargs = dense_model_kwargs(name) if mix == 'densemultimix' else {}
+    model = tiny(name, **kwargs)
+    task = MixTask(model, mix, FEATURE.get(mix), verbose=False)
+    images, y = batch(size=model.pretrained_cfg['input_size'][-1])
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+
+    def three_steps():
+        model.load_state_dict(state)
+        task.step = 0
+        losses = []
+        for _ in range(3):
+            torch.manual_seed(0)  # drop path
+            losses.append(task(images, y)['loss'])
+        losses[-1].backward()
+        return torch.stack(losses), model.get_parameter(next(iter(state))).grad.clone()
+
+    eager = three_steps()
+    model.zero_grad()
+    task.compile(backend='aot_eager', fullgraph=True)
+    graphs = torch._dynamo.utils.counters['stats']['unique_graphs']
+    compiled = three_steps()
+    # One graph a mode: nothing is compiled again as lam, the partners or the weights change.
+    modes = 2 if mix == 'alignmix' else 1
+    assert torch._dynamo.utils.counters['stats']['unique_graphs'] - graphs <= modes
+    torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
+    assert list(task.get_checkpoint_state()['state_dict']) == list(state)
+
+
+def test_layer_decay_and_weight_decay_see_the_model_through_the_wrapper():
+    def groups(module):
+        optimizer = create_optimizer_v2(module, opt='adamw', lr=1e-3, weight_decay=0.1, layer_decay=0.5)
+        names = {id(p): name.removeprefix('model.') for name, p in module.named_parameters()}
+        return {
+            names[id(p)]: (group['weight_decay'], group.get('lr_scale'))
+            for group in optimizer.param_groups for p in group['params']}
+
+    model = tiny('test_vit')
+    assert groups(MixTask(model, 'alignmix', verbose=False).get_trainable_module()) == groups(model)
+    assert 'model.pos_embed' in MixTask(model, 'none', verbose=False).get_trainable_module().no_weight_decay()
+
+
+def test_gradient_checkpointing_is_never_silently_unmixed():
+    images, y = batch()
+    model = tiny()
+    task = MixTask(model, 'alignmix', FEATURE['alignmix'], verbose=False)
+    model.set_grad_checkpointing(True)
+    with pytest.raises(RuntimeError, match='gradient checkpointing'):
+        task(images, y)
+    model.set_grad_checkpointing(False)
+    assert task(images, y)['loss'].isfinite()
+
+
+def test_removed_hooks_and_by_passed_layers_raise():
+    images, y = batch()
+    task = MixTask(tiny(), 'alignmix', FEATURE['alignmix'], verbose=False)
+    task.trainable_module.remove_hooks()
+    assert not any(module._forward_hooks for module in task.get_eval_model().modules())
+    with pytest.raises(RuntimeError, match='nothing was mixed'):
+        task(images, y)
+
+
+def test_a_mix_object_is_copied_and_options_go_with_names():
+    mix = create_mix('alignmix', mode_probs=(0, 1, 0))
+    images, y = batch()
+    losses = [MixTask(tiny(), mix, verbose=False)(images, y)['loss'] for _ in range(2)]
+    assert mix.layers == {} and losses[0] == losses[1]
+    with pytest.raises(ValueError, match='has its options'):
+        MixTask(tiny(), mix, dict(alpha=1.0), verbose=False)
+
+
+@pytest.mark.parametrize('mix', list(FEATURE))
+def test_bf16_autocast_keeps_the_loss_in_fp32(mix):
+    images, y = batch()
+    exact = MixTask(tiny(), mix, FEATURE[mix], verbose=False)(images, y)['loss']
+    task = MixTask(tiny(), mix, FEATURE[mix], verbose=False)
+    with torch.autocast('cpu', torch.bfloat16):
+        loss = task(images, y)['loss']
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, exact, rtol=0.05, atol=0.02)
+    loss.backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in task.parameters())
+
+
+def _rank(rank, world, path):
+    os.environ['OMP_NUM_THREADS'] = '1'
+    dist.init_process_group('gloo', init_method=f'file://{path}/store', rank=rank, world_size=world)
+    results = {}
+    for mix in ('alignmix', 'multimix', 'densemultimix'):
+        for name in ('test_resnet', 'levit_128s'):
+            model = tiny(name)
+            size = 64 if name == 'test_resnet' else 224
+            task = MixTask(model, mix, FEATURE[mix], rank=rank, verbose=False).prepare_distributed()
+            optimizer = torch.optim.SGD(task.get_trainable_module().parameters(), lr=0.01)
+            images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(rank))
+            modes = []
+            for _ in range(3):  # DDP complains about unused parameters in the second step
+                result = task(images, torch.tensor([0, 1]))
+                result['loss'].backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                modes.append(result['mode'])
+            params = torch.cat([p.detach().flatten() for p in model.parameters()])
+            results[mix, name] = modes, result['loss'].item(), params
+    torch.save(results, f'{path}/rank{rank}.pt')
+    dist.destroy_process_group()
+
+
+def test_two_ranks_share_modes_and_gradients_and_draw_apart(tmp_path):
+    mp.spawn(_rank, (2, tmp_path), nprocs=2)
+    a, b = (torch.load(tmp_path / f'rank{rank}.pt') for rank in (0, 1))
+    for key in a:
+        assert a[key][0] == b[key][0], key
+        assert a[key][1] != b[key][1], key
+        assert torch.equal(a[key][2], b[key][2]), key
