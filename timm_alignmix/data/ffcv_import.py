@@ -10,7 +10,7 @@ import torch
 
 INSTALL = (
     'on Debian/Ubuntu: sudo apt-get install -y build-essential pkg-config libturbojpeg0-dev libopencv-dev, '
-    "then: pip install ffcv==1.0.2 opencv-python numba 'setuptools<81'"
+    'then: pip install ffcv==1.0.2 setuptools'
 )
 
 
