@@ -73,7 +73,7 @@ class Anatomy:
         except Exception as e:
             C, H, W = self.input_size
             raise UnsupportedModel(
-                f'{self.name} does not run on {H}x{W} images with {C} channels: {e}; pass img_size, the size of your '
+                f'{self.name} does not run on {H}x{W} images with {C} channels ({e!r}); pass img_size, the size of your '
                 'images, or create the model for it') from e
         finally:
             for handle in handles:
@@ -161,7 +161,7 @@ class Anatomy:
             return self.layer('stem')
         middle = len(stages) // 2 - 1
         candidates = stages[middle::-1] if self.is_isotropic() else stages[-2::-1]
-        return self._first(candidates or ['stem'])
+        return self._first(candidates)
 
     def manifold_layers(self) -> list[FeatureLayer]:
         """Manifold mixup's default layers besides the input: ends of stages 1 and 2, or of blocks d/3 and 2d/3."""
