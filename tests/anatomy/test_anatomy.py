@@ -224,6 +224,16 @@ def test_examining_leaves_the_model_alone():
     assert not any(module._forward_hooks for module in model.modules()) and model.training
 
 
+@pytest.mark.parametrize('mix', ['alignmix', 'densemultimix'])
+def test_half_precision_models(mix):
+    torch.manual_seed(0)
+    model = timm.create_model('test_resnet', num_classes=3).to(torch.bfloat16).train()
+    options = dict(prob=1.0, n=4) if mix == 'densemultimix' else dict(mode_probs=(0, 1, 1))
+    result = MixTask(model, mix, options, verbose=False)(torch.randn(2, 3, 64, 64).bfloat16(), torch.tensor([0, 1]))
+    result['loss'].backward()
+    assert result['loss'].isfinite() and model.conv1[0].weight.grad.isfinite().all()
+
+
 def test_dense_model_kwargs():
     assert dense_model_kwargs('vit_small_patch16_224') == DENSE_VIT
     assert dense_model_kwargs('resnet50') == {} == dense_model_kwargs('levit_128s')

@@ -5,30 +5,15 @@ reproduced that forward pass through the split; a model that cannot be split exa
 
 Shape suffixes: B batch, C classes, D channels, R spatial positions.
 """
-import copy
-from dataclasses import dataclass
 from typing import Any
 
 import timm
 import torch
 import torch.nn as nn
 
-from .dense_head import NORMS, DenseHead, HeadStep
+from .dense_head import DenseHead, HeadStep
 from .layers import FeatureLayer, Layout
-
-
-class UnsupportedModel(ValueError):
-    """The model cannot be mixed exactly in the way that was asked for."""
-
-
-@dataclass
-class _Call:
-    """One call of a module during a watched forward pass."""
-    name: str
-    module: nn.Module
-    inputs: tuple
-    output: Any
-    is_leaf: bool
+from .watch import Call, Trace, UnsupportedModel, is_same
 
 
 class Anatomy:
@@ -50,62 +35,26 @@ class Anatomy:
             raise UnsupportedModel(f'{self.name} has no classifier (num_classes=0); create it with num_classes > 0')
         self.num_classes = model.num_classes
         self.input_size = _input_size(model, cfg, img_size)
-        self._copy = _perturbed_copy(model)
-        param = next(model.parameters())
-        generator = torch.Generator().manual_seed(0)
-        self._images, self._others = (
-            torch.randn(2, *self.input_size, generator=generator).to(param.device, param.dtype) for _ in range(2))
-        self._calls, self._logits = self._watch()
-        self._by_name = {call.name: call for call in self._calls}
-
-    def _watch(self) -> tuple[list[_Call], torch.Tensor]:
-        calls: list[_Call] = []
-        counts: dict[str, int] = {}
-        handles = []
-        for name, module in self._copy.named_modules():
-            def hook(module, inputs, output, name=name):
-                counts[name] = counts.get(name, 0) + 1
-                calls.append(_Call(name, module, inputs, output, not any(True for _ in module.children())))
-            handles.append(module.register_forward_hook(hook))
-        try:
-            with torch.no_grad():
-                logits = self._copy(self._images)
-        except Exception as e:
-            C, H, W = self.input_size
-            raise UnsupportedModel(
-                f'{self.name} does not run on {H}x{W} images with {C} channels ({e!r}); pass img_size, the size of your '
-                'images, or create the model for it') from e
-        finally:
-            for handle in handles:
-                handle.remove()
-        if not isinstance(logits, torch.Tensor) or logits.shape != (2, self.num_classes):
-            shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-            raise UnsupportedModel(f'{self.name} returns {shape} for 2 images, expected logits (2, {self.num_classes})')
-        return [call for call in calls if counts[call.name] == 1 and call.name], logits
-
-    def _same(self, a: torch.Tensor, b: torch.Tensor) -> bool:
-        a, b = a.double(), b.double()
-        scale = b.abs().max()
-        return bool(torch.isfinite(a).all()) and bool((a - b).abs().max() <= 1e-3 * scale)
+        self._trace = Trace(model, self.name, self.input_size)
 
     # Classifier
 
-    def linear_heads(self) -> list[_Call]:
+    def linear_heads(self) -> list[Call]:
         """The linear layers whose mean is the model's output.
 
         Raises:
             UnsupportedModel: The logits are not an affine function of an embedding.
         """
         heads = []
-        for call in self._calls:
+        for call in self._trace.calls:
             if isinstance(call.module, (nn.Linear, nn.Conv2d)) and isinstance(call.output, torch.Tensor):
                 if call.output.shape[:2] == (2, self.num_classes) and call.output.numel() == 2 * self.num_classes:
                     heads.append(call)
         outputs = [call.output.reshape(2, self.num_classes) for call in heads]
         for call, output in zip(heads, outputs, strict=True):
-            if self._same(output, self._logits):
+            if is_same(output, self._trace.logits):
                 return [call]
-        if heads and self._same(torch.stack(outputs).mean(dim=0), self._logits):
+        if heads and is_same(torch.stack(outputs).mean(dim=0), self._trace.logits):
             return heads
         raise UnsupportedModel(
             f'{self.name}: the logits are not the output of linear layers (nor their mean), so mixing embeddings is '
@@ -115,7 +64,7 @@ class Anatomy:
 
     def stages(self) -> list[str]:
         """Module names of the model's stages or blocks, input to output (the stem left out)."""
-        names = [entry['module'] for entry in self._feature_info() if entry['module'] in self._by_name]
+        names = [entry['module'] for entry in self._feature_info() if entry['module'] in self._trace.by_name]
         stem = ('act', 'stem', 'conv', 'bn', 'relu', 'norm', 'patch_embed')
         while len(names) > 2 and names[0].split('.')[0].rstrip('0123456789').startswith(stem):
             names = names[1:]
@@ -134,12 +83,12 @@ class Anatomy:
             container = getattr(self.model, attr, None)
             if isinstance(container, (nn.Sequential, nn.ModuleList)):
                 names = [f'{attr}.{name}' for name, _ in container.named_children()]
-                best = max(best, [name for name in names if name in self._by_name], key=len)
+                best = max(best, [name for name in names if name in self._trace.by_name], key=len)
         return best
 
     def is_isotropic(self) -> bool:
         """Whether all stages are blocks of one resolution, as in a plain ViT."""
-        shapes = {_shape(self._by_name[name].output) for name in self.stages()}
+        shapes = {_shape(self._trace.by_name[name].output) for name in self.stages()}
         return len(self.stages()) > 4 and len(shapes) == 1
 
     def align_layer(self, at: str | int = 'auto') -> FeatureLayer:
@@ -204,13 +153,13 @@ class Anatomy:
         Raises:
             UnsupportedModel: No such module, called more than once, not a feature map, or by-passed.
         """
-        call = self._by_name.get(name)
+        call = self._trace.by_name.get(name)
         if call is None:
             known = dict(self.model.named_modules())
             why = 'is not called exactly once in a forward pass' if name in known else 'does not exist'
             raise UnsupportedModel(f'{self.name}: module {name!r} {why}; its stages are {", ".join(self.stages())}')
         layout = self._layout(call)
-        if not self._cuts(call):
+        if not self._trace.cuts(call):
             raise UnsupportedModel(
                 f'{self.name}: the output of {name!r} does not determine the logits alone, features by-pass it')
         feat_BDR = layout.positions(call.output)
@@ -218,30 +167,19 @@ class Anatomy:
         if layout.prefix:
             pooled += call.output[:, :layout.prefix].unbind(dim=1)
         vectors = self._vectors(feat_BDR.shape[1])
-        before_pool = any(self._same(p, v) for p in pooled for v in vectors)
+        before_pool = any(is_same(p, v) for p in pooled for v in vectors)
         return FeatureLayer(name, layout, feat_BDR.shape[2], before_pool)
 
     def _vectors(self, channels: int) -> list[torch.Tensor]:
         """Every pooled vector a module is given: (2, D), or (2, D, 1, 1), (2, 1, 1, D)."""
         vectors = []
-        for call in self._calls:
+        for call in self._trace.calls:
             for x in call.inputs[:1]:
                 if isinstance(x, torch.Tensor) and x.shape[0] == 2 and x.numel() == 2 * channels:
                     vectors.append(x.reshape(2, channels))
         return vectors
 
-    def _cuts(self, call: _Call) -> bool:
-        """Other images with this module's output put in place must give the logits of the first images."""
-        module = self._copy.get_submodule(call.name)
-        handle = module.register_forward_hook(lambda module, inputs, output: call.output)
-        try:
-            with torch.no_grad():
-                logits = self._copy(self._others)
-        finally:
-            handle.remove()
-        return self._same(logits, self._logits)
-
-    def _layout(self, call: _Call) -> Layout:
+    def _layout(self, call: Call) -> Layout:
         x = call.output
         if not isinstance(x, torch.Tensor) or x.ndim not in (3, 4) or x.shape[0] != 2:
             what = tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
@@ -297,57 +235,54 @@ class Anatomy:
                 f'{self.name} classifies its class token, which dense mixing would leave to the input-mixup half; '
                 "create it with global_pool='avg', class_token=False, fc_norm=False where its family takes them (plain "
                 'ViTs), or pass allow_class_token=True to insist')
-        positions = {self.input_size: layout.positions(self._by_name[name].output).shape[2]}
+        positions = {self.input_size: layout.positions(self._trace.by_name[name].output).shape[2]}
         if positions[self.input_size] < 2:
             raise UnsupportedModel(
                 f'{self.name} leaves one position before its classifier, nothing to mix densely; use mix multimix')
-        trial = DenseHead(self._copy, name, layout, [steps for steps, _ in chains], positions)
+        trial = DenseHead(self._trace.copy, name, layout, [steps for steps, _ in chains], positions)
         exact_mean = self._prove_dense(trial)
         branches = [
-            [HeadStep(self.model.get_submodule(self._name_of(step.module)), step.shape) for step in steps]
+            [HeadStep(self.model.get_submodule(self._trace.path_of(step.module)), step.shape) for step in steps]
             for steps, _ in chains
         ]
         head = DenseHead(self.model, name, layout, branches, positions)
         head.exact_mean = exact_mean and not token
         return head
 
-    def _name_of(self, module: nn.Module) -> str:
-        return next(name for name, m in self._copy.named_modules() if m is module)
-
-    def _chain(self, head: _Call) -> tuple[list[HeadStep], torch.Tensor]:
+    def _chain(self, head: Call) -> tuple[list[HeadStep], torch.Tensor]:
         """Leaf modules from the pooled vector to a linear head, and that vector (2, D)."""
-        steps, call, index = [], head, self._calls.index(head)
+        steps, call, index = [], head, self._trace.calls.index(head)
         while True:
             x = call.inputs[0]
             steps.append(HeadStep(call.module, tuple(x.shape[1:])))
             vector = x.reshape(2, -1)
             previous = next((
                 i for i in range(index - 1, -1, -1)
-                if self._calls[i].is_leaf and _is_same_memory(self._calls[i].output, x)), None)
+                if self._trace.calls[i].is_leaf and _is_same_memory(self._trace.calls[i].output, x)), None)
             if previous is None:
                 break
-            call, index = self._calls[previous], previous
+            call, index = self._trace.calls[previous], previous
             if not call.inputs or not _is_vector(call.inputs[0]):
                 break
         return [s for s in reversed(steps) if not isinstance(s.module, (nn.Identity, nn.Flatten))], vector
 
     def _pooled_map(self, vectors: list[torch.Tensor]) -> tuple[str, Layout, bool]:
         """The last feature map that pools to the vectors: its module, layout, and whether by a class token."""
-        for call in reversed(self._calls):
+        for call in reversed(self._trace.calls):
             x = call.output
             if not isinstance(x, torch.Tensor) or x.ndim not in (3, 4) or x.shape[0] != 2 or _is_vector(x):
                 continue
             for layout in self._possible_layouts(x):
                 feat_BDR = layout.positions(x)
                 if feat_BDR.shape[2] and all(
-                        v.shape[1] == feat_BDR.shape[1] and self._same(feat_BDR.mean(dim=2), v) for v in vectors):
-                    if self._cuts(call):
+                        v.shape[1] == feat_BDR.shape[1] and is_same(feat_BDR.mean(dim=2), v) for v in vectors):
+                    if self._trace.cuts(call):
                         return call.name, layout, False
             if x.ndim == 3 and all(
-                    v.shape[1] == x.shape[2] and any(self._same(x[:, t], v) for t in range(min(2, x.shape[1])))
+                    v.shape[1] == x.shape[2] and any(is_same(x[:, t], v) for t in range(min(2, x.shape[1])))
                     for v in vectors):
                 prefix = self._prefix_tokens(x.shape[1])
-                if prefix and self._cuts(call):
+                if prefix and self._trace.cuts(call):
                     return call.name, Layout('NLC', prefix), True
         raise UnsupportedModel(
             f'{self.name}: what its classifier sees is not the mean over positions of a feature map; use mix multimix')
@@ -361,22 +296,18 @@ class Anatomy:
     @torch.no_grad()
     def _prove_dense(self, head: DenseHead) -> bool:
         """A map that is the same everywhere must give the model's own logits at each position."""
-        call = self._by_name[head.name]
+        call = self._trace.by_name[head.name]
         feat_BDR = head.layout.positions(call.output)
         flat_BDR = feat_BDR.mean(dim=2, keepdim=True).expand_as(feat_BDR)
         prefix = flat_BDR[:, :, :1].transpose(1, 2).expand(-1, head.layout.prefix, -1)
         flat = head.layout.restore(flat_BDR, call.output, prefix).contiguous()
-        handle = self._copy.get_submodule(head.name).register_forward_hook(lambda module, inputs, output: flat)
-        try:
-            logits_BC = self._copy(self._others)
-        finally:
-            handle.remove()
+        logits_BC = self._trace.logits_with(head.name, flat)
         dense_BRC, _ = head(flat)
-        if not self._same(dense_BRC, logits_BC.unsqueeze(1).expand_as(dense_BRC)):
+        if not is_same(dense_BRC, logits_BC.unsqueeze(1).expand_as(dense_BRC)):
             raise UnsupportedModel(
                 f'{self.name}: its head is more than a chain of modules after pooling and cannot be applied to one '
                 'position; use mix multimix')
-        return self._same(head(call.output)[0].mean(dim=1), self._logits)
+        return is_same(head(call.output)[0].mean(dim=1), self._trace.logits)
 
 
 def _shape(x: Any) -> tuple[int, ...] | None:
@@ -404,27 +335,6 @@ def _input_size(
     if isinstance(img_size, int):
         img_size = (img_size, img_size)
     return channels, *img_size
-
-
-@torch.no_grad()
-def _perturbed_copy(model: nn.Module) -> nn.Module:
-    """A copy in eval mode in which no parameter is a constant: a head of zeros would make every comparison true."""
-    clone = copy.deepcopy(model).eval()
-    generator = torch.Generator().manual_seed(0)
-
-    def noise(x: torch.Tensor) -> torch.Tensor:
-        return torch.randn(x.shape, generator=generator).to(x.device, x.dtype)
-
-    for module in clone.modules():
-        module._forward_hooks.clear()
-        module._forward_pre_hooks.clear()
-        if isinstance(module, NORMS) and module.running_mean is not None:
-            module.running_mean.add_(noise(module.running_mean), alpha=0.1)
-            module.running_var.mul_(1 + 0.2 * noise(module.running_var).tanh())
-    for param in clone.parameters():
-        if param.numel() and bool((param == param.flatten()[0]).all()):
-            param.add_(noise(param), alpha=0.1)
-    return clone
 
 
 def dense_model_kwargs(model_name: str) -> dict[str, Any]:

@@ -1,0 +1,121 @@
+"""A model's own forward pass, watched on a copy, and the comparisons that every claim about it rests on."""
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn as nn
+
+from .dense_head import NORMS
+
+
+class UnsupportedModel(ValueError):
+    """The model cannot be mixed exactly in the way that was asked for."""
+
+
+@dataclass
+class Call:
+    """One call of a module during the watched forward pass."""
+    name: str
+    module: nn.Module
+    inputs: tuple
+    output: Any
+    is_leaf: bool
+
+
+class Trace:
+    """A forward pass of a copy of the model on two random images.
+
+    Args:
+        model: The model; not touched.
+        name: Its name, for errors.
+        input_size: Channels, height, width.
+
+    Attributes:
+        copy: In eval mode and float32 (float64 for float64 models), with no parameter constant.
+        calls: Calls of the modules that ran exactly once, in the order they ended.
+        by_name: The same by module name.
+        logits: What the copy returned.
+
+    Raises:
+        UnsupportedModel: The model does not run, or does not return logits.
+    """
+
+    def __init__(self, model: nn.Module, name: str, input_size: tuple[int, int, int]) -> None:
+        self.copy = _perturbed_copy(model)
+        param = next(self.copy.parameters())
+        generator = torch.Generator().manual_seed(0)
+        self._images, self._others = (
+            torch.randn(2, *input_size, generator=generator).to(param.device, param.dtype) for _ in range(2))
+        self.calls, self.logits = self._watch(name, model.num_classes)
+        self.by_name = {call.name: call for call in self.calls}
+
+    def _watch(self, name: str, num_classes: int) -> tuple[list[Call], torch.Tensor]:
+        calls: list[Call] = []
+        handles = []
+        for path, module in self.copy.named_modules():
+            def hook(module, inputs, output, path=path):
+                calls.append(Call(path, module, inputs, output, not any(True for _ in module.children())))
+            handles.append(module.register_forward_hook(hook))
+        try:
+            with torch.no_grad():
+                logits = self.copy(self._images)
+        except Exception as e:
+            C, H, W = self._images.shape[1:]
+            raise UnsupportedModel(
+                f'{name} does not run on {H}x{W} images with {C} channels ({e!r}); pass img_size, the size of your '
+                'images, or create the model for it') from e
+        finally:
+            for handle in handles:
+                handle.remove()
+        if not isinstance(logits, torch.Tensor) or logits.shape != (2, num_classes):
+            shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+            raise UnsupportedModel(f'{name} returns {shape} for 2 images, expected logits (2, {num_classes})')
+        names = [call.name for call in calls]
+        return [call for call in calls if call.name and names.count(call.name) == 1], logits
+
+    def logits_with(self, name: str, output: torch.Tensor) -> torch.Tensor:
+        """Logits of two OTHER images when this module's output is put in place."""
+        handle = self.copy.get_submodule(name).register_forward_hook(lambda module, inputs, _: output)
+        try:
+            with torch.no_grad():
+                return self.copy(self._others)
+        finally:
+            handle.remove()
+
+    def cuts(self, call: Call) -> bool:
+        """Whether this module's output alone decides the logits."""
+        return is_same(self.logits_with(call.name, call.output), self.logits)
+
+    def path_of(self, module: nn.Module) -> str:
+        """Name of a module of the copy."""
+        return next(name for name, m in self.copy.named_modules() if m is module)
+
+
+def is_same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal up to float32 rounding through a deep network, relative to the largest value."""
+    a, b = a.double(), b.double()
+    return bool(torch.isfinite(a).all()) and bool((a - b).abs().max() <= 1e-3 * b.abs().max())
+
+
+@torch.no_grad()
+def _perturbed_copy(model: nn.Module) -> nn.Module:
+    """A copy in eval mode in which no parameter is a constant: a head of zeros would make every comparison true."""
+    clone = copy.deepcopy(model).eval()
+    if next(clone.parameters()).dtype != torch.float64:
+        clone.float()
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(x: torch.Tensor) -> torch.Tensor:
+        return torch.randn(x.shape, generator=generator).to(x.device, x.dtype)
+
+    for module in clone.modules():
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
+        if isinstance(module, NORMS) and module.running_mean is not None:
+            module.running_mean.add_(noise(module.running_mean), alpha=0.1)
+            module.running_var.mul_(1 + 0.2 * noise(module.running_var).tanh())
+    for param in clone.parameters():
+        if param.numel() and bool((param == param.flatten()[0]).all()):
+            param.add_(noise(param), alpha=0.1)
+    return clone
