@@ -13,13 +13,15 @@ from timm.layers import convert_sync_batchnorm
 from timm.optim import create_optimizer_v2, list_optimizers, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.scheduler.scheduler import Scheduler
+from timm.task import TrainingTask
 from timm.utils import random_seed
 from torch import nn
 
 import timm_alignmix
 from timm_alignmix.data import Loaders, create_loaders
 
-from .config import TrainConfig
+from .config import RunConfig, TrainConfig
+from .engine import LossTotals, MixTotals
 from .resolve import near_names
 
 _logger = logging.getLogger(__name__)
@@ -27,16 +29,23 @@ _logger = logging.getLogger(__name__)
 
 @dataclass
 class Run:
-    """The parts of a training run."""
+    """The parts of a training run.
 
-    config: TrainConfig
+    Attributes:
+        loaders: `train` and `val` loaders and a `description`.
+        data_config: What is said of the images.
+        totals: What is summed over the steps of an epoch.
+    """
+
+    config: RunConfig
     accelerator: Accelerator
-    loaders: Loaders
-    task: timm_alignmix.MixTask
-    optimizer: torch.optim.Optimizer
-    scheduler: Scheduler | None
+    loaders: Any
+    task: TrainingTask
     data_config: dict[str, Any]
-    num_epochs: int
+    totals: type[LossTotals]
+    optimizer: torch.optim.Optimizer | None = None
+    scheduler: Scheduler | None = None
+    num_epochs: int = 0
     start_epoch: int = 0
 
     @property
@@ -50,7 +59,7 @@ class Run:
         return self.config.batch_size * self.config.grad_accum_steps * self.accelerator.num_processes
 
 
-def create_accelerator(config: TrainConfig) -> Accelerator:
+def create_accelerator(config: RunConfig) -> Accelerator:
     """Start Accelerate and check that it runs as many processes as the launcher started.
 
     Raises:
@@ -58,6 +67,8 @@ def create_accelerator(config: TrainConfig) -> Accelerator:
             ask for.
     """
     precision = {'float16': 'fp16', 'bfloat16': 'bf16'}[config.amp_dtype] if config.amp else None
+    if config.opt.lower() not in list_optimizers():
+        raise ValueError(f'--opt {config.opt}: timm has no such optimizer{near_names(config.opt, list_optimizers())}')
     accelerator = Accelerator(
         cpu=config.device == 'cpu',
         mixed_precision=precision,  # None leaves it to accelerate launch --mixed_precision
@@ -79,7 +90,7 @@ def create_accelerator(config: TrainConfig) -> Accelerator:
     return accelerator
 
 
-def scaled_lr(config: TrainConfig, global_batch_size: int) -> float:
+def scaled_lr(config: RunConfig, global_batch_size: int) -> float:
     """Learning rate of a run: `lr`, or `lr_base` scaled to the global batch as timm scales it."""
     if config.lr is not None:
         return config.lr
@@ -232,29 +243,40 @@ def build_run(config: TrainConfig) -> Run:
     Raises:
         ValueError: An option, the data or the model does not fit, with the remedy.
     """
-    if config.opt.lower() not in list_optimizers():
-        raise ValueError(f'--opt {config.opt}: timm has no such optimizer{near_names(config.opt, list_optimizers())}')
     accelerator = create_accelerator(config)
     arguments = model_arguments(config)
     data_config = resolve_data(config, arguments)
     loaders = create_data(config, data_config, accelerator)
     task = create_task(config, arguments, data_config['input_size'], loaders.num_classes, accelerator)
-    run = Run(config, accelerator, loaders, task, None, None, data_config, config.epochs)
-    run.config = config = replace(config, lr=scaled_lr(config, run.global_batch_size))
+    run = Run(config, accelerator, loaders, task, data_config, MixTotals)
+    add_optimizer(run)
+    return run
+
+
+def add_optimizer(run: Run, parameters: Any = None) -> None:
+    """Give a run its learning rate, optimizer and schedule.
+
+    Args:
+        run: The run; its configuration gets the learning rate that is used.
+        parameters: What timm's `create_optimizer_v2` takes as model or parameter groups; None is the trainable module.
+    """
+    run.config = config = replace(run.config, lr=scaled_lr(run.config, run.global_batch_size))
     run.optimizer = create_optimizer_v2(
-        task.get_trainable_module(), **optimizer_kwargs(config), **config.opt_kwargs)
+        run.task.get_trainable_module() if parameters is None else parameters,
+        **optimizer_kwargs(config),
+        **config.opt_kwargs,
+    )
     run.scheduler, run.num_epochs = create_scheduler_v2(
         run.optimizer, **scheduler_kwargs(config), updates_per_epoch=run.updates_per_epoch)
-    return run
 
 
 def describe_run(run: Run) -> str:
     """What the run will do: processes, steps, batch, learning rate and parameter groups."""
     config, groups = run.config, run.optimizer.param_groups
+    shown = ('input_size', 'mean', 'std', 'interpolation', 'crop_pct')
     lines = [
         f'Data: {run.loaders.description}',
-        'Images: ' + ', '.join(
-            f'{key} {run.data_config[key]}' for key in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct')),
+        'Images: ' + ', '.join(f'{key} {run.data_config[key]}' for key in shown if key in run.data_config),
         f'Processes: {run.accelerator.num_processes} on {run.accelerator.device.type}, '
         f'mixed precision {run.accelerator.mixed_precision}',
         f'Global batch: {run.global_batch_size} = {config.batch_size} per process x {config.grad_accum_steps} '

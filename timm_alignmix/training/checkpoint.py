@@ -139,7 +139,7 @@ def find_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
 def checkpoint_state(run: 'Run') -> dict[str, Any]:
     """Everything of a run that its checkpoint holds, under timm's keys."""
     state = {
-        'arch': run.config.model,
+        'arch': run.config.arch,
         'version': 2,  # the epoch is the finished one
         'args': run.config.to_dict(),
         'optimizer': run.optimizer.state_dict(),
@@ -160,7 +160,7 @@ def load_run(run: 'Run', state: dict[str, Any], path: Path) -> None:
         ValueError: The checkpoint is of another model or optimizer.
     """
     config, task = run.config, run.task
-    _check_weights(task.get_eval_model(), state, path, config.model)
+    _check_weights(task.get_eval_model(), state, path, config.arch)
     task.load_checkpoint_state(state['state_dict'], state.get('task_state'))
     if task.has_ema():
         ema = state.get('state_dict_ema', state['state_dict'])

@@ -1,12 +1,17 @@
 """Every option of a training run, under timm's names: the one list that flags, YAML files and `args.yaml` share."""
 from dataclasses import Field, asdict, dataclass, field, fields
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
+# Headings of --help, in order.
+GROUPS = (
+    'Data', 'Mixing', 'Detector', 'Model', 'Optimizer', 'Learning rate schedule', 'Augmentation and regularization',
+    'Batch norm and weight averaging', 'Speed and device', 'Run, logs and checkpoints',
+)
 SCHEDULERS = ('cosine', 'tanh', 'step', 'multistep', 'poly', 'wsd', 'rsqrt', 'constant', 'none')
 
 
-def _option(
+def config_option(
         group: str,
         default: Any,
         text: str,
@@ -40,52 +45,30 @@ def _option(
     return field(default=default, metadata=metadata)
 
 
-_data = partial(_option, 'Data')
-_mix = partial(_option, 'Mixing')
-_model = partial(_option, 'Model')
-_opt = partial(_option, 'Optimizer')
-_sched = partial(_option, 'Learning rate schedule')
-_aug = partial(_option, 'Augmentation and regularization')
-_norm = partial(_option, 'Batch norm and weight averaging')
-_device = partial(_option, 'Speed and device')
-_run = partial(_option, 'Run, logs and checkpoints')
+_data = partial(config_option, 'Data')
+_mix = partial(config_option, 'Mixing')
+_model = partial(config_option, 'Model')
+_opt = partial(config_option, 'Optimizer')
+_sched = partial(config_option, 'Learning rate schedule')
+_aug = partial(config_option, 'Augmentation and regularization')
+_norm = partial(config_option, 'Batch norm and weight averaging')
+_device = partial(config_option, 'Speed and device')
+_run = partial(config_option, 'Run, logs and checkpoints')
 
 
 @dataclass
-class TrainConfig:
-    """Options of a training run. Names and defaults are those of timm's train.py wherever timm has the option."""
+class RunConfig:
+    """Options that every kind of training has: optimizer, schedule, averaging, device, logs and checkpoints.
 
-    data_dir: str | None = _data(
-        None, 'ImageFolder root (train/ and val/ or validation/ inside), or a folder with train.beton and val.beton; '
-        'without --data-dir, --dataset and --config the built-in sample is used')
-    dataset: str = _data('', "timm dataset name, e.g. torch/cifar10, hfds/<repo>, wds/<name>; '' = --data-dir decides")
-    train_split: str = _data('train', 'training split')
-    val_split: str = _data('validation', 'evaluation split')
-    dataset_download: bool = _data(False, 'let torch/ datasets download themselves', bool)
-    class_map: str = _data('', 'file that maps class names to indices')
-    loader: str = _data('auto', 'ffcv, timm, or ffcv where it is installed and fits', choices=('auto', 'ffcv', 'timm'))
-    workers: int = _data(4, 'loader threads (ffcv) or processes (timm) per process', int, low=0, flags=('-j',))
-    pin_mem: bool = _data(False, 'pin host memory (timm loader)', bool)
+    Attributes:
+        metrics: What an evaluation measures, in the order of summary.csv; the first ranks checkpoints by default.
+        arch: Name of the network, kept in checkpoints.
+    """
 
-    mix: str = _mix('none', 'mixing method, see timm_alignmix.list_mixes(): alignmix, cutmix, densemultimix, manifold, '
-                    "mixup, multimix, none; matched without case, '-' and '_'")
-    mix_kwargs: dict = _mix({}, 'options of the method, e.g. --mix-kwargs alpha=1.0 align_at=layer3', dict)
+    metrics: ClassVar[tuple[str, ...]]
 
-    model: str = _model('resnet50', 'timm model name')
-    pretrained: bool = _model(False, "start from the model's pretrained weights", bool)
-    initial_checkpoint: str = _model('', 'start from the weights of this file')
-    num_classes: int | None = _model(None, 'number of classes; default: as many as the data has', int, low=1)
-    gp: str | None = _model(None, "global pooling (avg, max, ...); default: the model's")
-    in_chans: int = _model(3, 'input channels', int, low=1)
-    img_size: int | None = _model(None, "image side in pixels; default: the model's", int, low=1)
-    input_size: list[int] | None = _model(None, 'input as channels height width; overrides --img-size', int, nargs=3)
-    crop_pct: float | None = _model(None, "part of the image kept in evaluation; default: the model's", float, low=0)
-    mean: list[float] | None = _model(None, "pixel mean, 0-1 scale; default: the model's", float, nargs='+')
-    std: list[float] | None = _model(
-        None, "pixel standard deviation, 0-1 scale; default: the model's", float, nargs='+')
-    interpolation: str = _model('', "resize interpolation in evaluation; default: the model's")
-    model_kwargs: dict = _model({}, 'further arguments of timm.create_model, e.g. --model-kwargs img_size=300', dict)
-    grad_checkpointing: bool = _model(False, 'recompute activations in the backward pass to save memory', bool)
+    workers: int = _data(4, 'loader threads (ffcv) or processes (others) per process', int, low=0, flags=('-j',))
+    pin_mem: bool = _data(False, 'pin host memory (not ffcv)', bool)
 
     batch_size: int = _opt(128, 'training batch size per process', int, low=1, flags=('-b',))
     validation_batch_size: int | None = _opt(
@@ -134,6 +117,85 @@ class TrainConfig:
     warmup_prefix: bool = _sched(False, 'do not count the warm-up in --epochs', bool)
     cooldown_epochs: int = _sched(0, 'epochs at --min-lr after the schedule', int, low=0)
 
+    sync_bn: bool = _norm(False, 'batch norm statistics over all processes', bool)
+    dist_bn: str = _norm('reduce', 'before evaluation: average the running statistics of all processes, take those of '
+                         "the first, or ('') leave them", choices=('reduce', 'broadcast', ''))
+    model_ema: bool = _norm(False, 'keep a moving average of the weights and evaluate it too', bool)
+    model_ema_decay: float = _norm(0.9998, 'decay of the moving average', float, low=0)
+    model_ema_warmup: bool = _norm(False, 'let the decay grow from 0', bool)
+    model_ema_force_cpu: bool = _norm(False, 'keep the moving average on the CPU: saved, not evaluated', bool)
+
+    amp: bool = _device(False, 'mixed precision', bool)
+    amp_dtype: str = _device('float16', 'type of mixed precision', choices=('float16', 'bfloat16'))
+    channels_last: bool = _device(False, 'channels-last memory format', bool)
+    no_ddp_bb: bool = _device(False, 'do not broadcast buffers in distributed training', bool)
+    device: str = _device(
+        'auto', 'cpu keeps off an accelerator; which GPUs to use is said to accelerate launch (--gpu_ids)',
+        choices=('auto', 'cpu'))
+
+    seed: int = _run(42, 'random seed', int, low=0)
+    output: str = _run('./output/train', 'folder that holds the folders of runs')
+    experiment: str = _run('', "name of this run's folder; default: time-model-size-mix")
+    resume: str = _run('', "continue from this checkpoint; 'auto': from the newest whole one of --experiment, if any")
+    no_resume_opt: bool = _run(False, 'resume without the optimizer state', bool)
+    checkpoint_hist: int = _run(10, 'best checkpoints to keep', int, low=1)
+    val_interval: int = _run(1, 'epochs between evaluations; the last epoch is always evaluated', int, low=1)
+    log_interval: int = _run(50, 'updates between log lines', int, low=1)
+    progress: bool = _run(False, 'progress bar even where the output is no terminal', bool)
+    dry_run: bool = _run(False, 'print the resolved configuration, steps and parameter groups, and stop', bool)
+
+    @property
+    def arch(self) -> str:
+        raise NotImplementedError
+
+    def __post_init__(self):
+        for option in fields(self):
+            setattr(self, option.name, _convert(option, getattr(self, option.name)))
+        if self.resume == 'auto' and not self.experiment:
+            raise ValueError('--resume auto looks into the folder of --experiment: name one')
+        if self.model_ema and not self.model_ema_decay < 1:
+            raise ValueError(f'--model-ema-decay must be smaller than 1, got {self.model_ema_decay}')
+
+    def to_dict(self) -> dict[str, Any]:
+        """The options as plain values, for `args.yaml` and checkpoints."""
+        return asdict(self)
+
+
+@dataclass
+class TrainConfig(RunConfig):
+    """Options of a training run. Names and defaults are those of timm's train.py wherever timm has the option."""
+    metrics: ClassVar[tuple[str, ...]] = ('loss', 'top1', 'top5')
+
+    data_dir: str | None = _data(
+        None, 'ImageFolder root (train/ and val/ or validation/ inside), or a folder with train.beton and val.beton; '
+        'without --data-dir, --dataset and --config the built-in sample is used')
+    dataset: str = _data('', "timm dataset name, e.g. torch/cifar10, hfds/<repo>, wds/<name>; '' = --data-dir decides")
+    train_split: str = _data('train', 'training split')
+    val_split: str = _data('validation', 'evaluation split')
+    dataset_download: bool = _data(False, 'let torch/ datasets download themselves', bool)
+    class_map: str = _data('', 'file that maps class names to indices')
+    loader: str = _data('auto', 'ffcv, timm, or ffcv where it is installed and fits', choices=('auto', 'ffcv', 'timm'))
+
+    mix: str = _mix('none', 'mixing method, see timm_alignmix.list_mixes(): alignmix, cutmix, densemultimix, manifold, '
+                    "mixup, multimix, none; matched without case, '-' and '_'")
+    mix_kwargs: dict = _mix({}, 'options of the method, e.g. --mix-kwargs alpha=1.0 align_at=layer3', dict)
+
+    model: str = _model('resnet50', 'timm model name')
+    pretrained: bool = _model(False, "start from the model's pretrained weights", bool)
+    initial_checkpoint: str = _model('', 'start from the weights of this file')
+    num_classes: int | None = _model(None, 'number of classes; default: as many as the data has', int, low=1)
+    gp: str | None = _model(None, "global pooling (avg, max, ...); default: the model's")
+    in_chans: int = _model(3, 'input channels', int, low=1)
+    img_size: int | None = _model(None, "image side in pixels; default: the model's", int, low=1)
+    input_size: list[int] | None = _model(None, 'input as channels height width; overrides --img-size', int, nargs=3)
+    crop_pct: float | None = _model(None, "part of the image kept in evaluation; default: the model's", float, low=0)
+    mean: list[float] | None = _model(None, "pixel mean, 0-1 scale; default: the model's", float, nargs='+')
+    std: list[float] | None = _model(
+        None, "pixel standard deviation, 0-1 scale; default: the model's", float, nargs='+')
+    interpolation: str = _model('', "resize interpolation in evaluation; default: the model's")
+    model_kwargs: dict = _model({}, 'further arguments of timm.create_model, e.g. --model-kwargs img_size=300', dict)
+    grad_checkpointing: bool = _model(False, 'recompute activations in the backward pass to save memory', bool)
+
     no_aug: bool = _aug(False, 'no training augmentation', bool)
     scale: list[float] = _aug([0.08, 1.0], 'area of the random crop', float, nargs=2, low=0)
     ratio: list[float] = _aug([3 / 4, 4 / 3], 'aspect ratio of the random crop', float, nargs=2, low=0)
@@ -152,52 +214,21 @@ class TrainConfig:
     drop: float = _aug(0.0, 'dropout before the classifier', float, low=0, below=1)
     drop_path: float | None = _aug(None, "stochastic depth; default: the model's", float, low=0, below=1)
     drop_block: float | None = _aug(None, "drop block; default: the model's", float, low=0, below=1)
-
     bn_momentum: float | None = _norm(None, "batch norm momentum; default: the model's", float)
     bn_eps: float | None = _norm(None, "batch norm epsilon; default: the model's", float)
-    sync_bn: bool = _norm(False, 'batch norm statistics over all processes', bool)
-    dist_bn: str = _norm('reduce', 'before evaluation: average the running statistics of all processes, take those of '
-                         "the first, or ('') leave them", choices=('reduce', 'broadcast', ''))
-    model_ema: bool = _norm(False, 'keep a moving average of the weights and evaluate it too', bool)
-    model_ema_decay: float = _norm(0.9998, 'decay of the moving average', float, low=0)
-    model_ema_warmup: bool = _norm(False, 'let the decay grow from 0', bool)
-    model_ema_force_cpu: bool = _norm(False, 'keep the moving average on the CPU: saved, not evaluated', bool)
 
-    amp: bool = _device(False, 'mixed precision', bool)
-    amp_dtype: str = _device('float16', 'type of mixed precision', choices=('float16', 'bfloat16'))
-    channels_last: bool = _device(False, 'channels-last memory format', bool)
     torchcompile: str | None = _device(
         None, 'compile with this backend; the flag alone means inductor', nargs='?', const='inductor')
-    no_ddp_bb: bool = _device(False, 'do not broadcast buffers in distributed training', bool)
-    device: str = _device(
-        'auto', 'cpu keeps off an accelerator; which GPUs to use is said to accelerate launch (--gpu_ids)',
-        choices=('auto', 'cpu'))
-
-    seed: int = _run(42, 'random seed', int, low=0)
-    output: str = _run('./output/train', 'folder that holds the folders of runs')
-    experiment: str = _run('', "name of this run's folder; default: time-model-size-mix")
-    resume: str = _run('', "continue from this checkpoint; 'auto': from the newest whole one of --experiment, if any")
-    no_resume_opt: bool = _run(False, 'resume without the optimizer state', bool)
     eval_metric: str = _run('top1', 'metric that ranks checkpoints', choices=('top1', 'top5', 'loss'))
-    checkpoint_hist: int = _run(10, 'best checkpoints to keep', int, low=1)
-    val_interval: int = _run(1, 'epochs between evaluations; the last epoch is always evaluated', int, low=1)
-    log_interval: int = _run(50, 'updates between log lines', int, low=1)
-    progress: bool = _run(False, 'progress bar even where the output is no terminal', bool)
-    dry_run: bool = _run(False, 'print the resolved configuration, steps and parameter groups, and stop', bool)
+
+    @property
+    def arch(self) -> str:
+        return self.model
 
     def __post_init__(self):
-        for option in fields(self):
-            setattr(self, option.name, _convert(option, getattr(self, option.name)))
+        super().__post_init__()
         if self.bce_target_thresh is not None and not self.bce_loss:
             raise ValueError('--bce-target-thresh needs --bce-loss')
-        if self.resume == 'auto' and not self.experiment:
-            raise ValueError('--resume auto looks into the folder of --experiment: name one')
-        if self.model_ema and not self.model_ema_decay < 1:
-            raise ValueError(f'--model-ema-decay must be smaller than 1, got {self.model_ema_decay}')
-
-    def to_dict(self) -> dict[str, Any]:
-        """The options as plain values, for `args.yaml` and checkpoints."""
-        return asdict(self)
 
 
 def flag(name: str) -> str:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _logger = logging.getLogger(__name__)
 
 
-class TrainTotals:
+class LossTotals:
     """Sums of what the training steps report, kept on the device so that no step waits for them.
 
     Args:
@@ -28,38 +28,53 @@ class TrainTotals:
 
     def __init__(self, device: torch.device):
         self.loss = torch.zeros((), device=device)
-        self.lam = torch.zeros((), device=device)
-        self.lam_count = 0
-        self.steps: dict[str, int] = {}
-        self.mode_loss: dict[str, torch.Tensor] = {}
+        self.steps = 0
 
     def add(self, result: dict) -> None:
         """Count one step of the task."""
+        self.loss += result['loss'].detach()
+        self.steps += 1
+
+    def mean_loss(self, run: 'Run') -> float:
+        """Mean loss so far over the steps of all processes."""
+        return run.accelerator.reduce(self.loss, 'mean').item() / max(1, self.steps)
+
+    def summary(self, run: 'Run') -> str:
+        """What the epoch's closing line says."""
+        return f'mean loss {self.mean_loss(run):#.3g}'
+
+
+class MixTotals(LossTotals):
+    """Loss, modes and mixing factors of an epoch."""
+
+    def __init__(self, device: torch.device):
+        super().__init__(device)
+        self.lam = torch.zeros((), device=device)
+        self.lam_count = 0
+        self.mode_steps: dict[str, int] = {}
+        self.mode_loss: dict[str, torch.Tensor] = {}
+
+    def add(self, result: dict) -> None:
+        super().add(result)
         loss, mode = result['loss'].detach(), result['mode']
-        self.loss += loss
-        self.steps[mode] = self.steps.get(mode, 0) + 1
+        self.mode_steps[mode] = self.mode_steps.get(mode, 0) + 1
         self.mode_loss[mode] = self.mode_loss.get(mode, 0) + loss
         if result['lam'] is not None:
             self.lam += result['lam'].detach().float().mean()
             self.lam_count += 1
 
-    def mean_loss(self, run: 'Run') -> float:
-        """Mean loss so far over the steps of all processes."""
-        return run.accelerator.reduce(self.loss, 'mean').item() / max(1, sum(self.steps.values()))
-
-    def mix_summary(self, run: 'Run') -> str:
+    def summary(self, run: 'Run') -> str:
         """Share and mean loss of every mode and the mean lam, over all processes (which share the modes)."""
-        modes = sorted(self.steps)
+        modes = sorted(self.mode_steps)
         sums = run.accelerator.reduce(torch.stack([self.lam, *(self.mode_loss[mode] for mode in modes)]), 'mean')
         lam, *losses = sums.tolist()
-        total = sum(self.steps.values())
         parts = [
-            f'{mode} {100 * self.steps[mode] / total:.1f}% (loss {loss / self.steps[mode]:#.3g})'
+            f'{mode} {100 * self.mode_steps[mode] / self.steps:.1f}% (loss {loss / self.mode_steps[mode]:#.3g})'
             for mode, loss in zip(modes, losses, strict=True)
         ]
         if self.lam_count:
             parts.append(f'mean lam {lam / self.lam_count:.3f}')
-        return ', '.join(parts)
+        return 'modes: ' + ', '.join(parts)
 
 
 def train_one_epoch(run: 'Run', epoch: int) -> OrderedDict[str, float]:
@@ -87,7 +102,7 @@ def train_one_epoch(run: 'Run', epoch: int) -> OrderedDict[str, float]:
     module.train()
     run.optimizer.zero_grad(set_to_none=True)
 
-    totals, step_time, data_time = TrainTotals(accelerator.device), AverageMeter(), AverageMeter()
+    totals, step_time, data_time = run.totals(accelerator.device), AverageMeter(), AverageMeter()
     waited, update_start = 0.0, time.perf_counter()
     batch_start = update_start
     with progress_bar(run, f'Train {epoch}', updates) as bar:
@@ -112,7 +127,7 @@ def train_one_epoch(run: 'Run', epoch: int) -> OrderedDict[str, float]:
                 waited, update_start = 0.0, now
             batch_start = time.perf_counter()
 
-    _logger.info(f'Train: {epoch} modes: {totals.mix_summary(run)}')
+    _logger.info(f'Train: {epoch} {totals.summary(run)}')
     return OrderedDict(loss=totals.mean_loss(run))
 
 
@@ -135,7 +150,7 @@ def _log_train(
         epoch: int,
         update: int,
         loss: torch.Tensor,
-        totals: TrainTotals,
+        totals: LossTotals,
         step_time: AverageMeter,
         data_time: AverageMeter,
         images: int,

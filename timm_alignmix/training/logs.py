@@ -15,9 +15,6 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 if TYPE_CHECKING:
     from .build import Run
 
-SUMMARY_COLUMNS = ('epoch', 'train_loss', 'eval_loss', 'eval_top1', 'eval_top5', 'lr')
-
-
 @contextmanager
 def progress_bar(run: 'Run', name: str, total: int) -> Iterator[tqdm]:
     """A bar on the main process, on a terminal or where asked for; log lines appear above it."""
@@ -32,13 +29,15 @@ def append_summary(
         train_metrics: dict[str, float],
         eval_metrics: dict[str, float] | None,
         lr: float,
+        metrics: tuple[str, ...] = ('loss', 'top1', 'top5'),
 ) -> None:
     """Add an epoch to summary.csv, with the header where the file is new; an epoch without evaluation has gaps."""
+    columns = ['epoch', 'train_loss', *(f'eval_{key}' for key in metrics), 'lr']
     row = {'epoch': epoch, 'train_loss': train_metrics['loss'], 'lr': lr}
-    row.update({f'eval_{key}': value for key, value in (eval_metrics or {}).items()})
+    row.update({f'eval_{key}': eval_metrics[key] for key in metrics if eval_metrics})
     is_new = not path.exists() or path.stat().st_size == 0
     with open(path, 'a', newline='') as file:
-        writer = csv.DictWriter(file, fieldnames=SUMMARY_COLUMNS)
+        writer = csv.DictWriter(file, fieldnames=columns)
         if is_new:
             writer.writeheader()
         writer.writerow(row)

@@ -10,7 +10,7 @@ import yaml
 
 from timm_alignmix.data import SAMPLE_DEFAULTS
 
-from .config import TrainConfig, flag
+from .config import RunConfig, TrainConfig, flag
 
 _logger = logging.getLogger(__name__)
 
@@ -21,11 +21,12 @@ def near_names(name: str, names: Iterable[str]) -> str:
     return f'; did you mean {" or ".join(near)}?' if near else ''
 
 
-def read_yaml(path: str) -> dict[str, Any]:
+def read_yaml(path: str, config_class: type[RunConfig] = TrainConfig) -> dict[str, Any]:
     """Options of a YAML file.
 
     Args:
         path: A mapping of option names ('-' and '_' are the same) to values.
+        config_class: The configuration that has the options.
 
     Raises:
         ValueError: The file is missing, no mapping, or has a key that is no option.
@@ -39,7 +40,7 @@ def read_yaml(path: str) -> dict[str, Any]:
     if not isinstance(options, dict):
         raise ValueError(f'--config {path} must hold a mapping of options to values, got {type(options).__name__}')
     options = {str(key).replace('-', '_'): value for key, value in options.items()}
-    known = [option.name for option in fields(TrainConfig)]
+    known = [option.name for option in fields(config_class)]
     unknown = [f'{key!r}{near_names(key, known)}' for key in options if key not in known]
     if unknown:
         raise ValueError(f'--config {path} has unknown keys: ' + ', '.join(unknown))

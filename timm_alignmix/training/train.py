@@ -1,5 +1,6 @@
 """A whole training run: build, resume, train, evaluate, save."""
 import logging
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -7,10 +8,11 @@ from typing import Any
 import yaml
 from timm.models import safe_model_name
 from timm.utils import distribute_bn, trim_summary
+from torch import nn
 
 from .build import Run, build_run, describe_run
 from .checkpoint import CheckpointSaver, checkpoint_state, find_checkpoint, load_run, read_checkpoint
-from .config import TrainConfig
+from .config import RunConfig, TrainConfig
 from .engine import mean_lr, train_one_epoch, validate
 from .logs import append_summary, result_json, write_args
 
@@ -41,15 +43,29 @@ def train(config: TrainConfig) -> dict[str, Any] | None:
 def prepare(config: TrainConfig) -> tuple[Run, CheckpointSaver]:
     """Build and check a run, resume it where asked, and make it ready for its devices."""
     run = build_run(config)
+    saver = open_run(run, f'{safe_model_name(config.model)}-{run.data_config["input_size"][-1]}-{config.mix}')
+    if not config.dry_run:
+        if config.torchcompile:
+            run.task.compile(backend=config.torchcompile)
+            run.task.compile_ema(backend=config.torchcompile)
+        wrap_run(run)
+    return run, saver
+
+
+def open_run(run: Run, name: str) -> CheckpointSaver:
+    """Describe a run, make its folder and resume it where asked; a dry run stops after the description.
+
+    Args:
+        run: The run, complete but not wrapped for its devices.
+        name: Name of the folder, after the time, where --experiment does not give one.
+    """
     config = run.config
-    name = config.experiment or '-'.join([
-        datetime.now().strftime('%Y%m%d-%H%M%S'), safe_model_name(config.model),
-        str(run.data_config['input_size'][-1]), config.mix])
+    name = config.experiment or f'{datetime.now().strftime("%Y%m%d-%H%M%S")}-{name}'
     saver = CheckpointSaver(Path(config.output) / name, config.eval_metric, config.checkpoint_hist)
     if run.accelerator.is_main_process:
         _logger.info(describe_run(run))
     if config.dry_run:
-        return run, saver
+        return saver
 
     resumed = _find_resume(config, saver.folder)
     if run.accelerator.is_main_process:
@@ -68,11 +84,10 @@ def prepare(config: TrainConfig) -> tuple[Run, CheckpointSaver]:
         run.start_epoch = config.start_epoch
     if run.accelerator.is_main_process:
         trim_summary(saver.folder / 'summary.csv', run.start_epoch)
-    _wrap(run)
-    return run, saver
+    return saver
 
 
-def _find_resume(config: TrainConfig, folder: Path) -> tuple[Path, dict[str, Any]] | None:
+def _find_resume(config: RunConfig, folder: Path) -> tuple[Path, dict[str, Any]] | None:
     if config.resume != 'auto':
         return (Path(config.resume), read_checkpoint(config.resume)) if config.resume else None
     found = find_checkpoint(folder)
@@ -81,7 +96,7 @@ def _find_resume(config: TrainConfig, folder: Path) -> tuple[Path, dict[str, Any
     return found
 
 
-def _open_folder(folder: Path, config: TrainConfig, resumed: bool) -> None:
+def _open_folder(folder: Path, config: RunConfig, resumed: bool) -> None:
     """Make the run's folder and write its arguments; never train over another run."""
     args_file = folder / 'args.yaml'
     args = config.to_dict()
@@ -100,12 +115,9 @@ def _open_folder(folder: Path, config: TrainConfig, resumed: bool) -> None:
     write_args(args_file, args)
 
 
-def _wrap(run: Run) -> None:
-    """Compile, then wrap for the devices; loaders and schedule stay as they are."""
+def wrap_run(run: Run) -> None:
+    """Wrap for the devices; loaders and schedule stay as they are."""
     config, task, accelerator = run.config, run.task, run.accelerator
-    if config.torchcompile:
-        task.compile(backend=config.torchcompile)
-        task.compile_ema(backend=config.torchcompile)
     task.trainable_module, run.optimizer = accelerator.prepare(task.get_trainable_module(), run.optimizer)
     if run.scheduler is not None and run.start_epoch > 0:
         if config.sched_on_updates:
@@ -114,8 +126,21 @@ def _wrap(run: Run) -> None:
             run.scheduler.step(run.start_epoch)
 
 
-def fit(run: Run, saver: CheckpointSaver) -> dict[str, Any] | None:
-    """Train a prepared run to its end."""
+def fit(
+        run: Run,
+        saver: CheckpointSaver,
+        evaluate: Callable[[Run, nn.Module, str], dict[str, float]] = validate,
+) -> dict[str, Any] | None:
+    """Train a prepared run to its end.
+
+    Args:
+        run: The run.
+        saver: Its checkpoints.
+        evaluate: Measures the metrics of the configuration, from the run, a model and the start of the log lines.
+
+    Returns:
+        As :func:`train`.
+    """
     config = run.config
     if config.dry_run:
         if run.accelerator.is_main_process:
@@ -124,36 +149,36 @@ def fit(run: Run, saver: CheckpointSaver) -> dict[str, Any] | None:
     stop = min(run.num_epochs, config.stop_epoch or run.num_epochs)
     if run.start_epoch >= stop:
         raise ValueError(f'nothing to train: epoch {run.start_epoch} of {stop} is already reached; raise --epochs')
-    history = [_run_epoch(run, saver, epoch, epoch + 1 == stop) for epoch in range(run.start_epoch, stop)]
+    history = [_run_epoch(run, saver, evaluate, epoch, epoch + 1 == stop) for epoch in range(run.start_epoch, stop)]
     result = _report(run, saver, history)
     run.accelerator.end_training()
     return result
 
 
-def _run_epoch(run: Run, saver: CheckpointSaver, epoch: int, is_last: bool) -> dict[str, Any]:
+def _run_epoch(run: Run, saver: CheckpointSaver, evaluate: Callable, epoch: int, is_last: bool) -> dict[str, Any]:
     config, accelerator = run.config, run.accelerator
     entry = {'epoch': epoch, 'train': train_one_epoch(run, epoch), 'lr': mean_lr(run)}
     if is_last or (epoch + 1) % config.val_interval == 0:
-        entry['validation'] = _evaluate(run)
+        entry['validation'] = _evaluate(run, evaluate)
     metrics = entry.get('validation')
     if run.scheduler is not None:
         run.scheduler.step(epoch + 1, metrics and metrics[config.eval_metric])
     if accelerator.is_main_process:
-        append_summary(saver.folder / 'summary.csv', epoch, entry['train'], metrics, entry['lr'])
+        append_summary(saver.folder / 'summary.csv', epoch, entry['train'], metrics, entry['lr'], config.metrics)
         saver.save(checkpoint_state(run), epoch, metrics)
     return entry
 
 
-def _evaluate(run: Run) -> dict[str, float]:
+def _evaluate(run: Run, evaluate: Callable) -> dict[str, float]:
     """Metrics of the model, or of its moving average where there is one to evaluate."""
     config, task, processes = run.config, run.task, run.accelerator.num_processes
     if config.dist_bn and processes > 1:
         distribute_bn(task.get_eval_model(), processes, config.dist_bn == 'reduce')
-    metrics = validate(run, task.get_eval_model())
+    metrics = evaluate(run, task.get_eval_model(), 'Test')
     if task.has_ema() and not config.model_ema_force_cpu:
         if config.dist_bn and processes > 1:
             distribute_bn(task.get_eval_model(ema=True), processes, config.dist_bn == 'reduce')
-        metrics = validate(run, task.get_eval_model(ema=True), 'Test (EMA)')
+        metrics = evaluate(run, task.get_eval_model(ema=True), 'Test (EMA)')
     return metrics
 
 
@@ -163,8 +188,8 @@ def _report(run: Run, saver: CheckpointSaver, history: list[dict[str, Any]]) -> 
     last = {'epoch': history[-1]['epoch'], **history[-1]['validation']}
     if run.accelerator.is_main_process:
         _logger.info(f'*** Best metric: {best[metric]} (epoch {best["epoch"]})')
-        _logger.info(
-            f'*** Top-1 of the last epoch ({last["epoch"]}): {last["top1"]:.2f}; '
-            f'of the best epoch by {metric} ({best["epoch"]}): {best["top1"]:.2f}')
+        for which, entry in (('last epoch', last), (f'best epoch by {metric}', best)):
+            values = ', '.join(f'{key} {entry[key]:.4g}' for key in run.config.metrics)
+            _logger.info(f'*** {which.capitalize()} ({entry["epoch"]}): {values}')
         print(result_json(history, metric), flush=True)
     return {'folder': saver.folder, 'last': last, 'best': best, 'history': history}
