@@ -101,9 +101,8 @@ class _Epoch(_ffcv.loader.epoch_iterator.EpochIterator):
 class FFCVBatches:
     """CPU batches of one rank: uint8 images and int64 labels.
 
-    Training: random resized crop and flip, samples in an order drawn from (seed, epoch), full batches only, each
-        sample at
-    most once an epoch over all ranks. Evaluation: centre crop, each sample exactly once over all ranks, in order.
+    Training: random resized crop and flip, samples in an order drawn from (seed, epoch), full batches only, each sample
+    at most once an epoch over all ranks. Evaluation: centre crop, each sample exactly once over all ranks, in order.
 
     Args:
         info: The file, from inspect_beton().

@@ -85,9 +85,22 @@ def create_accelerator(config: RunConfig) -> Accelerator:
     if not accelerator.is_main_process:
         for name in ('timm', 'timm_alignmix'):
             logging.getLogger(name).setLevel(logging.WARNING)
+    _use_all_cores(accelerator)
     # TF32 stays off for matrix products: transport costs need the full float32.
     torch.backends.cudnn.benchmark = True
     return accelerator
+
+
+def _use_all_cores(accelerator: Accelerator) -> None:
+    """Undo `accelerate launch`'s default of one thread for a process that computes on the CPU."""
+    launched = 'ACCELERATE_MIXED_PRECISION' in os.environ
+    if accelerator.device.type != 'cpu' or not launched or torch.get_num_threads() > 1:
+        return
+    processes = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))
+    _logger.info(
+        f'Using {torch.get_num_threads()} CPU threads instead of the one that accelerate launch sets; '
+        'accelerate launch --num_cpu_threads_per_process N (2 or more) decides otherwise')
 
 
 def scaled_lr(config: RunConfig, global_batch_size: int) -> float:
