@@ -1,0 +1,286 @@
+"""Reads VOC- and COCO-format annotations into one form, and says what it leaves out.
+
+Boxes are (x1, y1, x2, y2) in pixels, 0-based and half-open: a box that covers the first pixel alone is (0, 0, 1, 1).
+VOC files count pixels from 1 and include the last one, so (xmin, ymin, xmax, ymax) becomes (xmin - 1, ymin - 1, xmax,
+ymax). Labels count from 1; 0 is the background.
+"""
+import json
+import logging
+import xml.etree.ElementTree as ET
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from timm_alignmix.training import near_names
+
+_logger = logging.getLogger(__name__)
+
+VOC_CLASSES = (
+    'aeroplane', 'bicycle', 'bird', 'boat', 'bottle', 'bus', 'car', 'cat', 'chair', 'cow', 'diningtable', 'dog',
+    'horse', 'motorbike', 'person', 'pottedplant', 'sheep', 'sofa', 'train', 'tvmonitor',
+)
+IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff')
+
+
+@dataclass
+class Record:
+    """One image and its objects.
+
+    Attributes:
+        image_id: The file's name without suffix (VOC) or the image's id (COCO).
+        path: Image file.
+        width: Width in pixels.
+        height: Height in pixels.
+        boxes: (N, 4) float64.
+        labels: (N,) int64, from 1.
+        difficult: (N,) bool, VOC's mark of objects that the evaluation ignores.
+        crowd: (N,) bool, COCO's mark of regions that hold many objects.
+        areas: (N,) float64 in pixels; COCO's are of the object's outline, not of its box.
+    """
+
+    image_id: str | int
+    path: Path
+    width: int
+    height: int
+    boxes: np.ndarray
+    labels: np.ndarray
+    difficult: np.ndarray
+    crowd: np.ndarray
+    areas: np.ndarray
+
+    def select(self, keep: np.ndarray) -> 'Record':
+        """The same image with some of its objects (a boolean mask or indices)."""
+        names = ('boxes', 'labels', 'difficult', 'crowd', 'areas')
+        return replace(self, **{name: getattr(self, name)[keep] for name in names})
+
+
+@dataclass
+class Annotations:
+    """The images of a split.
+
+    Attributes:
+        records: One per image.
+        class_names: Names of labels 1, 2, ...
+        left_out: Counts of what was skipped or changed, by reason.
+    """
+
+    records: list[Record]
+    class_names: list[str]
+    left_out: Counter = field(default_factory=Counter)
+
+    def describe(self) -> str:
+        """Images, boxes and what was left out, in one line."""
+        boxes = sum(len(record.labels) for record in self.records)
+        text = f'{len(self.records):,} images with {boxes:,} boxes of {len(self.class_names)} classes'
+        left_out = ', '.join(f'{reason}: {count}' for reason, count in sorted(self.left_out.items()))
+        return f'{text} ({left_out})' if left_out else text
+
+
+def clean(annotations: Annotations, training: bool, keep_difficult: bool = True) -> Annotations:
+    """Drop or mend what cannot be used, and count it.
+
+    Boxes without area and boxes wholly outside their image are dropped. For training, the rest is clipped to the image,
+    crowd regions are dropped, difficult objects where not kept, and then images without any box.
+    """
+    left_out, records = Counter(annotations.left_out), []
+    for record in annotations.records:
+        record = _drop(record, _no_area(record.boxes), 'boxes without area dropped', left_out)
+        limit = np.array([record.width, record.height] * 2, dtype=np.float64)
+        inside = record.boxes.clip(0, limit)
+        record = _drop(record, outside := _no_area(inside), 'boxes outside their image dropped', left_out)
+        if training:
+            inside = inside[~outside]
+            left_out['boxes clipped to their image'] += int((np.abs(inside - record.boxes).max(1) > 1).sum())
+            record = replace(record, boxes=inside)
+            record = _drop(record, record.crowd, 'crowd regions dropped', left_out)
+            if not keep_difficult:
+                record = _drop(record, record.difficult, 'difficult objects dropped', left_out)
+            if not len(record.labels):
+                left_out['images without boxes dropped'] += 1
+                continue
+        records.append(record)
+    return Annotations(records, annotations.class_names, +left_out)
+
+
+def _no_area(boxes: np.ndarray) -> np.ndarray:
+    return ((boxes[:, 2:] - boxes[:, :2]) <= 0).any(1)
+
+
+def _drop(record: Record, mask: np.ndarray, reason: str, left_out: Counter) -> Record:
+    left_out[reason] += int(mask.sum())
+    return record.select(~mask) if mask.any() else record
+
+
+def read_voc(
+        data_dir: str | Path,
+        split: str,
+        class_names: Sequence[str] | None = None,
+) -> Annotations:
+    """Read splits of VOC-format folders (Annotations, JPEGImages, ImageSets/Main inside).
+
+    Args:
+        data_dir: Such a folder, or one that holds VOC2007, VOC2012 (such as VOCdevkit).
+        split: Name of a file of ImageSets/Main; in a folder of years with the year before it; several joined by '+',
+            such as '2007_trainval+2012_trainval'.
+        class_names: The classes in order; None takes the names found, in alphabetical order.
+
+    Raises:
+        ValueError: A folder, list, annotation or image is missing or damaged, or a class is unknown.
+    """
+    root, items = Path(data_dir), []
+    for part in split.split('+'):
+        year, _, name = part.rpartition('_')
+        folder = root / f'VOC{year}' if year and (root / f'VOC{year}').is_dir() else root
+        name = name if folder != root else part
+        items += [(folder, image_id) for image_id in _read_split(folder, name)]
+    parsed = [_read_voc_file(folder, image_id) for folder, image_id in items]
+    found = sorted({name for _, names in parsed for name in names})
+    known = list(class_names) if class_names else found
+    images = {folder: _image_files(folder / 'JPEGImages') for folder in {folder for folder, _ in items}}
+    records = []
+    for (folder, image_id), (record, names) in zip(items, parsed, strict=True):
+        if image_id not in images[folder]:
+            raise ValueError(f'{folder / "JPEGImages"} has no image {image_id} (of split {split})')
+        source = folder / 'Annotations' / f'{image_id}.xml'
+        record.path = images[folder][image_id]
+        record.labels = np.array([_label(name, known, source) for name in names], dtype=np.int64)
+        records.append(record)
+    return Annotations(records, known)
+
+
+def _label(name: str, known: Sequence[str], source: Path) -> int:
+    if name not in known:
+        raise ValueError(
+            f'{source}: unknown class {name!r}{near_names(name, known)}; the classes are {", ".join(known)} '
+            '(--class-names sets them)')
+    return known.index(name) + 1
+
+
+def _read_split(folder: Path, name: str) -> list[str]:
+    path = folder / 'ImageSets' / 'Main' / f'{name}.txt'
+    if not path.is_file():
+        splits = sorted(p.stem for p in path.parent.glob('*.txt'))
+        hint = f'there are {", ".join(splits)}' if splits else (
+            f'{folder} is no VOC-format folder (Annotations, JPEGImages, ImageSets/Main)')
+        raise ValueError(f'{path}: no such split; {hint}')
+    # Lists of one class have a second column that says whether the image shows it.
+    ids = [line.split()[0] for line in path.read_text(encoding='utf-8').splitlines() if line.strip()]
+    repeated = [image_id for image_id, count in Counter(ids).items() if count > 1]
+    if repeated:
+        raise ValueError(f'{path} lists images twice: {", ".join(repeated[:5])}')
+    if not ids:
+        raise ValueError(f'{path} lists no image')
+    return ids
+
+
+def _image_files(folder: Path) -> dict[str, Path]:
+    if not folder.is_dir():
+        raise ValueError(f'{folder}: no such folder of images')
+    return {path.stem: path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES}
+
+
+def _read_voc_file(folder: Path, image_id: str) -> tuple[Record, list[str]]:
+    """The objects of an annotation file, not yet with image and labels, and the names of their classes."""
+    path = folder / 'Annotations' / f'{image_id}.xml'
+    try:
+        tree = ET.parse(path).getroot()
+        width, height = int(tree.findtext('size/width')), int(tree.findtext('size/height'))
+        objects = tree.findall('object')
+        names = [str(item.findtext('name')).strip() for item in objects]
+        boxes = np.array(
+            [[float(item.findtext(f'bndbox/{key}')) for key in ('xmin', 'ymin', 'xmax', 'ymax')] for item in objects],
+            dtype=np.float64).reshape(-1, 4)
+        difficult = np.array([int(item.findtext('difficult') or 0) for item in objects], dtype=bool)
+    except FileNotFoundError as e:
+        raise ValueError(f'{path}: no such annotation') from e
+    except (ET.ParseError, TypeError, ValueError) as e:  # no number where one belongs, or nothing at all
+        raise ValueError(f'{path} is damaged or no VOC annotation ({e})') from e
+    boxes[:, :2] -= boxes[:, :2] < boxes[:, 2:]  # one that ends where it starts is a slip: it stays without area
+    areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    empty = np.zeros(len(names), dtype=np.int64)
+    return Record(image_id, path, width, height, boxes, empty, difficult, empty.astype(bool), areas), names
+
+
+def read_coco(
+        data_dir: str | Path,
+        split: str,
+        class_names: Sequence[str] | None = None,
+) -> Annotations:
+    """Read a split of a COCO-format folder.
+
+    Category ids may have gaps: labels count the categories in the order of their ids.
+
+    Args:
+        data_dir: Holds annotations/instances_SPLIT.json, annotations/SPLIT.json or SPLIT/_annotations.coco.json, and
+            the images in SPLIT, images/SPLIT or images.
+        split: Name of the split, such as 'train2017'.
+        class_names: Names of the categories in order; None takes those of the file.
+
+    Raises:
+        ValueError: The file or an image is missing, or a class is unknown.
+    """
+    path = coco_file(Path(data_dir), split)
+    try:
+        content = json.loads(path.read_text(encoding='utf-8'))
+        images, annotations, categories = content['images'], content['annotations'], content['categories']
+    except (ValueError, KeyError, TypeError) as e:
+        raise ValueError(f'{path} is damaged or no COCO annotation file ({e!r})') from e
+    categories = sorted(categories, key=lambda category: category['id'])
+    known = list(class_names) if class_names else [category['name'] for category in categories]
+    used = {annotation['category_id'] for annotation in annotations}
+    labels = {c['id']: _label(c['name'], known, path) for c in categories if c['id'] in used or c['name'] in known}
+    by_image: dict[int, list[dict[str, Any]]] = {image['id']: [] for image in images}
+    for annotation in annotations:
+        if annotation['category_id'] not in labels or annotation['image_id'] not in by_image:
+            raise ValueError(
+                f'{path}: annotation {annotation.get("id")} is of category {annotation["category_id"]} and image '
+                f'{annotation["image_id"]}, one of which the file does not list')
+        by_image[annotation['image_id']].append(annotation)
+    folder = _coco_images(Path(data_dir), split, images, path)
+    return Annotations([_coco_record(image, by_image[image['id']], labels, folder) for image in images], known)
+
+
+def coco_file(root: Path, split: str) -> Path:
+    """Annotation file of a split of a COCO-format folder."""
+    candidates = (
+        root / 'annotations' / f'instances_{split}.json', root / 'annotations' / f'{split}.json',
+        root / split / '_annotations.coco.json')
+    for path in candidates:
+        if path.is_file():
+            return path
+    raise ValueError(f'{root} has no annotations of split {split}: looked for ' + ', '.join(map(str, candidates)))
+
+
+def _coco_images(root: Path, split: str, images: Iterable[dict[str, Any]], source: Path) -> Path:
+    """The folder that holds all the images."""
+    names = {image['file_name'] for image in images}
+    missing: dict[Path, str] = {}
+    for folder in (root / split, root / 'images' / split, root / 'images', root):
+        if folder.is_dir():
+            absent = sorted(name for name in names if not (folder / name).is_file())
+            if not absent:
+                return folder
+            missing[folder] = f'{len(absent)} of {len(names)} are not in {folder} (the first is {absent[0]})'
+    raise ValueError(f'images of {source} are missing: ' + '; '.join(missing.values()))
+
+
+def _coco_record(
+        image: dict[str, Any], annotations: list[dict[str, Any]], labels: dict[int, int], folder: Path) -> Record:
+    boxes = np.array([annotation['bbox'] for annotation in annotations], dtype=np.float64).reshape(-1, 4)
+    areas = [annotation.get('area', w * h) for annotation, (_, _, w, h) in zip(annotations, boxes, strict=True)]
+    boxes[:, 2:] += boxes[:, :2]
+    return Record(
+        image_id=image['id'],
+        path=folder / image['file_name'],
+        width=image['width'],
+        height=image['height'],
+        boxes=boxes,
+        labels=np.array([labels[annotation['category_id']] for annotation in annotations], dtype=np.int64),
+        difficult=np.zeros(len(annotations), dtype=bool),
+        crowd=np.array([annotation.get('iscrowd', 0) for annotation in annotations], dtype=bool),
+        areas=np.array(areas, dtype=np.float64),
+    )

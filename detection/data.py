@@ -1,0 +1,233 @@
+"""Detection data sets and their loaders: VOC, COCO, and any folder of either format."""
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
+from torchvision import tv_tensors
+from torchvision.transforms.v2.functional import pil_to_tensor
+
+from .annotations import VOC_CLASSES, Annotations, Record, clean, coco_file, read_coco, read_voc
+
+_logger = logging.getLogger(__name__)
+
+# (images, targets): tensors (3, H, W) in [0, 1]; dicts of boxes (N, 4) and labels (N,).
+Batch = tuple[list[torch.Tensor], list[dict[str, Any]]]
+
+
+def read_annotations(
+        dataset: str,
+        data_dir: str,
+        train_split: str | None = None,
+        val_split: str | None = None,
+        class_names: Sequence[str] | None = None,
+        keep_difficult: bool = True,
+) -> tuple[Annotations, Annotations]:
+    """Read the training and the validation split.
+
+    Args:
+        dataset: 'voc' or 'coco', the format.
+        data_dir: Folder of the data.
+        train_split: Training split; None takes VOC 2007 + 2012 trainval, train2017, or the folder's own.
+        val_split: Validation split; None takes VOC 2007 test, val2017, or the folder's own.
+        class_names: Classes in order; None takes VOC's 20 in a folder of years, else what the training split has.
+        keep_difficult: Train on difficult objects too.
+
+    Raises:
+        ValueError: Something is missing or damaged; which, and what to do.
+    """
+    if not Path(data_dir).is_dir():
+        raise ValueError(f'--data-dir {data_dir}: no such folder')
+    read = {'voc': read_voc, 'coco': read_coco}[dataset]
+    find = {'voc': find_voc_splits, 'coco': find_coco_splits}[dataset]
+    if train_split is None or val_split is None:
+        found = find(Path(data_dir))
+        train_split, val_split = train_split or found[0], val_split or found[1]
+    if class_names is None and dataset == 'voc' and _has_years(Path(data_dir)):
+        class_names = VOC_CLASSES
+    train = read(data_dir, train_split, class_names)
+    val = read(data_dir, val_split, train.class_names)
+    shared = {record.path for record in train.records} & {record.path for record in val.records}
+    if shared:
+        _logger.warning(f'{len(shared)} images are both in {train_split} and in {val_split}')
+    return clean(train, True, keep_difficult), clean(val, False)
+
+
+def _has_years(root: Path) -> bool:
+    return (root / 'VOC2007').is_dir() or (root / 'VOC2012').is_dir()
+
+
+def find_voc_splits(root: Path) -> tuple[str, str]:
+    """Training and validation split of a VOC-format folder, or of a folder of years."""
+    if _has_years(root):
+        years = [year for year in ('2007', '2012') if (root / f'VOC{year}').is_dir()]
+        return '+'.join(f'{year}_trainval' for year in years), '2007_test'
+    there = {path.stem for path in (root / 'ImageSets' / 'Main').glob('*.txt')}
+    return _choose(root, there, [('trainval', 'test'), ('train', 'val'), ('train', 'test')])
+
+
+def find_coco_splits(root: Path) -> tuple[str, str]:
+    """Training and validation split of a COCO-format folder."""
+    there = set()
+    for name in ('train2017', 'val2017', 'train', 'val', 'valid', 'validation', 'test'):
+        try:
+            coco_file(root, name)
+        except ValueError:
+            continue
+        there.add(name)
+    pairs = [('train2017', 'val2017'), *(('train', name) for name in ('val', 'valid', 'validation', 'test'))]
+    return _choose(root, there, pairs)
+
+
+def _choose(root: Path, there: set[str], pairs: list[tuple[str, str]]) -> tuple[str, str]:
+    for pair in pairs:
+        if there.issuperset(pair):
+            return pair
+    raise ValueError(
+        f'{root}: found splits {", ".join(sorted(there)) or "none"}; name them with --train-split and --val-split')
+
+
+class DetectionDataset(Dataset):
+    """Images with their boxes.
+
+    An augmented image is a function of (seed, epoch, index) alone, so neither the number of workers nor a resume
+    changes what a run sees.
+
+    Args:
+        records: The images.
+        transform: Takes a uint8 image and a dict of boxes and labels, gives the same; None leaves them as they are.
+        seed: Seed of the augmentation.
+    """
+
+    def __init__(self, records: Sequence[Record], transform: Callable | None = None, seed: int = 0):
+        self.records = records
+        self.transform = transform
+        self.seed = seed
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, dict[str, Any]]:
+        record = self.records[index]
+        image = read_image(record)
+        target = dict(
+            boxes=tv_tensors.BoundingBoxes(
+                torch.from_numpy(record.boxes).float(), format='XYXY', canvas_size=(record.height, record.width)),
+            labels=torch.from_numpy(record.labels),
+        )
+        if self.transform is not None:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed((self.seed * 1_000_003 + self.epoch) * 1_000_003 + index)
+                image, target = self.transform(tv_tensors.Image(image), target)
+        boxes = target['boxes'].as_subclass(torch.Tensor).reshape(-1, 4)
+        return image, dict(boxes=boxes, labels=target['labels'], index=index)
+
+
+def read_image(record: Record) -> torch.Tensor:
+    """Image of a record as uint8 (3, H, W).
+
+    Raises:
+        ValueError: The file is damaged, or its size is not the annotation's.
+    """
+    try:
+        with Image.open(record.path) as file:
+            image = pil_to_tensor(file.convert('RGB'))
+    except OSError as e:
+        raise ValueError(f'{record.path} is damaged or no image ({e})') from e
+    if image.shape[1:] != (record.height, record.width):
+        raise ValueError(
+            f'{record.path} is {image.shape[2]}x{image.shape[1]} pixels, but its annotation says '
+            f'{record.width}x{record.height}')
+    return image
+
+
+class DetectionLoader:
+    """Batches of a data set on the device.
+
+    In training every process draws its own part of a shuffled epoch and drops the last partial batch; in evaluation
+    the processes share the images, each image once.
+
+    Args:
+        dataset: The images.
+        batch_size: Images per batch of this process.
+        training: Shuffle, and drop the last partial batch.
+        workers: Loading processes.
+        device: Device of the batches.
+        seed: Seed of the order.
+        rank: This process.
+        world_size: Number of processes.
+        pin_mem: Pin host memory.
+    """
+
+    def __init__(
+            self,
+            dataset: DetectionDataset,
+            batch_size: int,
+            training: bool,
+            workers: int = 0,
+            device: torch.device | str = 'cpu',
+            seed: int = 0,
+            rank: int = 0,
+            world_size: int = 1,
+            pin_mem: bool = False,
+    ):
+        self.dataset, self.device, self.num_samples = dataset, device, len(dataset)
+        self.sampler = None
+        if training:
+            self.sampler = DistributedSampler(dataset, world_size, rank, shuffle=True, seed=seed, drop_last=True)
+            if len(self.sampler) < batch_size:
+                raise ValueError(
+                    f'{len(dataset)} training images over {world_size} processes fill no batch of {batch_size}; '
+                    'pass a smaller --batch-size')
+        self.loader = DataLoader(
+            dataset if training else Subset(dataset, range(rank, len(dataset), world_size)),
+            batch_size,
+            sampler=self.sampler,
+            num_workers=workers,
+            collate_fn=_collate,
+            pin_memory=pin_mem,
+            drop_last=training,
+        )
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order and the augmentation of an epoch."""
+        self.dataset.epoch = epoch
+        if self.sampler is not None:
+            self.sampler.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for images, targets in self.loader:
+            images = [image.to(self.device, non_blocking=True).float() / 255 for image in images]
+            yield images, [
+                {**target, 'boxes': target['boxes'].to(self.device, non_blocking=True),
+                 'labels': target['labels'].to(self.device, non_blocking=True)}
+                for target in targets
+            ]
+
+
+def _collate(samples: list[tuple[torch.Tensor, dict[str, Any]]]) -> Batch:
+    images, targets = zip(*samples, strict=True)
+    return list(images), list(targets)
+
+
+@dataclass
+class DetectionLoaders:
+    """Loaders of a run.
+
+    Attributes:
+        class_names: Names of labels 1, 2, ...
+        description: The data in one line.
+    """
+
+    train: DetectionLoader
+    val: DetectionLoader
+    class_names: list[str]
+    description: str
