@@ -12,7 +12,7 @@ import sys
 
 from timm.utils import setup_default_logging
 
-from timm_alignmix.training import TrainConfig, cli, fit, prepare, resolve_config
+from timm_alignmix.training import TrainConfig, cli, fit_and_export, prepare, resolve_config
 
 
 def create_parser() -> argparse.ArgumentParser:
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> None:
         run, saver = prepare(config)
     except (ValueError, ImportError, OSError) as e:  # wrong options, data or environment: the message has the remedy
         sys.exit(f'train_imagenet.py: error: {e}')
-    fit(run, saver)
+    fit_and_export(run, saver)
 
 
 if __name__ == '__main__':

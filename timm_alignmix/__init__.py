@@ -1,5 +1,5 @@
 """AlignMixup, MultiMix and Dense MultiMix, and the mixups they are compared with, for timm models."""
-from . import models
+from . import models, weights
 from .anatomy import Anatomy, UnsupportedModel, dense_model_kwargs
 from .mixes import Mix, create_mix, list_mixes, register_mix
 from .mixup_fn import create_mixup
@@ -18,4 +18,7 @@ __all__ = [
     'list_mixes',
     'models',
     'register_mix',
+    'weights',
 ]
+
+weights.register_local()

@@ -2,6 +2,17 @@
 from . import cli
 from .config import RunConfig, TrainConfig, flag
 from .resolve import near_names, resolve_config
-from .train import fit, prepare, train
+from .train import fit, fit_and_export, prepare, train
 
-__all__ = ['RunConfig', 'TrainConfig', 'cli', 'fit', 'flag', 'near_names', 'prepare', 'resolve_config', 'train']
+__all__ = [
+    'RunConfig',
+    'TrainConfig',
+    'cli',
+    'fit',
+    'fit_and_export',
+    'flag',
+    'near_names',
+    'prepare',
+    'resolve_config',
+    'train',
+]

@@ -260,6 +260,7 @@ def build_run(config: TrainConfig) -> Run:
     arguments = model_arguments(config)
     data_config = resolve_data(config, arguments)
     loaders = create_data(config, data_config, accelerator)
+    data_config.update(loader=loaders.kind, class_names=loaders.class_names)
     task = create_task(config, arguments, data_config['input_size'], loaders.num_classes, accelerator)
     run = Run(config, accelerator, loaders, task, data_config, MixTotals)
     add_optimizer(run)

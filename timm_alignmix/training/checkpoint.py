@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from timm.utils import unwrap_model
 
+from timm_alignmix.weights import key_problems
+
 if TYPE_CHECKING:
     from .build import Run
 
@@ -55,7 +57,7 @@ class CheckpointSaver:
             ranked = sorted([*self.history, (epoch, metric)], key=lambda kept: kept[1], reverse=not decreasing)
             self.history, dropped = ranked[:self.max_history], ranked[self.max_history:]
         saver = {'eval_metric': self.eval_metric, 'history': self.history, 'best': self.best}
-        self._write({**state, 'epoch': epoch, 'metric': metric, 'saver': saver})
+        self._write({**state, 'epoch': epoch, 'metric': metric, 'metrics': metrics, 'saver': saver})
         if is_best:
             self._link('model_best')
         if (epoch, metric) in self.history:
@@ -142,6 +144,8 @@ def checkpoint_state(run: 'Run') -> dict[str, Any]:
         'arch': run.config.arch,
         'version': 2,  # the epoch is the finished one
         'args': run.config.to_dict(),
+        'data_config': run.data_config,
+        'global_batch_size': run.global_batch_size,
         'optimizer': run.optimizer.state_dict(),
         **run.task.get_checkpoint_state(),
         **run.task.get_checkpoint_state(ema=True),
@@ -179,19 +183,6 @@ def load_run(run: 'Run', state: dict[str, Any], path: Path) -> None:
 
 
 def _check_weights(model: torch.nn.Module, state: dict[str, Any], path: Path, name: str) -> None:
-    expected, found = unwrap_model(model).state_dict(), state['state_dict']
-    shapes = [
-        f'{key} is {tuple(found[key].shape)}, not {tuple(value.shape)}'
-        for key, value in expected.items() if key in found and found[key].shape != value.shape
-    ]
-    problems = {
-        'missing keys': [key for key in expected if key not in found],
-        'unexpected keys': [key for key in found if key not in expected],
-        'other shapes': shapes,
-    }
-    texts = [
-        f'{what}: {", ".join(keys[:5])}' + (f' and {len(keys) - 5} more' if len(keys) > 5 else '')
-        for what, keys in problems.items() if keys
-    ]
-    if texts:
-        raise ValueError(f'{path} ({state.get("arch", "unknown model")}) does not fit {name}: ' + '; '.join(texts))
+    problems = key_problems(unwrap_model(model).state_dict(), state['state_dict'])
+    if problems:
+        raise ValueError(f'{path} ({state.get("arch", "unknown model")}) does not fit {name}: {problems}')

@@ -220,6 +220,9 @@ class TrainConfig(RunConfig):
     torchcompile: str | None = _device(
         None, 'compile with this backend; the flag alone means inductor', nargs='?', const='inductor')
     eval_metric: str = _run('top1', 'metric that ranks checkpoints', choices=('top1', 'top5', 'loss'))
+    export: str = _run(
+        'auto', "weights in the run's folder export/, for timm, at the end: the moving average (ema), those "
+        'trained (raw), the moving average where there is one (auto), or none', choices=('auto', 'ema', 'raw', 'none'))
 
     @property
     def arch(self) -> str:
@@ -229,6 +232,8 @@ class TrainConfig(RunConfig):
         super().__post_init__()
         if self.bce_target_thresh is not None and not self.bce_loss:
             raise ValueError('--bce-target-thresh needs --bce-loss')
+        if self.export == 'ema' and not self.model_ema:
+            raise ValueError('--export ema needs --model-ema')
 
 
 def flag(name: str) -> str:

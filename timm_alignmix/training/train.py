@@ -10,6 +10,8 @@ from timm.models import safe_model_name
 from timm.utils import distribute_bn, trim_summary
 from torch import nn
 
+from timm_alignmix import weights
+
 from .build import Run, build_run, describe_run
 from .checkpoint import CheckpointSaver, checkpoint_state, find_checkpoint, load_run, read_checkpoint
 from .config import RunConfig, TrainConfig
@@ -20,7 +22,7 @@ _logger = logging.getLogger(__name__)
 
 # Options that say how a run is watched or continued, not what it computes.
 _RUN_OPTIONS = ('resume', 'no_resume_opt', 'start_epoch', 'stop_epoch', 'progress', 'log_interval', 'dry_run',
-                'workers', 'pin_mem', 'output', 'checkpoint_hist')
+                'workers', 'pin_mem', 'output', 'checkpoint_hist', 'export')
 
 
 def train(config: TrainConfig) -> dict[str, Any] | None:
@@ -37,7 +39,7 @@ def train(config: TrainConfig) -> dict[str, Any] | None:
         ValueError: An option, the data or the model does not fit; nothing has been trained then.
         RuntimeError: The training loss is not finite.
     """
-    return fit(*prepare(config))
+    return fit_and_export(*prepare(config))
 
 
 def prepare(config: TrainConfig) -> tuple[Run, CheckpointSaver]:
@@ -193,3 +195,24 @@ def _report(run: Run, saver: CheckpointSaver, history: list[dict[str, Any]]) -> 
             _logger.info(f'*** {which.capitalize()} ({entry["epoch"]}): {values}')
         print(result_json(history, metric), flush=True)
     return {'folder': saver.folder, 'last': last, 'best': best, 'history': history}
+
+
+def fit_and_export(run: Run, saver: CheckpointSaver) -> dict[str, Any] | None:
+    """Train a prepared classifier to its end, and write its last weights as a folder for timm.
+
+    The run is complete and saved before the export, so what goes wrong there is said and does not end it.
+
+    Returns:
+        As :func:`train`.
+    """
+    result = fit(run, saver)
+    if result is None or run.config.export == 'none' or not run.accelerator.is_main_process:
+        return result
+    folder, checkpoint = saver.folder / 'export', saver.path('last')
+    try:
+        weights.export(checkpoint, folder, {'auto': None, 'ema': True, 'raw': False}[run.config.export])
+    except (ValueError, RuntimeError, OSError) as e:
+        _logger.error(f'{checkpoint} was not exported: {e}')
+    else:
+        _logger.info(f"Exported: timm.create_model('local-dir:{folder}', pretrained=True)")
+    return result

@@ -1,0 +1,122 @@
+"""The model card of exported weights, made from their configuration alone."""
+from typing import Any
+
+import timm
+import yaml
+from huggingface_hub import EvalResult, ModelCardData
+
+_MULTIMIX = ('2311.05538', 'Embedding Space Interpolation Beyond Mini-Batch, Beyond Pairs and Beyond Examples')
+PAPERS = {  # method: arXiv id, title
+    'mixup': ('1710.09412', 'mixup: Beyond Empirical Risk Minimization'),
+    'cutmix': ('1905.04899', 'CutMix: Regularization Strategy to Train Strong Classifiers with Localizable Features'),
+    'manifold': ('1806.05236', 'Manifold Mixup: Better Representations by Interpolating Hidden States'),
+    'alignmix': ('2103.15375', 'AlignMixup: Improving Representations By Interpolating Aligned Features'),
+    'multimix': _MULTIMIX,
+    'densemultimix': _MULTIMIX,
+}
+
+
+def needed_import(architecture: str) -> str | None:
+    """The package that must be imported before timm knows a network; None for timm's own networks."""
+    package = timm.models.model_entrypoint(architecture).__module__.split('.')[0]
+    return None if package == 'timm' else package
+
+
+def _metadata(config: dict[str, Any], name: str) -> str:
+    facts = config.get('training', {})
+    accuracy = facts.get('accuracy', {})
+    top1 = accuracy.get(accuracy.get('exported'), {}).get('top1')
+    results = None
+    if top1 is not None and accuracy['measured_on'] == facts['weights']:
+        results = [EvalResult(
+            task_type='image-classification',
+            dataset_type=facts['dataset'],
+            dataset_name=facts['dataset'],
+            metric_type='accuracy',
+            metric_name='top-1 accuracy (%)',
+            metric_value=round(top1, 2),
+        )]
+    return ModelCardData(
+        license=config['pretrained_cfg']['license'],
+        library_name='timm',
+        pipeline_tag='image-classification',
+        tags=['image-classification', 'timm', 'timm-alignmix'],
+        eval_results=results,
+        model_name=name,
+    ).to_yaml()
+
+
+def _usage(config: dict[str, Any]) -> list[str]:
+    package = needed_import(config['architecture'])
+    if package:
+        why = f"The network is not timm's own: to load this folder, `import {package}`, which adds it to timm."
+    else:
+        why = "The network is timm's own: timm alone loads this folder."
+    imports = 'import timm' + (f', {package}  # {package} has the network' if package else '')
+    return [
+        '## Usage', '', why, '',
+        '```python',
+        imports,
+        '',
+        "model = timm.create_model('local-dir:FOLDER', pretrained=True).eval()  # from the hub: 'hf-hub:OWNER/NAME'",
+        'data_config = timm.data.resolve_model_data_config(model)',
+        'transform = timm.data.create_transform(**data_config, is_training=False)',
+        "features = timm.create_model('local-dir:FOLDER', pretrained=True, features_only=True)",
+        "other = timm.create_model('local-dir:FOLDER', pretrained=True, num_classes=5)  # a new classifier",
+        '```',
+    ]
+
+
+def _accuracy(facts: dict[str, Any]) -> list[str]:
+    accuracy = facts.get('accuracy')
+    if not accuracy:
+        return []
+    lines = ['## Accuracy', '', f'On the validation images of {facts["dataset"]}; epochs count from 0.', '']
+    lines += ['| epoch | | top-1 (%) | top-5 (%) | loss |', '|---|---|---|---|---|']
+    for name, row in accuracy.items():
+        if isinstance(row, dict):
+            what = name + (', these weights' if name == accuracy['exported'] else '')
+            figures = [f'{row[key]:.{digits}f}' if row.get(key) is not None else ''
+                       for key, digits in (('top1', 2), ('top5', 2), ('loss', 4))]
+            lines.append(f'| {row["epoch"]} | {what} | {" | ".join(figures)} |')
+    lines += ['', 'The best epoch was chosen on the very images it was measured on, so its figure is optimistic.']
+    if facts.get('loader') == 'ffcv':
+        lines += ['', "Measured with FFCV's loader, which averages areas when it shrinks an image, whatever interpolation "
+                  'is named above; other loaders may differ in the last digits.']
+    if accuracy['measured_on'] != facts['weights']:
+        lines += ['', f'Measured on the {accuracy["measured_on"]} weights; these are the {facts["weights"]} ones.']
+    return [*lines, '']
+
+
+def make_card(config: dict[str, Any]) -> str:
+    """README.md of an exported folder: metadata for the hub, what the weights are, how to load them.
+
+    Args:
+        config: The content of the folder's config.json.
+    """
+    facts, cfg = config.get('training', {}), config['pretrained_cfg']
+    name = '.'.join(part for part in (config['architecture'], cfg.get('tag')) if part)
+    lines = ['---', _metadata(config, name), '---', f'# {name}', '', cfg['description'], '']
+    details = {
+        'network': config['architecture'],
+        'arguments of the network': config.get('model_args'),
+        'mix': facts.get('mix'),
+        'options of the mix': facts.get('mix_options'),
+        'data set': facts.get('dataset'),
+        'classes': config['num_classes'],
+        'weights': {'raw': 'as trained', 'ema': 'moving average'}.get(facts.get('weights')),
+        'started from': facts.get('initial_weights'),
+        'images': f'{cfg["input_size"]}, mean {cfg["mean"]}, std {cfg["std"]}, {cfg["interpolation"]}, '
+                  f'crop {cfg["crop_pct"]}',
+        'licence': cfg['license'],
+    }
+    if facts.get('mix') in PAPERS:
+        arxiv, title = PAPERS[facts['mix']]
+        details['paper'] = f'[{title}](https://arxiv.org/abs/{arxiv})'
+    lines += [f'- {key}: {value}' for key, value in details.items() if value not in (None, {}, '')]
+    lines += ['', *_accuracy(facts), *_usage(config), '']
+    if facts.get('recipe'):
+        recipe = yaml.safe_dump(facts['recipe'], default_flow_style=None, sort_keys=True, width=110)
+        lines += ['## Recipe', '', '`train_imagenet.py --config FILE.yaml` of timm-alignmix reads it back.', '',
+                  '```yaml', recipe.rstrip(), '```', '']
+    return '\n'.join(lines)
