@@ -8,7 +8,6 @@ docs/families.md and benchmarks/results/families.json.
     python benchmarks/families.py resnet levit vgg    # some, printed only
 """
 import argparse
-import json
 import platform
 import time
 import warnings
@@ -152,7 +151,6 @@ def main() -> None:
     # yet.
     modules = args.modules or [m for m in timm.list_modules() if hasattr(timm.models, m)]
     rows = []
-    start = time.time()
     for module in tqdm(modules, unit='module'):
         name = MODELS.get(module) or timm.list_models(module=module)[0]
         row = dict(module=module, model=name)
@@ -171,8 +169,6 @@ def main() -> None:
         print(text)
         return
     (ROOT / 'docs' / 'families.md').write_text(text)
-    results = dict(info=info, seconds=round(time.time() - start), rows=rows)
-    (ROOT / 'benchmarks' / 'results' / 'families.json').write_text(json.dumps(results, indent=1) + '\n')
 
 
 if __name__ == '__main__':
