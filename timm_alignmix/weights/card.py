@@ -81,8 +81,8 @@ def _accuracy(facts: dict[str, Any]) -> list[str]:
             lines.append(f'| {row["epoch"]} | {what} | {" | ".join(figures)} |')
     lines += ['', 'The best epoch was chosen on the very images it was measured on, so its figure is optimistic.']
     if facts.get('loader') == 'ffcv':
-        lines += ['', "Measured with FFCV's loader, which averages areas when it shrinks an image, whatever interpolation "
-                  'is named above; other loaders may differ in the last digits.']
+        lines += ['', "Measured with FFCV's loader, which averages areas to shrink an image, whatever interpolation is "
+                  'named above; another loader may classify a few images differently.']
     if accuracy['measured_on'] != facts['weights']:
         lines += ['', f'Measured on the {accuracy["measured_on"]} weights; these are the {facts["weights"]} ones.']
     return [*lines, '']
