@@ -1,0 +1,1 @@
+"""Object detection with timm backbones: do mixed representations transfer?"""

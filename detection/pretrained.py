@@ -1,0 +1,200 @@
+"""Classification weights for a detector's backbone, with a proof that every key of it was filled.
+
+`load_state_dict(strict=False)` on a feature backbone loads nothing for some families and says nothing, which turns a
+transfer experiment into training from scratch. Here weights always go into a whole classification network of their own
+size first, where every key must match, and from there into the network of the detector's size.
+"""
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.models import clean_state_dict, get_model_args, get_model_traits, load_state_dict, resolve_pretrained_cfg
+from torch import nn
+
+from timm_alignmix.training.build import model_arguments
+from timm_alignmix.training.checkpoint import read_checkpoint
+from timm_alignmix.training.config import TrainConfig
+
+__all__ = ['Source', 'adapt', 'read_source', 'resize_offset_table']
+
+
+@dataclass(frozen=True)
+class Source:
+    """A classification network as its weights describe it.
+
+    Attributes:
+        model: The network, on the meta device where there are no weights.
+        arch: timm's name of its architecture.
+        kwargs: Arguments of `timm.create_model` that rebuild it.
+        mean: Pixel mean of its images, 0-1 scale.
+        std: Pixel standard deviation of its images, 0-1 scale.
+        weights: Where its weights come from, None for random ones.
+    """
+    model: nn.Module
+    arch: str
+    kwargs: dict[str, Any]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    weights: str | None
+
+
+def read_source(backbone: str, weights: str | Path | None = None, use_ema: bool = True) -> Source:
+    """Build the classification network that a backbone's name or its weights describe.
+
+    Args:
+        backbone: timm name with or without a tag, folder of exported weights, 'local-dir:FOLDER' or 'hf-hub:NAME'.
+        weights: Folder, tag or name as above, or a training checkpoint; None for random weights.
+        use_ema: Take the moving average of a checkpoint that has one.
+
+    Raises:
+        ValueError: No such model or weights, weights of another architecture, or keys that do not match.
+    """
+    if weights is None:
+        with torch.device('meta'):
+            model = _create(_timm_name(backbone))
+        return _describe(model, None)
+    if Path(weights).is_file():
+        source = _read_checkpoint(Path(weights), use_ema)
+    else:
+        source = _read_named(_timm_name(weights))
+    with torch.device('meta'):
+        arch = _arch(_create(_timm_name(backbone)))
+    if arch != source.arch:
+        raise ValueError(
+            f'weights {weights} are of {source.arch}, the backbone is {arch}; pass backbone={source.arch!r}')
+    return source
+
+
+def adapt(source: Source, **kwargs: Any) -> tuple[nn.Module, tuple[str, ...]]:
+    """Build the source's network with further arguments and carry its weights over.
+
+    Position tables of another image size are resized: by timm's own rules of the family, attention biases of LeViT by
+    `resize_offset_table`.
+
+    Args:
+        source: What `read_source` returned.
+        kwargs: Arguments of `timm.create_model`, e.g. `img_size`.
+
+    Returns:
+        The network and the keys that were resized.
+
+    Raises:
+        ValueError: Keys or shapes do not match.
+    """
+    kwargs = {**source.kwargs, **kwargs}
+    model = _create(source.arch, **kwargs)
+    if source.weights is None:
+        return model, ()
+    state = source.model.state_dict()
+    shapes = {key: value.shape for key, value in model.state_dict().items()}
+    resized = tuple(key for key, shape in shapes.items() if key in state and state[key].shape != shape)
+    for key in resized:
+        if key.endswith('.attention_biases'):
+            grids = [net.get_submodule(key.rpartition('.')[0]).resolution for net in (source.model, model)]
+            state[key] = resize_offset_table(state[key], *grids)
+    if any(state[key].shape != shapes[key] for key in resized):
+        overlay = dict(
+            state_dict=dict(state),
+            num_classes=kwargs['num_classes'],
+            input_size=source.model.pretrained_cfg['input_size'],
+        )
+        model = _create(source.arch, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
+        state.update({key: model.state_dict()[key] for key in resized})
+    _fill(model, state, source.weights)
+    return model, resized
+
+
+def resize_offset_table(table: torch.Tensor, grid: tuple[int, int], new_grid: tuple[int, int]) -> torch.Tensor:
+    """Resize attention biases that are stored per absolute offset between two positions (LeViT).
+
+    The offset 0 stays the offset 0 and the largest offset the largest, so that a bias keeps its meaning as a fraction
+    of the image.
+
+    Args:
+        table: (heads, H * W), entry dy * W + dx the bias of positions that are dy rows and dx columns apart.
+        grid: H and W.
+        new_grid: H and W of the result.
+
+    Returns:
+        (heads, new H * new W), in the dtype of the table.
+    """
+    maps = table.float().reshape(1, len(table), *grid)
+    maps = F.interpolate(maps, size=tuple(new_grid), mode='bicubic', align_corners=True)
+    return maps.flatten(2)[0].to(table.dtype)
+
+
+def _timm_name(name: str | Path) -> str:
+    """Prefix the path of a folder for timm."""
+    name = str(name)
+    if ':' not in name and Path(name).is_dir():
+        return f'local-dir:{name}'
+    return name
+
+
+def _create(name: str, **kwargs: Any) -> nn.Module:
+    try:
+        return timm.create_model(name, **kwargs)
+    except (RuntimeError, ValueError, OSError, TypeError, AssertionError) as e:
+        raise ValueError(f'timm cannot build the backbone {name}: {e}') from e
+
+
+def _arch(model: nn.Module) -> str:
+    return model.pretrained_cfg['architecture']
+
+
+def _describe(model: nn.Module, weights: str | None, mean: Any = None, std: Any = None) -> Source:
+    cfg = model.pretrained_cfg
+    if get_model_traits(model).get('in_chans', 3) != 3:
+        raise ValueError(f'{weights or _arch(model)} takes {model.in_chans} channels; the detectors take RGB images')
+    # Dropout of the classification run is no part of the architecture: get_model_args leaves it out.
+    return Source(
+        model, _arch(model), get_model_args(model), tuple(mean or cfg['mean']), tuple(std or cfg['std']), weights)
+
+
+def _read_named(name: str) -> Source:
+    """Exported folder, tag or hub name. Files on disk are read here, others are left to timm's strict loader."""
+    folder = name.removeprefix('local-dir:') if name.startswith('local-dir:') else None
+    model = _create(name)
+    file = str(Path(folder, 'model.safetensors')) if folder else model.pretrained_cfg.get('file')
+    if not file:
+        return _describe(_create(name, pretrained=True), name)
+    if not Path(file).is_file():
+        raise ValueError(f'{name} has no weights: {file} does not exist')
+    _fill(model, load_state_dict(file), name)
+    return _describe(model, name)
+
+
+def _read_checkpoint(path: Path, use_ema: bool) -> Source:
+    checkpoint = read_checkpoint(path)
+    ema = use_ema and 'state_dict_ema' in checkpoint
+    state = clean_state_dict(checkpoint['state_dict_ema' if ema else 'state_dict'])
+    known = {option.name for option in fields(TrainConfig)}
+    config = TrainConfig(**{key: value for key, value in checkpoint['args'].items() if key in known})
+    classifier = resolve_pretrained_cfg(config.model).classifier
+    classifier = classifier if isinstance(classifier, str) else classifier[0]
+    num_classes = len(state[f'{classifier}.weight']) if f'{classifier}.weight' in state else 0
+    model = _create(config.model, **{**model_arguments(config), 'num_classes': num_classes})
+    _fill(model, state, str(path))
+    return _describe(model, f'{path} (moving average)' if ema else str(path), config.mean, config.std)
+
+
+def _fill(model: nn.Module, state: Mapping[str, torch.Tensor], name: str) -> None:
+    """Load a state dict after checking that its keys and shapes are the model's."""
+    expected = model.state_dict()
+    problems = {
+        'missing keys': [key for key in expected if key not in state],
+        'unknown keys': [key for key in state if key not in expected],
+        'other shapes': [
+            f'{key} {tuple(state[key].shape)} for {tuple(value.shape)}'
+            for key, value in expected.items() if key in state and state[key].shape != value.shape
+        ],
+    }
+    texts = [f'{len(keys)} {what}: {", ".join(keys)}' for what, keys in problems.items() if keys]
+    if texts:
+        raise ValueError(
+            f'{name} does not fill {_arch(model)} ({len(expected)} keys); ' + '; '.join(texts))
+    model.load_state_dict(state)
