@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 from timm.layers import LayerNorm2d, freeze_batch_norm_2d
-from timm.models import get_model_traits
+from timm.models import FeatureListNet, get_model_input_config, get_model_traits
 from timm.optim import param_groups_layer_decay
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -71,15 +71,16 @@ class BackboneReport:
         text += f'{self.loaded} of {self.loaded} keys from {self.weights}'
         if self.resized:
             text += f', {len(self.resized)} resized to {self.image_size}'
-        return text + f'; dropped: {", ".join(self.dropped) or "nothing"}'
+        dropped = dict.fromkeys(key.split('.')[0] for key in self.dropped)
+        return text + f'; {len(self.dropped)} keys dropped ({", ".join(dropped) or "none"})'
 
 
 class Backbone(nn.Module):
     """A timm network cut down to its feature maps.
 
     Args:
-        body: Classification network with timm's `forward_intermediates`. It loses its classifier and what follows the
-            last map; the rest keeps timm's keys.
+        body: Classification network with timm's `feature_info`. It loses its classifier and what follows the last map;
+            the rest keeps its keys.
         name: Name for error messages.
         image_size: (H, W) of the images, None for any.
         min_stride, max_stride: Finest and coarsest stride of the maps; a plain network has the one it has.
@@ -106,8 +107,8 @@ class Backbone(nn.Module):
             max_stride: int | None = None,
     ):
         super().__init__()
-        if not hasattr(body, 'forward_intermediates'):
-            raise ValueError(f'{name} cannot give a feature pyramid: it has no forward_intermediates')
+        if not hasattr(body, 'feature_info'):
+            raise ValueError(f'{name} cannot give a feature pyramid: it has no feature_info, which names its maps')
         info = list(body.feature_info)
         last = {f['reduction']: i for i, f in enumerate(info)}  # of the features of one stride the last
         self.plain = len(info) > 1 and len(last) == 1
@@ -121,13 +122,17 @@ class Backbone(nn.Module):
         self.channels = tuple(info[i]['num_chs'] for i in self.indices)
         ends = range(len(info)) if self.plain else [last[s] for s in sorted(last) if 4 <= s <= self.strides[-1]]
         self.stages = tuple(info[i]['module'] for i in ends)
-        self.body = body
+        # Every network of timm has forward_intermediates; those of other packages may have feature_info alone.
+        self.body = body if hasattr(body, 'forward_intermediates') else FeatureListNet(body, self.indices)
         self._eval_norms: list[nn.Module] = []
         self.grids = self._check(name, image_size)
-        self.indices = body.prune_intermediate_layers(self.indices, prune_norm=True, prune_head=True)
+        if hasattr(body, 'prune_intermediate_layers'):
+            self.indices = body.prune_intermediate_layers(self.indices, prune_norm=True, prune_head=True)
 
     def maps(self, x: torch.Tensor) -> list[torch.Tensor]:
         """Feature maps (B, C, H / stride, W / stride) of images (B, 3, H, W), finest first."""
+        if isinstance(self.body, FeatureListNet):
+            return self.body(x)
         return self.body.forward_intermediates(x, indices=self.indices, output_fmt='NCHW', intermediates_only=True)
 
     def train(self, mode: bool = True) -> 'Backbone':
@@ -190,7 +195,11 @@ class Backbone(nn.Module):
         try:
             maps = self.maps(torch.zeros(1, 3, height, width))
         except (RuntimeError, AssertionError, ValueError, TypeError) as e:
-            raise ValueError(f'{name} cannot give a feature pyramid of {height}x{width} images: {e}') from e
+            text = f'{name} cannot give a feature pyramid of {height}x{width} images: {e}'
+            config = get_model_input_config(self.body)
+            if image_size is None and config['fixed_input_size']:
+                text += f'; it takes one size only: pass fixed_size=(height, width), e.g. {config["input_size"][1:]}'
+            raise ValueError(text) from e
         self.train()
         for feat, stride, chs in zip(maps, self.strides, self.channels, strict=True):
             sides = zip(feat.shape[2:], (height, width), strict=True)
@@ -359,11 +368,8 @@ def _size_arguments(source: Source, image_size: tuple[int, int] | None) -> dict[
         return {name: True for name in ('dynamic_img_size', 'dynamic_img_pad') if name in options}
     if 'strict_img_size' in options:
         return {'strict_img_size': False}
-    height, width = source.model.pretrained_cfg['input_size'][1:]
-    if image_size is None:
-        raise ValueError(
-            f'{source.arch} takes one image size only; pass fixed_size=(height, width), e.g. ({height}, {width})')
-    return {'img_size': tuple(image_size)}
+    # Some need no more than the right multiple (XCiT): the backbone runs an image of another size to find out.
+    return {'img_size': tuple(image_size)} if image_size and 'img_size' in options else {}
 
 
 def layer_decay_groups(
@@ -381,8 +387,14 @@ def layer_decay_groups(
 
     Returns:
         Groups with `lr_scale`, which timm's schedulers multiply the learning rate by.
+
+    Raises:
+        ValueError: The network does not name its layers.
     """
     body = detector.backbone.body
+    if not hasattr(body, 'group_matcher'):
+        raise ValueError(
+            f'{detector.backbone_report.arch} has no group_matcher, which names its layers; train without layer decay')
     inside = {id(parameter) for parameter in body.parameters()}
     rest = [parameter for parameter in detector.parameters() if id(parameter) not in inside and parameter.requires_grad]
     excluded = body.no_weight_decay() if hasattr(body, 'no_weight_decay') else ()

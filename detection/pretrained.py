@@ -160,10 +160,8 @@ def _read_named(name: str) -> Source:
     folder = name.removeprefix('local-dir:') if name.startswith('local-dir:') else None
     model = _create(name)
     file = str(Path(folder, 'model.safetensors')) if folder else model.pretrained_cfg.get('file')
-    if not file:
+    if not file or folder and not Path(file).is_file():
         return _describe(_create(name, pretrained=True), name)
-    if not Path(file).is_file():
-        raise ValueError(f'{name} has no weights: {file} does not exist')
     _fill(model, load_state_dict(file), name)
     return _describe(model, name)
 
