@@ -1,7 +1,5 @@
 """COCO's average precision, by faster-coco-eval."""
-import io
 from collections.abc import Sequence
-from contextlib import redirect_stdout
 
 import numpy as np
 
@@ -47,6 +45,10 @@ def coco_results(detections: Sequence[dict[str, np.ndarray]]) -> list[dict]:
     ]
 
 
+def _silent(*args) -> None:
+    """The library prints a table of its own."""
+
+
 def coco_metrics(
         records: Sequence[Record],
         detections: Sequence[dict[str, np.ndarray]],
@@ -72,12 +74,11 @@ def coco_metrics(
     if not results:  # the library takes no empty list
         counted = {int(label) for record in records for label in record.labels[~(record.crowd | record.difficult)]}
         return dict.fromkeys(STATS, 0.0), {class_names[label - 1]: dict(map=0.0, map50=0.0) for label in counted}
-    with redirect_stdout(io.StringIO()):
-        truth = COCO(coco_ground_truth(records, class_names))
-        evaluation = COCOeval_faster(truth, truth.loadRes(results), iouType='bbox')
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
+    truth = COCO(coco_ground_truth(records, class_names), print_function=_silent)
+    evaluation = COCOeval_faster(truth, truth.loadRes(results), iouType='bbox', print_function=_silent)
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
     values = [100 * float(value) if value >= 0 else float('nan') for value in evaluation.stats[:6]]
     precision = evaluation.eval['precision'][:, :, :, 0, -1]  # (IoU, recall, class), any area, 100 detections
     per_class = {}

@@ -1,0 +1,92 @@
+"""A detector as a timm training task."""
+from typing import TYPE_CHECKING, Any
+
+import torch
+from timm.task import TrainingTask
+from timm.utils import unwrap_model
+from torch import nn
+
+from timm_alignmix.training.engine import LossTotals
+
+if TYPE_CHECKING:
+    from timm_alignmix.training.build import Run
+
+
+class DetectionTask(TrainingTask):
+    """Sum of a detector's losses; EMA and checkpoints are timm's.
+
+    Args:
+        model: Detector of torchvision's contract: losses of (images, targets) in training.
+        description: Plain values from which the detector can be built again; kept in checkpoints.
+        device: Device of the task.
+        verbose: Log what is set up.
+    """
+
+    def __init__(
+            self,
+            model: nn.Module,
+            description: dict[str, Any],
+            device: torch.device | None = None,
+            verbose: bool = True,
+    ):
+        super().__init__(device=device, verbose=verbose)
+        self.trainable_module = model
+        self.description = description
+
+    def forward(self, input: list[torch.Tensor], target: list[dict[str, Any]]) -> dict[str, Any]:
+        """One training step.
+
+        Args:
+            input: Images (3, H, W) in [0, 1].
+            target: Dicts of `boxes` (N, 4) and `labels` (N,).
+
+        Returns:
+            'loss', the sum; 'losses', the detached parts by name; 'output', None.
+        """
+        losses = self.trainable_module(input, target)
+        return dict(
+            loss=torch.stack([loss.float() for loss in losses.values()]).sum(),
+            losses={name: loss.detach().float() for name, loss in losses.items()},
+            output=None,
+        )
+
+    def get_eval_model(self, module: nn.Module | None = None, ema: bool = False) -> nn.Module | None:
+        """The plain detector, or its moving average."""
+        resolved = super().get_eval_model(module=module, ema=ema)
+        return resolved if resolved is None else unwrap_model(resolved)
+
+    def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
+        """What the detector is made of and which classes it knows."""
+        return dict(detector=self.description)
+
+    def load_task_state(
+            self,
+            state: dict[str, Any] | None,
+            strict: bool = True,
+            module: nn.Module | None = None,
+            ema: bool = False,
+    ) -> None:
+        """Refuse a checkpoint of other classes: as many would load without a word."""
+        names, own = (description['class_names'] for description in (state['detector'], self.description))
+        if names != own:
+            raise ValueError(
+                f'the checkpoint was trained on the classes {", ".join(names)}, the data have {", ".join(own)}; '
+                'pass --class-names in the order of the checkpoint')
+
+
+class DetectionTotals(LossTotals):
+    """Losses of an epoch and their parts."""
+
+    def __init__(self, device: torch.device):
+        super().__init__(device)
+        self.parts: dict[str, torch.Tensor] = {}
+
+    def add(self, result: dict) -> None:
+        super().add(result)
+        for name, loss in result['losses'].items():
+            self.parts[name] = self.parts.get(name, 0) + loss
+
+    def summary(self, run: 'Run') -> str:
+        """Mean of every part, over all processes."""
+        means = (run.accelerator.reduce(torch.stack(list(self.parts.values())), 'mean') / self.steps).tolist()
+        return 'losses: ' + ', '.join(f'{name} {mean:.4f}' for name, mean in zip(self.parts, means, strict=True))
