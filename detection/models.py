@@ -100,6 +100,7 @@ def build_faster_rcnn(
         box_roi_pool=MultiScaleRoIAlign([str(i) for i in range(len(net.levels) - 1)], 7, 2),
         **kwargs,
     )
+    _predict_in_float32(detector.rpn.head, detector.roi_heads.box_predictor)
     detector.backbone_report = net.report
     return detector
 
@@ -163,8 +164,24 @@ def build_ssd(
     )
     detector = SSD(
         net, boxes, (size, size), num_classes, list(net.report.image_mean), list(net.report.image_std), **kwargs)
+    _predict_in_float32(detector.head)
     detector.backbone_report = net.report
     return detector
+
+
+def _predict_in_float32(*heads: nn.Module) -> None:
+    """Let boxes be decoded in float32 under autocast: torchvision decodes them in the dtype of the heads' outputs, and
+    bfloat16 has no coordinate between 256 and 258."""
+    for head in heads:
+        head.register_forward_hook(_float32_outputs)
+
+
+def _float32_outputs(module: nn.Module, args: Any, outputs: Any) -> Any:
+    if isinstance(outputs, dict):
+        return {key: value.float() for key, value in outputs.items()}
+    if isinstance(outputs, (list, tuple)):
+        return type(outputs)(_float32_outputs(module, args, value) for value in outputs)
+    return outputs.float()
 
 
 class SSDBackbone(Backbone):
