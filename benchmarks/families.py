@@ -2,7 +2,7 @@
 """Which timm model families can be mixed, and how: one small model of every timm model module, every method.
 
 Each method takes one forward and backward step in its feature mode (input modes work on any classifier). Writes
-docs/families.md and benchmarks/results/families.json.
+docs/families.md.
 
     python benchmarks/families.py                     # all modules, about half an hour on two cores
     python benchmarks/families.py resnet levit vgg    # some, printed only
