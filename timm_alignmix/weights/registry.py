@@ -3,7 +3,7 @@
 timm reads a model's tags from a table that is filled when the model's module is imported. Adding a tag by public means
 registers the whole model anew, with a warning, and moves it to our module in timm's listings. So the tag is entered in
 the tables themselves, and the model's entry point gets the arguments its weights were trained with (a ViT without class
-token, another image size), for which timm's tags have no place. tests/test_weights_tags.py holds what is relied on.
+token, another image size), for which timm's tags have no place. tests/weights/test_tags.py holds what is relied on.
 """
 import functools
 import logging
