@@ -2,7 +2,9 @@
 import math
 
 import pytest
+import torch
 import yaml
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
 import timm_alignmix
 from timm_alignmix.training import TrainConfig, resolve_config
@@ -137,3 +139,16 @@ def test_the_sample_has_its_own_settings_only_without_data_flags(tmp_path):
                    resolve_config({}, recipe)):
         assert (config.model, config.img_size, config.epochs, config.opt, config.hflip) == (
             'resnet50', None, 300, 'sgd', 0.5)
+
+
+@pytest.mark.parametrize('sched, at_half, at_end', [('wsd', 1.0, 1 - math.sqrt(9 / 10)), ('step', 1.0, 1.0)])
+def test_decays_have_timms_default_lengths(sched, at_half, at_end):
+    """wsd holds the rate and decays by 1 - sqrt over the last fifth of the epochs; step waits 90 epochs."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    config = TrainConfig(sched=sched, epochs=50, warmup_epochs=0)
+    scheduler, epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(config))
+    rates = []
+    for epoch in (25, 49):
+        scheduler.step(epoch)
+        rates.append(optimizer.param_groups[0]['lr'])
+    assert epochs == 50 and rates == pytest.approx([at_half, at_end])

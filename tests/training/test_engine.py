@@ -21,7 +21,7 @@ def vit_weights(tmp_path_factory):
 
 @pytest.fixture(scope='session')
 def train_by_hand(vit_weights):
-    """Callable: one epoch of SGD with momentum over groups of batches; the weights, mean loss and clipped updates."""
+    """Callable: one epoch of SGD over groups of batches; the weights, mean loss and clipped updates."""
     def train(config: TrainConfig, batches_per_update: int):
         model = timm.create_model('test_vit', num_classes=10, img_size=64)
         model.load_state_dict(torch.load(vit_weights, weights_only=True))
@@ -30,7 +30,7 @@ def train_by_hand(vit_weights):
             mean=model.pretrained_cfg['mean'], std=model.pretrained_cfg['std'], no_aug=True, workers=0).train
         loader.set_epoch(0)
         batches = list(loader)
-        optimizer = torch.optim.SGD(model.parameters(), lr=config.lr, momentum=0.9)
+        optimizer = torch.optim.SGD(model.parameters(), lr=config.lr, momentum=0.9, nesterov=True)  # timm's sgd
         total, clipped = 0.0, 0
         for start in range(0, len(batches), batches_per_update):
             group = batches[start:start + batches_per_update]

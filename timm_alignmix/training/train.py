@@ -101,7 +101,7 @@ def _find_resume(config: RunConfig, folder: Path) -> tuple[Path, dict[str, Any]]
 def _open_folder(folder: Path, config: RunConfig, resumed: bool) -> None:
     """Make the run's folder and write its arguments; never train over another run."""
     args_file = folder / 'args.yaml'
-    args = config.to_dict()
+    args = yaml.safe_load(yaml.safe_dump(config.to_dict()))  # tuples become lists, as in the file
     old = yaml.safe_load(args_file.read_text(encoding='utf-8')) if args_file.exists() else {}
     changed = [
         f'{key} {old.get(key)!r} -> {value!r}' for key, value in args.items()
