@@ -63,7 +63,8 @@ def coco_metrics(
 
     Returns:
         `map` (mean over IoU 0.5, 0.55, ..., 0.95), `map50`, `map75` and `map_small`, `map_medium`, `map_large` by
-        object area (nan where no object is of that size); and `map` and `map50` of every class that has objects.
+        object area (-1, as COCO has it, where no object is of that size); and `map` and `map50` of every class that
+        has objects.
     """
     try:
         from faster_coco_eval import COCO, COCOeval_faster
@@ -79,7 +80,7 @@ def coco_metrics(
     evaluation.evaluate()
     evaluation.accumulate()
     evaluation.summarize()
-    values = [100 * float(value) if value >= 0 else float('nan') for value in evaluation.stats[:6]]
+    values = [100 * float(value) if value >= 0 else -1.0 for value in evaluation.stats[:6]]
     precision = evaluation.eval['precision'][:, :, :, 0, -1]  # (IoU, recall, class), any area, 100 detections
     per_class = {}
     for index, name in enumerate(class_names):

@@ -1,7 +1,6 @@
 """One pass over the validation images: VOC's and COCO's measures, and pictures."""
 import json
 import logging
-import math
 import time
 from pathlib import Path
 from typing import Any
@@ -97,7 +96,7 @@ def measure(
 
 
 def _log(name: str, metrics: dict[str, float], per_class: dict[str, dict[str, float]], rate: float) -> None:
-    values = '  '.join(f'{key}: {value:.2f}' for key, value in metrics.items() if not math.isnan(value))
+    values = '  '.join(f'{key}: {value:.2f}' for key, value in metrics.items() if value >= 0)
     _logger.info(f'{name}: {values}  ({rate:.1f} images/s per process)')
     width = max(map(len, per_class))
     for class_name, figures in per_class.items():
