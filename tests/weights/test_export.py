@@ -129,6 +129,17 @@ def test_nothing_of_the_source_weights_leaks(tmp_path):
     assert cfg['license'] == 'unknown' and cfg['tag'] == 'mixup_x' and cfg['paper_ids'] == 'arXiv:1710.09412'
 
 
+@torch.no_grad()
+def test_weights_that_a_network_uses_twice(tmp_path):
+    """safetensors refuses tensors that share memory, as CoaT's position encodings do."""
+    model = timm.create_model('coat_tiny', num_classes=3, embed_dims=(16, 16, 16, 16), img_size=32).eval()
+    assert model.cpe1.proj.weight is model.serial_blocks1[0].cpe.proj.weight
+    loaded = timm.create_model(f'local-dir:{weights.export(model, tmp_path)}', pretrained=True).eval()
+    images = torch.randn(1, 3, 32, 32)
+    assert torch.equal(loaded(images), model(images))
+    assert model.state_dict()['head.weight'].data_ptr() == model.head.weight.data_ptr()  # ours as it was
+
+
 def test_average_or_raw_weights(cnn, tmp_path):
     average = {key: value * 2 for key, value in cnn.model.state_dict().items()}
     both = cnn.save(tmp_path / 'model_best.pth.tar', state_dict_ema=average, epoch=1)

@@ -1,5 +1,4 @@
 """Write a trained model as a folder that plain timm loads, with the facts of its own training."""
-import copy
 import inspect
 import json
 import os
@@ -72,9 +71,9 @@ def export(
         ValueError: A damaged or partial checkpoint (the keys are named), or one without what was asked for.
     """
     if isinstance(source, nn.Module):
-        model = copy.deepcopy(unwrap_model(source)).cpu().to(memory_format=torch.contiguous_format)
+        model = unwrap_model(source)
         facts = {**({'dataset': dataset} if dataset else {}), **(training or {})}
-        data_config, class_names = data_config or resolve_data_config({}, model=model), None
+        class_names = None
     else:
         model, data_config, facts, class_names = _open_checkpoint(Path(source), ema, dataset)
     return _write(Path(folder), model, data_config, facts, class_names, license)
@@ -209,6 +208,12 @@ def _describe(architecture: str, facts: dict[str, Any]) -> str:
     return f'{architecture} trained{mix}' + (f' on {facts["dataset"]}' if 'dataset' in facts else '') + '.'
 
 
+def _for_safetensors(module: nn.Module, state: dict[str, torch.Tensor], prefix: str, metadata: dict) -> None:
+    """Make a state dict of tensors that share no memory and lie in plain order, as the safetensors format asks."""
+    for key, value in state.items():
+        state[key] = value.detach().clone(memory_format=torch.contiguous_format).cpu()
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write JSON as timm does."""
     path.write_text(json.dumps(content, indent=2) + '\n', encoding='utf-8')
@@ -217,7 +222,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 def _write(
         folder: Path,
         model: nn.Module,
-        data_config: dict[str, Any],
+        data_config: dict[str, Any] | None,
         facts: dict[str, Any],
         class_names: list[str] | None,
         license: str,
@@ -225,8 +230,12 @@ def _write(
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix='.export.', dir=folder) as temporary:
         draft = Path(temporary)
-        save_for_hf(model, draft, model_config={'label_names': class_names}, safe_serialization=True,
-                    data_config=data_config)
+        hook = model.register_state_dict_post_hook(_for_safetensors)
+        try:
+            save_for_hf(model, draft, model_config={'label_names': class_names}, safe_serialization=True,
+                        data_config=data_config)
+        finally:
+            hook.remove()
         config = json.loads((draft / CONFIG).read_text(encoding='utf-8'))
         kept = {key: value for key, value in config['pretrained_cfg'].items() if key in _KEPT}
         own = {
