@@ -146,8 +146,9 @@ def test_a_hostile_checkpoint_is_refused_unrun(make_config, run_training, tmp_pa
     assert marker.exists()  # it would have run
 
 
-@pytest.mark.parametrize('content', [b'', b'x', b'hello, this is text\n', b'\x80\x02}q\x00.', b'PK\x03\x04' + 99 * b'\0',
-                                     bytes(range(256)), b'(lp0\n.', b'0' * 5000])
+@pytest.mark.parametrize('content', [
+    b'', b'x', b'hello, this is text\n', b'\x80\x02}q\x00.', b'PK\x03\x04' + 99 * b'\0', bytes(range(256)),
+    b'(lp0\n.', b'0' * 5000])
 def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, content):
     path = tmp_path / 'x.pth.tar'
     path.write_bytes(content)
