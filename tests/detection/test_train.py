@@ -1,0 +1,187 @@
+"""Whole runs on coloured rectangles: training, resuming, averaging, exporting, predicting, several processes."""
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from detection.config import DetectConfig, resolve_detect_config
+from detection.evaluate import collect
+from detection.export import export_detector, load_detector
+from detection.predict import predict
+from detection.train import parse_config, train
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = dict(
+    detector='ssd', backbone='test_resnet', img_size=96, batch_size=4, workers=0, device='cpu', pictures=2,
+    opt='adamw', lr=2e-3, sched='constant', warmup_epochs=0, augment='hflip', freeze_bn=True)
+
+
+def run(data, output, name, **options):
+    return train(resolve_detect_config(
+        {**TINY, 'data_dir': str(data), 'output': str(output), 'experiment': name, **options}))
+
+
+@pytest.fixture(scope='module')
+def whole(rectangles, tmp_path_factory):
+    """A run of two epochs with a moving average."""
+    return run(rectangles, tmp_path_factory.mktemp('runs'), 'whole', epochs=2, model_ema=True, model_ema_decay=0.5)
+
+
+def weights(folder, key='state_dict'):
+    return torch.load(folder / 'last.pth.tar', weights_only=True)[key]
+
+
+def test_a_run_leaves_its_files(whole):
+    folder = whole['folder']
+    with open(folder / 'summary.csv', newline='') as file:
+        rows = list(csv.DictReader(file))
+    assert [row['epoch'] for row in rows] == ['0', '1']
+    assert list(rows[0])[:4] == ['epoch', 'train_loss', 'eval_voc07_11pt', 'eval_voc_area']
+    assert float(rows[1]['train_loss']) < float(rows[0]['train_loss'])
+    assert float(rows[1]['eval_map']) == whole['last']['map']
+    for name in ('test', 'test-ema'):
+        classes = json.loads((folder / f'classes-{name}.json').read_text())
+        assert set(classes) == {'red', 'blue'} and set(classes['red']) == {'voc07_11pt', 'voc_area', 'map', 'map50'}
+        assert len(list((folder / f'pictures-{name}').glob('*.png'))) == 2
+    picture = np.asarray(Image.open(folder / 'pictures-test' / 'test0.png'))
+    assert (picture == 255).all(-1).any()  # the true box
+
+
+def test_a_resumed_run_equals_one_that_never_stopped(whole, rectangles, tmp_path):
+    ema = dict(epochs=2, model_ema=True, model_ema_decay=0.5)
+    run(rectangles, tmp_path, 'parts', stop_epoch=1, **ema)
+    resumed = run(rectangles, tmp_path, 'parts', resume='auto', **ema)
+    for key in ('state_dict', 'state_dict_ema'):
+        expected, found = weights(whole['folder'], key), weights(resumed['folder'], key)
+        assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert resumed['last'] == whole['last']
+    with pytest.raises(ValueError, match='trained on the classes blue, red, the data have red, blue'):
+        run(rectangles, tmp_path, 'parts', resume='auto', epochs=3, class_names=['red', 'blue'])
+
+
+def test_export_and_prediction_give_the_trained_detector(whole, rectangles, tmp_path):
+    folder = export_detector(whole['folder'] / 'last.pth.tar', tmp_path / 'exported', ema=False)
+    assert sorted(path.name for path in folder.iterdir()) == ['detector.json', 'model.safetensors']
+    detector, names = load_detector(folder)
+    assert names == ['blue', 'red'] and not detector.training
+    assert all(torch.equal(value, weights(whole['folder'])[key]) for key, value in detector.state_dict().items())
+    averaged, _ = load_detector(whole['folder'] / 'last.pth.tar')
+    ema = weights(whole['folder'], 'state_dict_ema')
+    assert all(torch.equal(value, ema[key]) for key, value in averaged.state_dict().items())
+
+    image = rectangles / 'JPEGImages' / 'test0.png'
+    out = predict([str(image)], str(folder), str(tmp_path / 'out'), threshold=0.05, device='cpu')
+    (result,) = json.loads((out / 'predictions.json').read_text())
+    with torch.no_grad():
+        pixels = torch.from_numpy(np.asarray(Image.open(image)).copy()).permute(2, 0, 1) / 255
+        (expected,) = detector([pixels])
+    assert len(result['boxes']) > 0
+    assert result['scores'] == pytest.approx(expected['scores'][:len(result['scores'])].tolist(), abs=1e-4)
+    assert Image.open(out / 'test0.png').size == (64, 48)
+    with pytest.raises(ValueError, match='absent.png: no such image'):
+        predict(['absent.png'], str(folder), str(tmp_path / 'out'))
+
+
+def test_other_files_are_no_detectors(whole, tmp_path):
+    with pytest.raises(ValueError, match='no exported detector'):
+        load_detector(tmp_path)
+    state = torch.load(whole['folder'] / 'last.pth.tar', weights_only=True)
+    torch.save({**state, 'task_state': {}}, tmp_path / 'other.pth.tar')
+    with pytest.raises(ValueError, match='no checkpoint of a detector'):
+        load_detector(tmp_path / 'other.pth.tar')
+    key = next(iter(state['state_dict']))
+    del state['state_dict'][key]
+    torch.save(state, tmp_path / 'partial.pth.tar')
+    with pytest.raises(ValueError, match=f'missing.*{key}'):
+        load_detector(tmp_path / 'partial.pth.tar', ema=False)
+    del state['state_dict_ema']
+    torch.save(state, tmp_path / 'raw.pth.tar')
+    with pytest.raises(ValueError, match='no moving average'):
+        load_detector(tmp_path / 'raw.pth.tar', ema=True)
+
+
+def test_faster_rcnn_trains_from_given_weights(rectangles, tmp_path):
+    """From a folder of weights; its norms and first stage stay as they were, the rest trains, COCO's split of labels
+    included. The checkpoint loads without that folder."""
+    torch.manual_seed(1)
+    source = timm.create_model('test_resnet', num_classes=3)
+    timm.models.save_for_hf(source, tmp_path / 'w', dict(architecture='test_resnet'))
+    result = run(
+        rectangles, tmp_path, 'faster', detector='fasterrcnn', img_size=64, weights=str(tmp_path / 'w'), epochs=1,
+        augment='multiscale', model_kwargs=dict(fpn_channels=16, box_batch_size_per_image=16,
+                                                rpn_post_nms_top_n_train=50, rpn_post_nms_top_n_test=20))
+    (tmp_path / 'w').rename(tmp_path / 'gone')
+    detector, _ = load_detector(result['folder'] / 'last.pth.tar')
+    assert detector.transform.min_size[-1] == 64 and len(detector.transform.min_size) == 11
+    body, before = detector.backbone.body.state_dict(), source.state_dict()
+    same = {name: torch.equal(value, before[name]) for name, value in body.items() if name in before}
+    assert same['conv1.weight' if 'conv1.weight' in same else next(iter(same))]
+    assert all(equal for name, equal in same.items() if 'running' in name)
+    assert not all(same.values())
+
+
+def test_images_must_all_be_evaluated():
+    assert collect({1: 'b', 0: 'a'}, 2) == ['a', 'b']
+    with pytest.raises(RuntimeError, match='1 of 3 validation images'):
+        collect({0: 'a', 2: 'c'}, 3)
+
+
+def test_flags_yaml_and_defaults(tmp_path, capsys):
+    (tmp_path / 'r.yaml').write_text('detector: ssd\nlr: 1e-3\nepochs: 7\n')
+    config = parse_config(['-c', str(tmp_path / 'r.yaml'), '--data-dir', 'D', '--epochs', '9'])
+    assert (config.detector, config.lr, config.epochs, config.img_size, config.augment) == ('ssd', 1e-3, 9, 300, 'ssd')
+    assert config.eval_metric == 'voc07_11pt' and config.max_size is None
+    config = parse_config(['--data-dir', 'D', '--dataset', 'coco'])
+    assert (config.img_size, config.max_size, config.augment, config.eval_metric) == (800, 1333, 'hflip', 'map')
+    for flags, message in [
+        ([], '--data-dir is missing'),
+        (['--data-dir', 'D', '--detector', 'yolo'], 'invalid choice'),
+        (['--data-dir', 'D', '--backbon', 'x'], 'did you mean --backbone'),
+        (['--data-dir', 'D', '--augment', 'ssd'], '--augment ssd goes with --detector ssd'),
+        (['--data-dir', 'D', '--detector', 'ssd', '--max-size', '900'], '--max-size is for fasterrcnn'),
+    ]:
+        with pytest.raises(SystemExit):
+            parse_config(flags)
+        assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        parse_config(['--help'])
+    text = capsys.readouterr().out
+    assert 'accelerate launch -m detection.train' in text and '--weights' in text and '--resume' in text
+
+
+def test_recipes_are_valid():
+    recipes = sorted((ROOT / 'recipes' / 'detection').glob('*.yaml'))
+    assert len(recipes) >= 4
+    for path in recipes:
+        assert isinstance(resolve_detect_config({'data_dir': 'D'}, str(path)), DetectConfig)
+        assert path.read_text().startswith('# ')
+
+
+def test_two_processes_evaluate_each_image_once(whole, rectangles, tmp_path):
+    """The same weights measured by one and by two processes: the same figures; five images do not split evenly."""
+    flags = [
+        '--data-dir', str(rectangles), '--detector', 'ssd', '--backbone', 'test_resnet', '--img-size', '96', '-b', '2',
+        '-j', '0', '--device', 'cpu', '--epochs', '1', '--lr', '0', '--freeze-bn', '--opt', 'sgd', '--output',
+        str(tmp_path), '--warmup-epochs', '0', '--pictures', '0', '--initial-checkpoint',
+        str(whole['folder'] / 'last.pth.tar')]
+    env = {**os.environ, 'ACCELERATE_USE_CPU': '1', 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}
+    two = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', '2', '--master_port', '29617']
+    subprocess.run([*two, '-m', 'detection.train', *flags, '--experiment', 'two'], check=True, env=env, cwd=tmp_path,
+                   capture_output=True)
+    config = parse_config([*flags, '--experiment', 'one'])
+    train(config)
+    rows = []
+    for name in ('one', 'two'):
+        with open(tmp_path / name / 'summary.csv', newline='') as file:
+            rows += csv.DictReader(file)
+    for key in ('eval_voc_area', 'eval_map', 'eval_map50'):
+        assert float(rows[0][key]) == pytest.approx(float(rows[1][key]), abs=1e-6)
+        assert float(rows[0][key]) > 0
