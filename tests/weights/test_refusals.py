@@ -93,6 +93,16 @@ def test_checkpoint_without_arguments(cnn, tmp_path):
         weights.export(tmp_path / 'bare.pth.tar', tmp_path / 'e')
 
 
+def test_export_by_command(cnn, tmp_path, capsys):
+    words = ['--raw', '--dataset', 'in1k', '--license', 'mit']
+    main(['export', str(cnn.checkpoint), str(tmp_path / 'e'), *words])
+    assert f"timm.create_model('local-dir:{tmp_path / 'e'}', pretrained=True)" in capsys.readouterr().out
+    cfg = weights.read_config(tmp_path / 'e')['pretrained_cfg']
+    assert (cfg['tag'], cfg['license']) == ('none_in1k', 'mit')
+    with pytest.raises(SystemExit, match='error: .* has no moving average'):
+        main(['export', str(cnn.checkpoint), str(tmp_path / 'e'), '--ema'])
+
+
 def test_command_says_what_is_wrong(copy, capsys):
     main(['verify', str(copy)])
     assert 'every weight of test_resnet is there' in capsys.readouterr().out
