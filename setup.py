@@ -14,6 +14,11 @@ train = [
     'torchvision',
     'tqdm',
 ]
+detection = [
+    *train,
+    'faster-coco-eval>=1.6',
+    'pillow>=10.1',
+]
 ffcv = [
     'ffcv==1.0.2',  # no release since 2023: what we rely on was read in this one
     'setuptools; python_version >= "3.12"',  # ffcv imports distutils, which Python dropped
@@ -21,6 +26,7 @@ ffcv = [
 test = [
     'hypothesis>=6.100',
     'POT>=0.9.4',
+    'pycocotools>=2.0.8',
     'pytest>=8.0',
     'scipy>=1.11',
 ]
@@ -45,8 +51,9 @@ setup(
     ],
     extras_require={
         'train': train,
+        'detection': detection,
         'ffcv': ffcv,
-        'test': train + test,
+        'test': detection + test,
         'dev': dev,
     },
     classifiers=[

@@ -69,7 +69,7 @@ def coco_metrics(
     try:
         from faster_coco_eval import COCO, COCOeval_faster
     except ImportError as e:
-        raise ImportError("COCO's metric needs faster-coco-eval: pip install 'timm-alignmix[detection]'") from e
+        raise ImportError("COCO's metric needs faster-coco-eval: pip install -e '.[detection]'") from e
 
     results = coco_results(detections)
     if not results:  # the library takes no empty list
