@@ -228,7 +228,7 @@ def create_task(
         **arguments,
     )
     if config.grad_checkpointing:
-        model.set_grad_checkpointing(enable=True)
+        _checkpoint_gradients(model, config)
     if config.sync_bn and accelerator.num_processes > 1:
         model = convert_sync_batchnorm(model)
     model.to(accelerator.device)
@@ -248,6 +248,18 @@ def create_task(
         device=accelerator.device,
         verbose=accelerator.is_main_process,
     )
+
+
+def _checkpoint_gradients(model: nn.Module, config: TrainConfig) -> None:
+    """Let a model recompute its layers in the backward pass, which must not undo what is mixed between them."""
+    if timm_alignmix.create_mix(config.mix, **config.mix_kwargs).name in ('alignmix', 'manifold'):
+        raise ValueError(
+            f'--grad-checkpointing would compute layers again without the features that --mix {config.mix} mixed; '
+            'leave it out')
+    try:
+        model.set_grad_checkpointing(enable=True)
+    except AssertionError as e:  # how timm's models say that they cannot
+        raise ValueError(f'--grad-checkpointing: {config.model} does not have it; leave it out') from e
 
 
 def build_run(config: TrainConfig) -> Run:
