@@ -361,11 +361,11 @@ def create_backbone(
 
 def _size_arguments(source: Source, image_size: tuple[int, int] | None) -> dict[str, Any]:
     """Arguments of `timm.create_model` with which a network takes images of `image_size`, or of any size."""
-    if not get_model_traits(source.model)['fixed_input_size']:
-        return {}
     options = {name for cls in type(source.model).__mro__ for name in inspect.signature(cls.__init__).parameters}
     if 'dynamic_img_size' in options:
         return {name: True for name in ('dynamic_img_size', 'dynamic_img_pad') if name in options}
+    if not get_model_traits(source.model)['fixed_input_size']:
+        return {}
     if 'strict_img_size' in options:
         return {'strict_img_size': False}
     # Some need no more than the right multiple (XCiT): the backbone runs an image of another size to find out.
