@@ -1,4 +1,5 @@
 """Tags of a local registry in timm, and what of timm they rely on."""
+import copy
 import json
 import os
 import shutil
@@ -8,7 +9,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
-from timm.models import PretrainedCfg, is_model_pretrained, model_entrypoint
+from timm.models import PretrainedCfg, get_pretrained_cfg, is_model_pretrained, model_entrypoint
 
 from timm_alignmix import weights
 from timm_alignmix.weights.__main__ import main
@@ -22,6 +23,18 @@ def registry(cnn, vit, own_network, tmp_path_factory):
                           ('preactresnet18.alignmix_photos', own_network)):
         shutil.copytree(trained.folder, folder / name)
     return folder
+
+
+@pytest.fixture
+def own_tables(monkeypatch):
+    """Copies of timm's tables, and of what we registered, for one test: this process's timm stays as it is."""
+    from timm.models import _registry as tables
+
+    from timm_alignmix.weights import registry as ours
+    for module, name in ((tables, '_model_pretrained_cfgs'), (tables, '_model_has_pretrained'),
+                         (tables, '_model_with_tags'), (tables, '_model_entrypoints'), (ours, '_folders'),
+                         (ours, '_wrapped')):
+        monkeypatch.setattr(module, name, copy.deepcopy(getattr(module, name)))
 
 
 def test_tags_in_a_fresh_process(registry, cnn, vit, own_network, run_python, tmp_path):
@@ -79,28 +92,30 @@ assert timm.create_model(f'local-dir:{{folder}}', pretrained=True).cls_token is 
         assert torch.equal(got['cnn_map'], cnn.model.forward_features(cnn.images))
 
 
-def test_partial_weights_are_refused_where_timm_would_not_ask(registry, run_python, tmp_path):
+def test_partial_weights_are_refused_where_timm_would_not_ask(registry, own_tables, caplog, tmp_path):
     shutil.copytree(registry / 'test_resnet.none_photos', tmp_path / 'test_resnet.none_photos')
     path = tmp_path / 'test_resnet.none_photos' / 'model.safetensors'
     state = load_file(path)
     del state['layer2.0.bn2.weight']
     save_file(state, path)
-    broken = tmp_path / 'test_vit.broken'
-    broken.mkdir()
-    (broken / 'config.json').write_text('{}')
-    stolen = shutil.copytree(registry / 'test_resnet.none_photos', tmp_path / 'test_resnet.r160_in1k')
-    output = run_python("""
-import timm, timm_alignmix
-own = 'test_resnet.r160_in1k'
-assert timm.models.get_pretrained_cfg(own).source is None, 'a tag of timm was replaced'
-try:
-    timm.create_model('test_resnet.none_photos', pretrained=True, features_only=True)
-    raise SystemExit('a partial file was loaded')
-except ValueError as e:
-    assert 'missing keys: layer2.0.bn2.weight' in str(e), e
-""", plugin=True, TIMM_ALIGNMIX_WEIGHTS=str(tmp_path))
-    assert f'{broken} is not available as test_vit.broken' in output
-    assert f'{stolen} is not available as test_resnet.r160_in1k: timm has weights of its own' in output
+    assert weights.register_local(tmp_path) == ['test_resnet.none_photos'] and not caplog.text
+    with pytest.raises(ValueError, match='missing keys: layer2.0.bn2.weight$'):
+        timm.create_model('test_resnet.none_photos', pretrained=True, features_only=True)
+
+
+@pytest.mark.parametrize(('name', 'message'), [
+    ('test_resnet.r160_in1k', 'timm has weights of its own named test_resnet.r160_in1k'),
+    ('test_vit.photos', 'its network test_resnet is not known to timm as test_vit'),
+])
+def test_wrong_folders_are_left_out_with_a_warning(registry, own_tables, caplog, tmp_path, name, message):
+    shutil.copytree(registry / 'test_resnet.none_photos', tmp_path / name)
+    (tmp_path / 'test_resnet.broken').mkdir()
+    (tmp_path / 'test_resnet.broken' / 'config.json').write_text('{}')
+    before = timm.list_pretrained(), get_pretrained_cfg('test_resnet.r160_in1k')
+    assert weights.register_local(tmp_path) == []
+    assert f'{tmp_path / name} is not available as {name}: {message}' in caplog.text
+    assert 'not available as test_resnet.broken' in caplog.text
+    assert (timm.list_pretrained(), get_pretrained_cfg('test_resnet.r160_in1k')) == before
 
 
 def test_what_is_relied_on_in_timm():
@@ -116,25 +131,21 @@ def test_what_is_relied_on_in_timm():
     assert is_model_pretrained(name)
 
 
-def test_install_and_list_by_command(cnn, run_python, tmp_path):
-    home = tmp_path / 'share'
-    code = """
-import sys, timm
-from timm_alignmix.weights.__main__ import main
-main(sys.argv[1:] or {words})
-"""
-    env = dict(plugin=True, XDG_DATA_HOME=str(home), TIMM_ALIGNMIX_WEIGHTS='')
-    output = run_python(code.format(words=['install', str(cnn.folder), '--tag', 'mine']) + """
-main(['list'])
-assert timm.create_model('test_resnet.mine', pretrained=True).num_classes == 7  # without another import
-""", **env)
+def test_install_and_list_by_command(cnn, own_tables, monkeypatch, tmp_path, capsys):
+    monkeypatch.delenv('TIMM_ALIGNMIX_WEIGHTS', raising=False)
+    monkeypatch.setenv('XDG_DATA_HOME', str(tmp_path))
+    main(['install', str(cnn.folder), '--tag', 'mine'])
+    main(['list'])
+    output = capsys.readouterr().out
     assert "timm.create_model('test_resnet.mine', pretrained=True)" in output
     assert 'test_resnet.mine: test_resnet trained without mixing on Flower Photos.' in output
-    folder = home / 'timm_alignmix' / 'weights' / 'test_resnet.mine'
+    folder = tmp_path / 'timm_alignmix' / 'weights' / 'test_resnet.mine'
     assert sorted(os.listdir(folder)) == ['README.md', 'config.json', 'model.safetensors']
     assert '# test_resnet.mine\n' in (folder / 'README.md').read_text()
     assert weights.verify(folder)['pretrained_cfg']['tag'] == 'mine'
-    assert list(weights.list_local(folder.parent)) == ['test_resnet.mine']
+    model = timm.create_model('test_resnet.mine', pretrained=True).eval()  # known without another import
+    with torch.no_grad():
+        assert torch.equal(model(cnn.images), cnn.model(cnn.images))
 
 
 @pytest.mark.parametrize(('tag', 'message'), [
