@@ -4,20 +4,19 @@
 transfer experiment into training from scratch. Here weights always go into a whole classification network of their own
 size first, where every key must match, and from there into the network of the detector's size.
 """
+import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 import torch.nn.functional as F
-from timm.models import clean_state_dict, get_model_args, get_model_traits, load_state_dict, resolve_pretrained_cfg
+from timm.models import get_model_args, get_model_traits, load_state_dict
 from torch import nn
 
-from timm_alignmix.training.build import model_arguments
-from timm_alignmix.training.checkpoint import read_checkpoint
-from timm_alignmix.training.config import TrainConfig
+from timm_alignmix.weights import export, key_problems, read_config
 
 __all__ = ['Source', 'adapt', 'read_source', 'resize_offset_table']
 
@@ -146,53 +145,38 @@ def _arch(model: nn.Module) -> str:
     return model.pretrained_cfg['architecture']
 
 
-def _describe(model: nn.Module, weights: str | None, mean: Any = None, std: Any = None) -> Source:
+def _describe(model: nn.Module, weights: str | None) -> Source:
     cfg = model.pretrained_cfg
     if get_model_traits(model).get('in_chans', 3) != 3:
         raise ValueError(f'{weights or _arch(model)} takes {model.in_chans} channels; the detectors take RGB images')
     # Dropout of the classification run is no part of the architecture: get_model_args leaves it out.
-    return Source(
-        model, _arch(model), get_model_args(model), tuple(mean or cfg['mean']), tuple(std or cfg['std']), weights)
+    return Source(model, _arch(model), get_model_args(model), tuple(cfg['mean']), tuple(cfg['std']), weights)
 
 
 def _read_named(name: str) -> Source:
     """Exported folder, tag or hub name. Files on disk are read here, others are left to timm's strict loader."""
-    folder = name.removeprefix('local-dir:') if name.startswith('local-dir:') else None
     model = _create(name)
-    file = str(Path(folder, 'model.safetensors')) if folder else model.pretrained_cfg.get('file')
-    if not file or folder and not Path(file).is_file():
+    file = model.pretrained_cfg.get('file')
+    if file and Path(file).is_dir():
+        file = str(Path(file, 'model.safetensors'))
+    if not file or not Path(file).is_file():
         return _describe(_create(name, pretrained=True), name)
     _fill(model, load_state_dict(file), name)
     return _describe(model, name)
 
 
 def _read_checkpoint(path: Path, use_ema: bool) -> Source:
-    checkpoint = read_checkpoint(path)
-    ema = use_ema and 'state_dict_ema' in checkpoint
-    state = clean_state_dict(checkpoint['state_dict_ema' if ema else 'state_dict'])
-    known = {option.name for option in fields(TrainConfig)}
-    config = TrainConfig(**{key: value for key, value in checkpoint['args'].items() if key in known})
-    classifier = resolve_pretrained_cfg(config.model).classifier
-    classifier = classifier if isinstance(classifier, str) else classifier[0]
-    num_classes = len(state[f'{classifier}.weight']) if f'{classifier}.weight' in state else 0
-    model = _create(config.model, **{**model_arguments(config), 'num_classes': num_classes})
-    _fill(model, state, str(path))
-    return _describe(model, f'{path} (moving average)' if ema else str(path), config.mean, config.std)
+    """Export a training checkpoint and read the export, which knows the network and the images of the run."""
+    with tempfile.TemporaryDirectory() as folder:
+        export(path, folder, ema=None if use_ema else False)
+        source = _read_named(f'local-dir:{folder}')
+        ema = read_config(folder)['training']['weights'] == 'ema'
+    return replace(source, weights=f'{path} (moving average)' if ema else str(path))
 
 
 def _fill(model: nn.Module, state: Mapping[str, torch.Tensor], name: str) -> None:
     """Load a state dict after checking that its keys and shapes are the model's."""
-    expected = model.state_dict()
-    problems = {
-        'missing keys': [key for key in expected if key not in state],
-        'unknown keys': [key for key in state if key not in expected],
-        'other shapes': [
-            f'{key} {tuple(state[key].shape)} for {tuple(value.shape)}'
-            for key, value in expected.items() if key in state and state[key].shape != value.shape
-        ],
-    }
-    texts = [f'{len(keys)} {what}: {", ".join(keys)}' for what, keys in problems.items() if keys]
-    if texts:
-        raise ValueError(
-            f'{name} does not fill {_arch(model)} ({len(expected)} keys); ' + '; '.join(texts))
+    problems = key_problems(model.state_dict(), state)
+    if problems:
+        raise ValueError(f'{name} does not fill {_arch(model)}: {problems}')
     model.load_state_dict(state)
