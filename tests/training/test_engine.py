@@ -21,19 +21,23 @@ def vit_weights(tmp_path_factory):
 
 @pytest.fixture(scope='session')
 def train_by_hand(vit_weights):
-    """Callable: one epoch of SGD over groups of batches; the weights, mean loss and clipped updates."""
+    """Callable: two epochs of SGD over groups of batches; the weights, mean losses and clipped updates."""
     def train(config: TrainConfig, batches_per_update: int):
         model = timm.create_model('test_vit', num_classes=10, img_size=64)
         model.load_state_dict(torch.load(vit_weights, weights_only=True))
         loader = create_loaders(
             config.data_dir, loader='timm', input_size=(3, 64, 64), batch_size=config.batch_size, crop_pct=1.0,
             mean=model.pretrained_cfg['mean'], std=model.pretrained_cfg['std'], no_aug=True, workers=0).train
-        loader.set_epoch(0)
-        batches = list(loader)
+        batches, starts = [], []
+        for epoch in (0, 1):
+            loader.set_epoch(epoch)
+            starts += range(len(batches), len(batches) + len(loader), batches_per_update)
+            batches += loader
         optimizer = torch.optim.SGD(model.parameters(), lr=config.lr, momentum=0.9, nesterov=True)  # timm's sgd
-        total, clipped = 0.0, 0
-        for start in range(0, len(batches), batches_per_update):
-            group = batches[start:start + batches_per_update]
+        losses, clipped = [0.0, 0.0], 0
+        for start in starts:
+            epoch = start // len(loader)
+            group = batches[start:min(start + batches_per_update, (epoch + 1) * len(loader))]
             images, labels = (torch.cat(parts) for parts in zip(*group, strict=True))
             loss = F.cross_entropy(model.train()(images), labels)
             optimizer.zero_grad()
@@ -42,8 +46,8 @@ def train_by_hand(vit_weights):
                 norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad)
                 clipped += int(norm > config.clip_grad)
             optimizer.step()
-            total += loss.item() * len(group)
-        return model.state_dict(), total / len(batches), clipped
+            losses[epoch] += loss.item() * len(group) / len(loader)
+        return model.state_dict(), losses, clipped
     return train
 
 
@@ -52,11 +56,11 @@ def test_training_equals_plain_torch(
         make_config, run_training, train_by_hand, vit_weights, tmp_path, accumulated, clip):
     """5 batches; with two to an update the last update has one, and each update is that of the doubled batch."""
     config = make_config(
-        tmp_path, **VIT, initial_checkpoint=str(vit_weights), no_aug=True, grad_accum_steps=accumulated, epochs=1,
+        tmp_path, **VIT, initial_checkpoint=str(vit_weights), no_aug=True, grad_accum_steps=accumulated, epochs=2,
         opt='sgd', lr=0.03, weight_decay=0.0, sched='none', clip_grad=clip)
-    expected, loss, clipped = train_by_hand(config, accumulated)
+    expected, losses, clipped = train_by_hand(config, accumulated)
     run = run_training(config)
-    assert run.result['history'][0]['train']['loss'] == pytest.approx(loss, rel=1e-5)
+    assert [entry['train']['loss'] for entry in run.result['history']] == pytest.approx(losses, rel=1e-5)
     found = torch.load(run.folder / 'last.pth.tar', weights_only=True)['state_dict']
     start = torch.load(vit_weights, weights_only=True)
     for key, value in expected.items():

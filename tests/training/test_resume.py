@@ -79,6 +79,13 @@ def test_resume_auto_falls_back_from_a_truncated_file(continued, finished):
     assert any('checkpoint-0.pth.tar: epoch 0 is done' in line for line in run.log)
 
 
+def test_without_the_optimizers_state_the_schedule_still_continues(continued, finished):
+    run = continued(no_resume_opt=True)
+    expected = finished('densemultimix').result['history'][2]
+    assert run.result['history'][0]['lr'] == pytest.approx(expected['lr'], rel=1e-12)
+    assert run.result['history'][0]['train']['loss'] != expected['train']['loss']
+
+
 def test_resume_refuses_where_every_checkpoint_is_damaged(continued):
     def damage(folder):
         for path in folder.glob('*.pth.tar'):
