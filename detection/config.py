@@ -3,7 +3,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
 
-from timm_alignmix.training.config import RunConfig, config_option
+from timm_alignmix.training.config import RunConfig, config_option, flag
 from timm_alignmix.training.resolve import read_yaml
 
 from .transforms import AUGMENTATIONS
@@ -97,6 +97,9 @@ class DetectConfig(RunConfig):
             raise ValueError('--augment ssd goes with --detector ssd')
         if self.max_size is not None and self.detector == 'ssd':
             raise ValueError('--max-size is for fasterrcnn; the input of SSD is a square of --img-size')
+        for name in ('layer_decay_min_scale', 'layer_decay_no_opt_scale'):
+            if getattr(self, name):
+                raise ValueError(f'{flag(name)} has no effect on detectors; --frozen-stages stops first stages')
 
 
 def resolve_detect_config(flags: dict[str, Any], config_file: str | None = None) -> DetectConfig:

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import yaml
+from timm.layers import convert_sync_batchnorm
 from timm.models import safe_model_name
 from timm.utils import random_seed, setup_default_logging
 
@@ -71,6 +72,8 @@ def build_run(config: DetectConfig) -> Run:
     model, description = create_detector(config, annotations[0].class_names)
     if config.initial_checkpoint:
         fill(model, read_weights(config.initial_checkpoint)[0], config.initial_checkpoint)
+    if config.sync_bn and accelerator.num_processes > 1:
+        model = convert_sync_batchnorm(model)
     model.to(accelerator.device)
     if config.channels_last:
         model.to(memory_format=torch.channels_last)

@@ -147,6 +147,7 @@ def test_flags_yaml_and_defaults(tmp_path, capsys):
         (['--data-dir', 'D', '--backbon', 'x'], 'did you mean --backbone'),
         (['--data-dir', 'D', '--augment', 'ssd'], '--augment ssd goes with --detector ssd'),
         (['--data-dir', 'D', '--detector', 'ssd', '--max-size', '900'], '--max-size is for fasterrcnn'),
+        (['--data-dir', 'D', '--layer-decay-min-scale', '0.1'], 'has no effect on detectors'),
     ]:
         with pytest.raises(SystemExit):
             parse_config(flags)
