@@ -39,17 +39,16 @@ def run(args: argparse.Namespace, mix: str, seed: int, flags: list[str]) -> dict
         'train_imagenet.py', '--mix', mix, '--seed', str(seed), *flags, '--output', str(folder.parent), '--experiment',
         folder.name, '--checkpoint-hist', '1',
     ]
-    done = folder / 'seconds.txt'
+    done = folder / 'done'
     if not done.exists():
         print(shlex.join(['python', *command]), flush=True)
-        start = time.time()
         resume = ['--resume', 'auto'] if (folder / 'last.pth.tar').exists() else []
         subprocess.run([sys.executable, str(ROOT / command[0]), *command[1:], *resume], check=True, cwd=ROOT)
-        done.write_text(f'{time.time() - start:.0f}\n')
+        done.touch()
     with open(folder / 'summary.csv', newline='') as file:
         top1 = [float(row['eval_top1']) for row in csv.DictReader(file)]
     shown = ['python', *command[:command.index('--output')]]
-    return dict(mix=mix, seed=seed, top1=top1, seconds=int(done.read_text()), command=shlex.join(shown))
+    return dict(mix=mix, seed=seed, top1=top1, command=shlex.join(shown))
 
 
 def mean_spread(values: list[float]) -> str:
@@ -58,12 +57,11 @@ def mean_spread(values: list[float]) -> str:
 
 
 def table(runs: list[dict], mixes: list[str]) -> list[str]:
-    lines = ['| mix | seeds | top-1, last epoch (%) | top-1, best epoch (%) | seconds a run |', '|---|---|---|---|---|']
+    lines = ['| mix | seeds | top-1, last epoch (%) | top-1, best epoch (%) |', '|---|---|---|---|']
     for mix in mixes:
         own = [r for r in runs if r['mix'] == mix]
         last, best = [r['top1'][-1] for r in own], [max(r['top1']) for r in own]
-        seconds = statistics.median(r['seconds'] for r in own)
-        lines.append(f'| {mix} | {len(own)} | {mean_spread(last)} | {mean_spread(best)} | {seconds:.0f} |')
+        lines.append(f'| {mix} | {len(own)} | {mean_spread(last)} | {mean_spread(best)} |')
     return lines
 
 
