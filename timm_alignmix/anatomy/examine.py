@@ -285,8 +285,8 @@ class Anatomy:
                 if prefix and self._trace.cuts(call):
                     return call.name, Layout('NLC', prefix), True
         raise UnsupportedModel(
-            f'{self.name}: at {self.input_size[1]}x{self.input_size[2]} pixels its classifier does not see the mean over '
-            'two or more positions of a feature map; use larger images where that is why, or mix multimix')
+            f'{self.name}: at {self.input_size[1]}x{self.input_size[2]} pixels its classifier does not see the mean '
+            'over two or more positions of a feature map; use larger images where that is why, or mix multimix')
 
     def _possible_layouts(self, x: torch.Tensor) -> list[Layout]:
         if x.ndim == 4:
