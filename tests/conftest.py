@@ -1,4 +1,5 @@
 """Fixtures shared by the whole suite."""
+import copy
 import os
 from pathlib import Path
 
@@ -32,3 +33,15 @@ def real_data():
             pytest.skip(f'real data {name} is not there (looked for it in {DATA_DIR})')
         return path
     return find
+
+
+@pytest.fixture
+def own_tables(monkeypatch):
+    """Copies of timm's tables, and of what we registered, for one test: this process's timm stays as it is."""
+    from timm.models import _registry as tables
+
+    from timm_alignmix.weights import registry as ours
+    for module, name in ((tables, '_model_pretrained_cfgs'), (tables, '_model_has_pretrained'),
+                         (tables, '_model_with_tags'), (tables, '_model_entrypoints'), (ours, '_folders'),
+                         (ours, '_wrapped')):
+        monkeypatch.setattr(module, name, copy.deepcopy(getattr(module, name)))

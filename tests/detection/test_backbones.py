@@ -177,7 +177,7 @@ def test_training_checkpoint(tmp_path):
 
 
 @families('resnet', 'vit')
-def test_tag_of_the_local_registry(family, exported, tmp_path, monkeypatch):
+def test_tag_of_the_local_registry(family, exported, tmp_path, monkeypatch, own_tables):
     folder, model = exported(family)
     monkeypatch.setenv('TIMM_ALIGNMIX_WEIGHTS', str(tmp_path))
     name = weights.install(folder, tag='mixed_photos')

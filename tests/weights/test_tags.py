@@ -1,5 +1,4 @@
 """Tags of a local registry in timm, and what of timm they rely on."""
-import copy
 import json
 import os
 import shutil
@@ -23,18 +22,6 @@ def registry(cnn, vit, own_network, tmp_path_factory):
                           ('preactresnet18.alignmix_photos', own_network)):
         shutil.copytree(trained.folder, folder / name)
     return folder
-
-
-@pytest.fixture
-def own_tables(monkeypatch):
-    """Copies of timm's tables, and of what we registered, for one test: this process's timm stays as it is."""
-    from timm.models import _registry as tables
-
-    from timm_alignmix.weights import registry as ours
-    for module, name in ((tables, '_model_pretrained_cfgs'), (tables, '_model_has_pretrained'),
-                         (tables, '_model_with_tags'), (tables, '_model_entrypoints'), (ours, '_folders'),
-                         (ours, '_wrapped')):
-        monkeypatch.setattr(module, name, copy.deepcopy(getattr(module, name)))
 
 
 def test_tags_in_a_fresh_process(registry, cnn, vit, own_network, run_python, tmp_path):
