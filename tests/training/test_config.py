@@ -132,7 +132,7 @@ def test_the_learning_rate_scale_can_be_chosen():
 def test_the_sample_has_its_own_settings_only_without_data_flags(tmp_path):
     sample = resolve_config({})
     assert (sample.model, sample.img_size, sample.epochs, sample.opt, sample.hflip) == (
-        'resnet18', 64, 10, 'adamw', 0.0)
+        'resnet18', 64, 14, 'adamw', 0.0)
     assert resolve_config({'epochs': 3, 'model': 'resnet34'}).model == 'resnet34'
     recipe = write_yaml(tmp_path, seed=1)
     for config in (resolve_config({'data_dir': '/photos'}), resolve_config({'dataset': 'torch/cifar10'}),

@@ -20,15 +20,15 @@ SAMPLE_DEFAULTS = {
     'model': 'resnet18',
     'img_size': SIZE,
     'batch_size': 64,
-    'epochs': 12,
+    'epochs': 14,
     'opt': 'adamw',
-    'lr': 1e-3,
+    'lr': 2e-3,
     'weight_decay': 0.05,
     'sched': 'cosine',
     'sched_on_updates': True,  # an epoch has 22 updates: stepping by epoch would waste the first
     'warmup_epochs': 1,
     'hflip': 0.0,  # a mirrored digit is another shape
-    'scale': [0.7, 1.0],
+    'scale': [0.8, 1.0],
     'ratio': [0.9, 1.1],
     'crop_pct': 1.0,
     'workers': 2,
