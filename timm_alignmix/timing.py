@@ -1,0 +1,141 @@
+"""Time callables against each other in one run: interleaved rounds, medians and quartiles, peak memory, hardware.
+
+Clocks drift and machines are shared, so a figure means little alone: each round calls every case once, in an order that
+rotates, and what is compared is the ratio within a round.
+"""
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and quartiles."""
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: list[float]) -> 'Spread':
+        low, median, high = torch.tensor(values, dtype=torch.float64).quantile(
+            torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).tolist()
+        return cls(median, low, high)
+
+    def __format__(self, spec: str) -> str:
+        return f'{self.median:{spec}} ({self.low:{spec}}-{self.high:{spec}})'
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one call, an entry for each round; rounds of cases timed together belong together."""
+    seconds: list[float]
+
+    @property
+    def spread(self) -> Spread:
+        return Spread.of(self.seconds)
+
+    def over(self, base: 'Timing') -> Spread:
+        """Ratio of this case's time to that of `base`, round by round: above 1 is slower than the base."""
+        return Spread.of([mine / other for mine, other in zip(self.seconds, base.seconds, strict=True)])
+
+
+def time_interleaved(
+        cases: dict[str, Callable[[], object]],
+        device: torch.device | str = 'cpu',
+        rounds: int = 10,
+        warmup: int = 2,
+        calls: int = 1,
+        clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Timing]:
+    """Time cases in turn, round after round.
+
+    On a GPU the time is that between two events in the stream, so waiting for the host counts and the launch of the
+    next case does not; nothing is synchronised within a round's calls.
+
+    Args:
+        cases: What to call, by name, without arguments.
+        device: Where the work is done.
+        rounds: Rounds; each times every case once.
+        warmup: Rounds before those, not timed.
+        calls: Calls of a case in one timing, for cases shorter than the clock or the launch queue.
+        clock: Seconds on a CPU. time.process_time leaves out what other programs took, and counts every thread.
+
+    Returns:
+        A timing for each case.
+    """
+    device = torch.device(device)
+    seconds = {name: [] for name in cases}
+    names = list(cases)
+    for round_ in range(-warmup, rounds):
+        shift = round_ % len(names)
+        for name in names[shift:] + names[:shift]:
+            taken = _time_calls(cases[name], calls, device, clock)
+            if round_ >= 0:
+                seconds[name].append(taken / calls)
+    return {name: Timing(values) for name, values in seconds.items()}
+
+
+def _time_calls(call: Callable[[], object], calls: int, device: torch.device, clock: Callable[[], float]) -> float:
+    if device.type != 'cuda':
+        start = clock()
+        for _ in range(calls):
+            call()
+        return clock() - start
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize(device)
+    begin.record()
+    for _ in range(calls):
+        call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1000
+
+
+def peak_memory(call: Callable[[], object], device: torch.device | str = 'cpu') -> int:
+    """Bytes of tensors that one call holds at its peak, beyond what was allocated before it.
+
+    From the allocator's own count on a GPU, from the profiler's record of every allocation on a CPU (memory that
+    libraries take by themselves, such as packed weights, is not in it).
+    """
+    device = torch.device(device)
+    if device.type == 'cuda':
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        call()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        result = call()  # kept until the profile ends, else its release is part of it
+    changes = [
+        (event.start_ns(), event.nbytes()) for event in profile.profiler.kineto_results.events()
+        if event.name() == '[memory]'
+    ]
+    del result
+    held = peak = 0
+    for _, change in sorted(changes, key=lambda entry: entry[0]):
+        held += change
+        peak = max(peak, held)
+    return peak
+
+
+def hardware(device: torch.device | str = 'cpu') -> str:
+    """What ran: GPU or CPU model with its threads, torch and CUDA versions."""
+    device = torch.device(device)
+    if device.type == 'cuda':
+        properties = torch.cuda.get_device_properties(device)
+        name = f'{properties.name}, {properties.total_memory / 2 ** 30:.0f} GiB, CUDA {torch.version.cuda}'
+    else:
+        name = f'{_cpu_name()}, {torch.get_num_threads()} thread(s), {torch.backends.cpu.get_cpu_capability()}'
+    return f'{name}, torch {torch.__version__}, Python {platform.python_version()}'
+
+
+def _cpu_name() -> str:
+    try:
+        with open('/proc/cpuinfo') as file:
+            return next(line.split(':', 1)[1].strip() for line in file if line.startswith('model name'))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
