@@ -7,7 +7,7 @@ from typing import Any
 
 from timm.utils import ParseKwargs
 
-from .config import GROUPS, RunConfig, flag
+from .config import GROUPS, Options, flag
 from .resolve import near_names
 
 
@@ -38,7 +38,7 @@ def _add_option(group: argparse._ArgumentGroup, option: Field) -> None:
     group.add_argument(flag(option.name), *meta['flags'], **settings)
 
 
-def create_parser(config_class: type[RunConfig], usage: str, description: str) -> argparse.ArgumentParser:
+def create_parser(config_class: type[Options], usage: str, description: str) -> argparse.ArgumentParser:
     """A command line of --config and every option of a configuration; what is not given is not in the result."""
     parser = argparse.ArgumentParser(
         usage=usage,
@@ -48,8 +48,9 @@ def create_parser(config_class: type[RunConfig], usage: str, description: str) -
     )
     parser.add_argument('-c', '--config', metavar='FILE.yaml', help='read options from a file; flags win over it')
     options = fields(config_class)
-    used = {option.metadata['group'] for option in options}
-    groups = {title: parser.add_argument_group(title) for title in GROUPS if title in used}
+    used = dict.fromkeys(option.metadata['group'] for option in options)
+    titles = [title for title in GROUPS if title in used] + [title for title in used if title not in GROUPS]
+    groups = {title: parser.add_argument_group(title) for title in titles}
     for option in options:
         _add_option(groups[option.metadata['group']], option)
     return parser
@@ -57,10 +58,10 @@ def create_parser(config_class: type[RunConfig], usage: str, description: str) -
 
 def parse_flags(
         parser: argparse.ArgumentParser,
-        config_class: type[RunConfig],
-        resolve: Callable[[dict[str, Any], str | None], RunConfig],
+        config_class: type[Options],
+        resolve: Callable[[dict[str, Any], str | None], Options],
         argv: list[str] | None = None,
-) -> RunConfig:
+) -> Options:
     """Options from the command line; ends the program with a message where they are wrong.
 
     Args:

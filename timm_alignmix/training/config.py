@@ -3,7 +3,7 @@ from dataclasses import Field, asdict, dataclass, field, fields
 from functools import partial
 from typing import Any, ClassVar
 
-# Headings of --help, in order.
+# Headings of --help, in order; others follow as they come.
 GROUPS = (
     'Data', 'Mixing', 'Detector', 'Model', 'Optimizer', 'Learning rate schedule', 'Augmentation and regularization',
     'Batch norm and weight averaging', 'Speed and device', 'Run, logs and checkpoints',
@@ -57,7 +57,20 @@ _run = partial(config_option, 'Run, logs and checkpoints')
 
 
 @dataclass
-class RunConfig:
+class Options:
+    """A configuration whose fields are made by :func:`config_option`: its values are checked and given their types."""
+
+    def __post_init__(self):
+        for option in fields(self):
+            setattr(self, option.name, _convert(option, getattr(self, option.name)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The options as plain values, for files."""
+        return asdict(self)
+
+
+@dataclass
+class RunConfig(Options):
     """Options that every kind of training has: optimizer, schedule, averaging, device, logs and checkpoints.
 
     Attributes:
@@ -151,16 +164,11 @@ class RunConfig:
         raise NotImplementedError
 
     def __post_init__(self):
-        for option in fields(self):
-            setattr(self, option.name, _convert(option, getattr(self, option.name)))
+        super().__post_init__()
         if self.resume == 'auto' and not self.experiment:
             raise ValueError('--resume auto looks into the folder of --experiment: name one')
         if self.model_ema and not self.model_ema_decay < 1:
             raise ValueError(f'--model-ema-decay must be smaller than 1, got {self.model_ema_decay}')
-
-    def to_dict(self) -> dict[str, Any]:
-        """The options as plain values, for `args.yaml` and checkpoints."""
-        return asdict(self)
 
 
 @dataclass

@@ -10,7 +10,7 @@ import yaml
 
 from timm_alignmix.data import SAMPLE_DEFAULTS
 
-from .config import RunConfig, TrainConfig, flag
+from .config import Options, TrainConfig, flag
 
 _logger = logging.getLogger(__name__)
 
@@ -21,7 +21,7 @@ def near_names(name: str, names: Iterable[str]) -> str:
     return f'; did you mean {" or ".join(near)}?' if near else ''
 
 
-def read_yaml(path: str, config_class: type[RunConfig] = TrainConfig) -> dict[str, Any]:
+def read_yaml(path: str, config_class: type[Options] = TrainConfig) -> dict[str, Any]:
     """Options of a YAML file.
 
     Args:
