@@ -27,6 +27,10 @@ def create_detector(config: DetectConfig, class_names: list[str]) -> tuple[nn.Mo
         ValueError: The backbone, its weights or an option does not fit.
     """
     faster = config.detector == 'fasterrcnn'
+    if config.batch_size == 1 and config.model_kwargs.get('conv4_stride1'):
+        raise ValueError(
+            'conv4_stride1 puts batch norms on maps of one position, which one image cannot train; '
+            'pass --batch-size 2 or more')
     if not faster:
         arguments = dict(size=config.img_size)
     elif config.augment == 'lsj':  # the data are squares of this side already

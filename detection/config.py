@@ -59,6 +59,9 @@ class DetectConfig(RunConfig):
         '', 'start from the weights of a whole detector: a training checkpoint or exported folder')
 
     batch_size: int = _opt(8, 'training images per process', int, low=1, flags=('-b',))
+    aspect_ratio_group_factor: int | None = _opt(
+        None, 'batches of images of alike shape, which pad less: bins per octave of width/height; 0: any shapes; '
+        "default: 3 for fasterrcnn, torchvision's value, 0 for ssd, whose input is square", int, low=0)
     weight_decay: float = _opt(1e-4, 'weight decay (not on biases and norms)', float, low=0)
 
     sched: str = _sched('multistep', 'schedule', choices=('cosine', 'multistep', 'step', 'poly', 'wsd', 'constant'))
@@ -115,8 +118,10 @@ def resolve_detect_config(flags: dict[str, Any], config_file: str | None = None)
     config = DetectConfig(**{**(read_yaml(config_file, DetectConfig) if config_file else {}), **flags})
     ssd = config.detector == 'ssd'
     size = config.img_size or (300 if ssd else 800)
+    groups = config.aspect_ratio_group_factor
     return replace(
         config,
+        aspect_ratio_group_factor=(0 if ssd else 3) if groups is None else groups,
         img_size=size,
         max_size=None if ssd else config.max_size or round(size * 1333 / 800),
         augment=config.augment or ('ssd' if ssd else 'hflip'),

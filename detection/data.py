@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
+from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision import tv_tensors
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from .annotations import VOC_CLASSES, Annotations, Record, clean, coco_file, read_coco, read_voc
+from .batches import TrainBatches, aspect_ratio_groups
 
 _logger = logging.getLogger(__name__)
 
@@ -162,6 +163,10 @@ class DetectionLoader:
         rank: This process.
         world_size: Number of processes.
         pin_mem: Pin host memory.
+        aspect_ratio_group_factor: Training batches of images of alike shape: see `aspect_ratio_groups`; 0 for any.
+
+    Raises:
+        ValueError: The training images do not fill a batch.
     """
 
     def __init__(
@@ -175,33 +180,25 @@ class DetectionLoader:
             rank: int = 0,
             world_size: int = 1,
             pin_mem: bool = False,
+            aspect_ratio_group_factor: int = 0,
     ):
         self.dataset, self.device, self.num_samples = dataset, device, len(dataset)
-        self.sampler = None
+        shared = dict(num_workers=workers, collate_fn=_collate, pin_memory=pin_mem)
         if training:
-            self.sampler = DistributedSampler(dataset, world_size, rank, shuffle=True, seed=seed, drop_last=True)
-            if len(self.sampler) < batch_size:
-                raise ValueError(
-                    f'{len(dataset)} training images over {world_size} processes fill no batch of {batch_size}; '
-                    'pass a smaller --batch-size')
-        self.loader = DataLoader(
-            dataset if training else Subset(dataset, range(rank, len(dataset), world_size)),
-            batch_size,
-            sampler=self.sampler,
-            num_workers=workers,
-            collate_fn=_collate,
-            pin_memory=pin_mem,
-            drop_last=training,
-        )
+            groups = aspect_ratio_groups(dataset.records, aspect_ratio_group_factor)
+            self.batches = TrainBatches(groups, batch_size, seed, rank, world_size)
+            self.loader = DataLoader(dataset, batch_sampler=self.batches, **shared)
+        else:
+            part = Subset(dataset, range(rank, len(dataset), world_size))
+            self.loader = DataLoader(part, batch_size, **shared)
 
     def __len__(self) -> int:
         return len(self.loader)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order and the augmentation of an epoch."""
-        self.dataset.epoch = epoch
-        if self.sampler is not None:
-            self.sampler.set_epoch(epoch)
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Choose the order and the augmentation of a training epoch, and the batch that comes first."""
+        self.dataset.epoch = self.batches.epoch = epoch
+        self.batches.start = start
 
     def __iter__(self) -> Iterator[Batch]:
         for images, targets in self.loader:

@@ -102,7 +102,8 @@ def create_loaders(config, train, val, image_mean, accelerator) -> DetectionLoad
     transform = create_transform(config.augment, config.img_size, image_mean, config.hflip)
     return DetectionLoaders(
         train=DetectionLoader(
-            DetectionDataset(train.records, transform, config.seed), config.batch_size, True, **shared),
+            DetectionDataset(train.records, transform, config.seed), config.batch_size, True,
+            aspect_ratio_group_factor=config.aspect_ratio_group_factor, **shared),
         val=DetectionLoader(
             DetectionDataset(val.records), config.validation_batch_size or config.batch_size, False, **shared),
         class_names=train.class_names,

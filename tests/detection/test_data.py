@@ -1,12 +1,14 @@
 """Reading VOC and COCO data, what is refused, what is left out, and the loaders."""
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from detection.annotations import VOC_CLASSES, clean, read_coco, read_voc
+from detection.annotations import VOC_CLASSES, Record, clean, read_coco, read_voc
+from detection.batches import TrainBatches, aspect_ratio_groups
 from detection.data import DetectionDataset, DetectionLoader, find_voc_splits, read_annotations, read_image
 from detection.transforms import AUGMENTATIONS, create_transform, multiscale_sizes
 
@@ -199,8 +201,43 @@ def test_loaders_share_the_images(rectangles):
         orders.append([_indices(part) for part in parts])
         assert len(set(sum(orders[-1], []))) == 8 and len(parts[0]) == 1  # 6 of 12 each: a batch of 4, the rest dropped
     assert orders[0] != orders[1]
-    with pytest.raises(ValueError, match='12 training images over 2 processes fill no batch of 8'):
+    with pytest.raises(ValueError, match='12 samples, not enough for one batch of 8 on each of 2 processes'):
         DetectionLoader(DetectionDataset(train.records), 8, True, world_size=2)
+
+
+def test_an_epoch_can_begin_at_a_batch(rectangles):
+    train, _ = read_annotations('voc', str(rectangles))
+    loader = DetectionLoader(DetectionDataset(train.records), 2, True)
+    loader.set_epoch(3)
+    whole = _indices(loader)
+    loader.set_epoch(3, start=4)
+    assert _indices(loader) == whole[8:] and len(loader) == 6
+    loader.set_epoch(3)
+    assert _indices(loader) == whole
+
+
+def test_batches_hold_images_of_one_shape():
+    sizes = [(640, 480)] * 33 + [(480, 640)] * 30 + [(1500, 500)] * 9 + [(100, 400)] * 5
+    records = [Record(f'{i}', Path(f'{i}.jpg'), *size, *[np.zeros(0)] * 5) for i, size in enumerate(sizes)]
+    groups = aspect_ratio_groups(records, 3)
+    # Bins begin at 2 ** (k / 3), k = -3..3: 4/3 lies between 2 ** (1/3) = 1.26 and 1.59, 3/4 between 0.63 and 0.79.
+    assert groups.tolist() == [5] * 33 + [2] * 30 + [7] * 9 + [0] * 5
+    orders = []
+    for epoch in range(2):
+        ranks = [TrainBatches(groups, 4, 0, rank, 2) for rank in range(2)]
+        for batches in ranks:
+            batches.epoch = epoch
+        steps = [sum(batches, []) for batches in zip(*ranks, strict=True)]  # of both processes together
+        assert len(steps) == len(ranks[0]) == 77 // 8 and all(len(step) == 8 for step in steps)
+        assert len(set(sum(steps, []))) == 72  # no image twice
+        # 33, 30, 9 and 5 images fill 4, 3, 1 and 0 batches of 8 alone; one is left over for the rest.
+        assert sum(len({groups[i] for i in step}) == 1 for step in steps) == 8
+        orders.append(steps)
+    assert orders[0] != orders[1]
+    one = TrainBatches(groups, 8, 0, 0, 1)
+    one.epoch = 1
+    assert [sorted(batch) for batch in one] == [sorted(step) for step in orders[1]]  # for any number of processes
+    assert not aspect_ratio_groups(records, 0).any()
 
 
 def test_a_batch_depends_on_seed_and_epoch_alone(rectangles):

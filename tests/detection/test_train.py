@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from accelerate.state import AcceleratorState
 from PIL import Image
 
 from detection.config import DetectConfig, resolve_detect_config
@@ -25,6 +26,7 @@ TINY = dict(
 
 
 def run(data, output, name, **options):
+    AcceleratorState._reset_state(reset_partial_state=True)  # as in a new process
     return train(resolve_detect_config(
         {**TINY, 'data_dir': str(data), 'output': str(output), 'experiment': name, **options}))
 
@@ -126,6 +128,25 @@ def test_faster_rcnn_trains_from_given_weights(rectangles, tmp_path):
     assert same['conv1.weight' if 'conv1.weight' in same else next(iter(same))]
     assert all(equal for name, equal in same.items() if 'running' in name)
     assert not all(same.values())
+
+
+@pytest.mark.parametrize('detector', ['ssd', 'fasterrcnn'])
+def test_mixed_precision_trains_as_float32_does(detector, rectangles, tmp_path):
+    """The loss of an epoch agrees to bfloat16's precision, and weights stay in float32."""
+    options = dict(detector=detector, epochs=1, lr=1e-3, pictures=0)
+    if detector == 'fasterrcnn':
+        options.update(img_size=64, model_kwargs=dict(fpn_channels=16, rpn_post_nms_top_n_train=50))
+    losses = []
+    for name, amp in (('fp32', {}), ('bf16', dict(amp=True, amp_dtype='bfloat16'))):
+        result = run(rectangles, tmp_path, name, **options, **amp)
+        losses.append(result['history'][0]['train']['loss'])
+        assert all(value.dtype != torch.bfloat16 for value in weights(result['folder']).values())
+    assert losses[0] != losses[1] and losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
+def test_one_image_cannot_train_norms_of_one_position(rectangles, tmp_path):
+    with pytest.raises(ValueError, match='conv4_stride1 .* --batch-size 2 or more'):
+        run(rectangles, tmp_path, 'one', batch_size=1, model_kwargs=dict(conv4_stride1=True))
 
 
 def test_images_must_all_be_evaluated():

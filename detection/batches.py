@@ -1,0 +1,88 @@
+"""Which images form a training batch: pure functions of (seed, epoch), the same for any number of processes."""
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from torch.utils.data import Sampler
+
+from timm_alignmix.data.order import shuffled, train_batches
+
+from .annotations import Record
+
+
+def aspect_ratio_groups(records: Sequence[Record], factor: int) -> np.ndarray:
+    """Group of every image by width / height, as torchvision's detection reference makes them.
+
+    Args:
+        records: The images.
+        factor: Bins per octave of the ratio, from 1/2 to 2; beyond, one bin each side. 0: a single group.
+
+    Returns:
+        int array, one group number per image.
+    """
+    if not factor:
+        return np.zeros(len(records), dtype=int)
+    ratios = np.array([record.width / record.height for record in records])
+    return np.digitize(ratios, 2.0 ** np.linspace(-1, 1, 2 * factor + 1))
+
+
+def grouped_order(order: np.ndarray, groups: np.ndarray, batch_size: int, rng: np.random.Generator) -> np.ndarray:
+    """Reorder samples so that nearly every batch holds one group.
+
+    A group's samples fill batches in the order given. What is left of the groups, less than a batch of each, fills
+    batches together, so no more samples are lost than without groups. The batches then come in random order.
+
+    Args:
+        order: Sample numbers.
+        groups: Group of every sample number.
+        batch_size: Samples of a batch over all processes.
+        rng: Shuffles the batches.
+
+    Returns:
+        The samples of all full batches, batch after batch.
+    """
+    batches, rest = [], []
+    for group in np.unique(groups):
+        samples = order[groups[order] == group]
+        full = len(samples) // batch_size * batch_size
+        batches.extend(samples[:full].reshape(-1, batch_size))
+        rest.append(samples[full:])
+    rest = np.concatenate(rest)
+    full = len(rest) // batch_size * batch_size
+    # The last of the rest is lost, so not always the same group's: which group it is changes with the epoch.
+    batches.extend(np.roll(rest, rng.integers(len(rest)) if len(rest) else 0)[:full].reshape(-1, batch_size))
+    return np.stack([batches[i] for i in rng.permutation(len(batches))]).ravel()
+
+
+class TrainBatches(Sampler[list[int]]):
+    """Batches of one process: each image at most once an epoch over all processes, full batches only.
+
+    Args:
+        groups: Group of every image; see aspect_ratio_groups().
+        batch_size: Images per batch of one process.
+        seed: Seed of the order.
+        rank: This process.
+        world_size: Number of processes.
+
+    Attributes:
+        epoch: Epoch to draw the order for.
+        start: Batches of the epoch to leave out at its beginning.
+
+    Raises:
+        ValueError: The images do not fill a batch.
+    """
+
+    def __init__(self, groups: np.ndarray, batch_size: int, seed: int, rank: int, world_size: int):
+        self.groups, self.batch_size, self.seed = groups, batch_size, seed
+        self.rank, self.world_size = rank, world_size
+        self.epoch = self.start = 0
+        self._length = train_batches(len(groups), batch_size, world_size)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = shuffled(len(self.groups), self.seed, self.epoch)
+        rng = np.random.default_rng([self.seed, self.epoch, 1])
+        order = grouped_order(order, self.groups, self.batch_size * self.world_size, rng)
+        for batch in order.reshape(self._length, self.batch_size, self.world_size)[self.start:, :, self.rank]:
+            yield batch.tolist()
