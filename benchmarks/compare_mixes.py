@@ -14,11 +14,7 @@ chosen on the very images it is measured on, so it is optimistic, more so for no
 import argparse
 import csv
 import json
-import platform
 import shlex
-import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -28,32 +24,18 @@ import torch
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt  # noqa: E402
+from comparison import ROOT, draw_curves, mean_spread, train_once  # noqa: E402
 
-ROOT = Path(__file__).resolve().parent.parent
+from timm_alignmix.timing import hardware  # noqa: E402
 
 
 def run(args: argparse.Namespace, mix: str, seed: int, flags: list[str]) -> dict:
     """Train once, or read the run if it is finished."""
-    folder = args.output.resolve() / f'{args.name}-{mix}-{seed}'
-    command = [
-        'train_imagenet.py', '--mix', mix, '--seed', str(seed), *flags, '--output', str(folder.parent), '--experiment',
-        folder.name, '--checkpoint-hist', '1',
-    ]
-    done = folder / 'done'
-    if not done.exists():
-        print(shlex.join(['python', *command]), flush=True)
-        resume = ['--resume', 'auto'] if (folder / 'last.pth.tar').exists() else []
-        subprocess.run([sys.executable, str(ROOT / command[0]), *command[1:], *resume], check=True, cwd=ROOT)
-        done.touch()
-    with open(folder / 'summary.csv', newline='') as file:
+    command = ['train_imagenet.py', '--mix', mix, '--seed', str(seed), *flags]
+    summary = train_once(command, args.output.resolve() / f'{args.name}-{mix}-{seed}')
+    with open(summary, newline='') as file:
         top1 = [float(row['eval_top1']) for row in csv.DictReader(file)]
-    shown = ['python', *command[:command.index('--output')]]
-    return dict(mix=mix, seed=seed, top1=top1, command=shlex.join(shown))
-
-
-def mean_spread(values: list[float]) -> str:
-    spread = f' +- {statistics.stdev(values):.2f}' if len(values) > 1 else ''
-    return f'{statistics.mean(values):.2f}{spread}'
+    return dict(mix=mix, seed=seed, top1=top1, command=shlex.join(['python', *command]))
 
 
 def table(runs: list[dict], mixes: list[str]) -> list[str]:
@@ -68,17 +50,9 @@ def table(runs: list[dict], mixes: list[str]) -> list[str]:
 def picture(runs: list[dict], mixes: list[str], path: Path) -> None:
     """Mean top-1 by epoch, and its range over seeds."""
     fig, ax = plt.subplots(figsize=(7, 4.2), layout='constrained')
-    colors = plt.get_cmap('cividis')([i / max(len(mixes) - 1, 1) for i in range(len(mixes))])
-    for mix, color in zip(mixes, colors, strict=True):
-        curves = [r['top1'] for r in runs if r['mix'] == mix]
-        columns = list(zip(*curves, strict=True))
-        epochs = range(1, len(columns) + 1)
-        style = ('-', '--', '-.', ':', (0, (5, 1, 1, 1, 1, 1)))[mixes.index(mix) % 5]
-        ax.plot(epochs, [statistics.mean(c) for c in columns], color=color, linestyle=style, linewidth=2, label=mix)
-        ax.fill_between(epochs, [min(c) for c in columns], [max(c) for c in columns], color=color, alpha=0.12)
+    draw_curves(ax, {mix: [r['top1'] for r in runs if r['mix'] == mix] for mix in mixes})
     ax.set(xlabel='epoch', ylabel='validation top-1 (%)', title='Mean over seeds; band: range over seeds')
     ax.legend(loc='lower right')
-    ax.grid(alpha=0.3)
     fig.savefig(path, dpi=150)
 
 
@@ -89,12 +63,12 @@ def main() -> None:
     parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2])
     parser.add_argument('--output', type=Path, default=ROOT / 'output' / 'compare', help='folder of the training runs')
     parser.add_argument('--results', type=Path, default=ROOT / 'benchmarks' / 'results')
-    parser.add_argument('--hardware', default=f'{platform.machine()} CPU, {torch.get_num_threads()} threads')
+    parser.add_argument('--hardware', default=hardware('cuda' if torch.cuda.is_available() else 'cpu'))
     parser.add_argument('flags', nargs='*', help='flags of train_imagenet.py, after --')
     args = parser.parse_args()
     # Seed by seed, so that an unfinished comparison still compares.
     runs = [run(args, mix, seed, args.flags) for seed in args.seeds for mix in args.mixes]
-    info = f'{time.strftime("%Y-%m-%d")}, {args.hardware}, timm {timm.__version__}, torch {torch.__version__}'
+    info = f'{time.strftime("%Y-%m-%d")}, {args.hardware}, timm {timm.__version__}'
     args.results.mkdir(parents=True, exist_ok=True)
     path = args.results / args.name
     picture(runs, args.mixes, path.with_suffix('.png'))
