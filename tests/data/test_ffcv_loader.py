@@ -112,6 +112,17 @@ def test_training_order_repeats_and_changes(train):
     assert epoch_labels(train, 1) != first
 
 
+@pytest.mark.parametrize('name', ['train', 'paged'])
+def test_an_epoch_is_entered_at_any_batch(request, name):
+    batches = request.getfixturevalue(name)
+    labels = epoch_labels(batches, 3)
+    for start in (0, 7, len(batches)):
+        batches.set_epoch(3, start)
+        assert [label for _, part in batches for label in part.tolist()] == labels[start * len(labels) // len(batches):]
+    assert batches.info.labels[batches.order()].tolist() == labels  # the file is not in class order
+    batches.set_epoch(0)
+
+
 def test_page_by_page_order_repeats_and_changes(paged, train_info, monkeypatch):
     first = epoch_labels(paged, 0)
     assert len(set(first)) == len(first) == 12

@@ -2,15 +2,23 @@
 from collections.abc import Iterator
 from typing import Protocol
 
+import numpy as np
 import torch
 from timm.data.loader import PrefetchLoader
+
+from .seeding import SeededErasing
 
 
 class Batches(Protocol):
     """A source of CPU batches: (B, C, H, W) uint8 images and (B,) int64 labels, each batch in memory of its own."""
     num_samples: int
 
-    def set_epoch(self, epoch: int) -> None: ...
+    def set_epoch(self, epoch: int, start: int = 0) -> None: ...
+
+    def order(self) -> np.ndarray: ...
+
+    def numbers(self) -> Iterator[int]:
+        """A number for each sample of the next iteration, in order, that tells it from the others of the epoch."""
 
     def __len__(self) -> int: ...
 
@@ -36,6 +44,7 @@ class DeviceLoader:
         reprob: Probability of random erasing.
         remode: 'const', 'rand' or 'pixel' (timm's modes of random erasing).
         recount: Most regions erased in an image.
+        seed: Seed of random erasing.
     """
 
     def __init__(
@@ -49,22 +58,50 @@ class DeviceLoader:
             reprob: float = 0.0,
             remode: str = 'pixel',
             recount: int = 1,
+            seed: int = 42,
     ):
         self.batches = batches
         self.num_samples = batches.num_samples
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self._epoch = 0
         self._prefetcher = PrefetchLoader(
             batches, mean=mean, std=std, channels=channels, device=device,
             re_prob=reprob, re_mode=remode, re_count=recount)
+        if self._prefetcher.random_erasing is not None:
+            self._prefetcher.random_erasing = SeededErasing(self._prefetcher.random_erasing, seed, device)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that the next iteration runs: order and augmentation follow from it."""
-        self.batches.set_epoch(epoch)
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Choose what iterations from now on run.
+
+        Order and augmentation follow from the seed and the epoch, so an epoch entered late goes on exactly as one that
+        was run from its beginning.
+
+        Args:
+            epoch: Index of the epoch.
+            start: Batch of the epoch to begin with; those before are not read. len() stays that of the whole epoch.
+
+        Raises:
+            ValueError: The epoch has fewer batches.
+        """
+        if not 0 <= start <= len(self):
+            raise ValueError(f'an epoch cannot start at batch {start}: it has {len(self)} of them')
+        self._epoch = epoch
+        self.batches.set_epoch(epoch, start)
+
+    def order(self) -> np.ndarray:
+        """Indices of all samples of this rank in the chosen epoch, int64, from its first batch on.
+
+        Raises:
+            RuntimeError: The dataset is read in sequence, where samples have no indices.
+        """
+        return self.batches.order()
 
     def __len__(self) -> int:
-        """Batches of this rank."""
+        """Batches of this rank in a whole epoch."""
         return len(self.batches)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        if self._prefetcher.random_erasing is not None:
+            self._prefetcher.random_erasing.begin(self._epoch, self.batches.numbers())
         for images, labels in self._prefetcher:
             yield images.contiguous(memory_format=self.memory_format), labels

@@ -153,7 +153,7 @@ class FFCVBatches:
         self._batch_size = batch_size
         self._rank_of = rank, world_size
         self._seed = seed
-        self._epoch = 0
+        self._epoch, self._start = 0, 0
         self._pin_memory = torch.device(device).type == 'cuda'
         if train:
             self._length = train_batches(info.num_samples, batch_size, world_size)
@@ -181,8 +181,8 @@ class FFCVBatches:
                 },
             )
 
-    def set_epoch(self, epoch: int) -> None:
-        self._epoch = epoch
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        self._epoch, self._start = epoch, start
 
     def order(self) -> np.ndarray:
         """Indices of the samples of this rank in the current epoch."""
@@ -195,11 +195,18 @@ class FFCVBatches:
             order = quasi_shuffled(self.info.pages, self._seed, self._epoch, QUASI_RANDOM_PAGES)
         return train_shard(order, self._batch_size, rank, world_size, contiguous=not self.os_cache)
 
+    def numbers(self) -> Iterator[int]:
+        """Indices of the samples that the next iteration yields."""
+        return iter(self._remaining().tolist())
+
+    def _remaining(self) -> np.ndarray:
+        return self.order()[self._start * self._batch_size:]
+
     def __len__(self) -> int:
         return self._length
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        order = np.ascontiguousarray(self.order(), dtype=np.uint64)
+        order = np.ascontiguousarray(self._remaining(), dtype=np.uint64)
         if not len(order):
             return
         epoch = _Epoch(self._loader, order, self._pin_memory)

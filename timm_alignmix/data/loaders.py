@@ -258,7 +258,8 @@ def _timm_loader(source: ImageSource, train: bool, num_classes: int, o: LoaderOp
     make = StreamBatches if source.is_stream else partial(TimmBatches, channels=o.input_size[0])
     pin_memory = o.pin_mem and torch.device(o.device).type == 'cuda'
     batches = make(source, transform, num_classes=num_classes, pin_memory=pin_memory, **o.for_split(train))
-    return DeviceLoader(batches, o.mean, o.std, torch.device(o.device), o.channels_last, o.input_size[0], **erasing)
+    return DeviceLoader(
+        batches, o.mean, o.std, torch.device(o.device), o.channels_last, o.input_size[0], **erasing, seed=o.seed)
 
 
 def _loaders(made: list[DeviceLoader], num_classes: int, names: list[str] | None, kind: str, where: str) -> Loaders:

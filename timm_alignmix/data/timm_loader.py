@@ -6,9 +6,7 @@ epoch), each sample is augmented from a seed of (seed, epoch, index) whatever th
 each sample once, and an unreadable image ends the run with its name. Datasets that are read in sequence (webdataset
 and the like) keep timm's own loader.
 """
-import contextlib
 import itertools
-import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,26 +15,12 @@ import torch
 import torch.utils.data
 from PIL import Image
 from timm.data.loader import fast_collate
+from timm.data.readers.shared_count import SharedCount
 
 from .images import decode_image, read_bytes
 from .order import eval_shard, shuffled, train_batches, train_shard
+from .seeding import generators_kept, seed_generators
 from .sources import ImageSource
-
-
-@contextlib.contextmanager
-def _generators_seeded(*seed: int) -> Iterator[None]:
-    """Seed Python's, numpy's and torch's CPU generators, all of which timm's transforms use, and restore them after."""
-    words = np.random.SeedSequence(seed).generate_state(3)
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    random.seed(int(words[0]))
-    np.random.seed(words[1])
-    torch.default_generator.manual_seed(int(words[2]))
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
 
 
 def _check_label(label: int, num_classes: int, where: str) -> None:
@@ -64,7 +48,8 @@ class _TransformedImages(torch.utils.data.Dataset):
                 f'{self.source.describe(index)} cannot be read ({type(error).__name__}: {error}); repair or remove it, '
                 'or convert the data with python -m timm_alignmix.data.write, which leaves such images out') from error
         _check_label(label, self.num_classes, self.source.describe(index))
-        with _generators_seeded(self.seed, epoch, index):
+        with generators_kept():
+            seed_generators(self.seed, epoch, index)
             return self.transform(image), label
 
     def __len__(self) -> int:
@@ -107,9 +92,11 @@ class TimmBatches:
         self._seed = seed
         self._batch_size = batch_size
         self._rank_of = rank, world_size
-        self._epoch = 0
+        self._epoch, self._start = 0, 0
         if train:
-            train_batches(self.num_samples, batch_size, world_size)
+            self.num_own = train_batches(self.num_samples, batch_size, world_size) * batch_size
+        else:
+            self.num_own = len(eval_shard(self.num_samples, rank, world_size))
         mode = {1: 'L', 3: 'RGB'}.get(channels)
         if mode is None:
             raise ValueError(f'images have 1 or 3 channels, not {channels}')
@@ -121,20 +108,26 @@ class TimmBatches:
             num_workers=workers,
             pin_memory=pin_memory,
             persistent_workers=workers > 0,
+            generator=torch.Generator(),  # not torch's global one, which would lose a number to every epoch
         )
 
-    def set_epoch(self, epoch: int) -> None:
-        self._epoch = epoch
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        self._epoch, self._start = epoch, start
 
-    def keys(self) -> list[tuple[int, int]]:
-        """(epoch, index) of the samples of this rank in the current epoch."""
+    def order(self) -> np.ndarray:
+        """Indices of the samples of this rank in the current epoch."""
         rank, world_size = self._rank_of
-        if self._train:
-            order = shuffled(self.num_samples, self._seed, self._epoch)
-            indices = train_shard(order, self._batch_size, rank, world_size)
-        else:
-            indices = eval_shard(self.num_samples, rank, world_size)
-        return [(self._epoch, index) for index in indices.tolist()]
+        if not self._train:
+            return eval_shard(self.num_samples, rank, world_size)
+        return train_shard(shuffled(self.num_samples, self._seed, self._epoch), self._batch_size, rank, world_size)
+
+    def numbers(self) -> Iterator[int]:
+        """Indices of the samples that the next iteration yields."""
+        return iter(self.order()[self._start * self._batch_size:].tolist())
+
+    def keys(self) -> Iterator[tuple[int, int]]:
+        """(epoch, index) of these samples."""
+        return ((self._epoch, index) for index in self.numbers())
 
     def __len__(self) -> int:
         return len(self._loader)
@@ -148,10 +141,32 @@ class _Keys(torch.utils.data.Sampler):
         self.batches = batches
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        return iter(self.batches.keys())
+        return self.batches.keys()
 
     def __len__(self) -> int:
-        return len(self.batches.keys())
+        return self.batches.num_own
+
+
+class _SeededTransform:
+    """A transform whose draws follow from (seed, epoch, rank, worker, place in the worker's part of the stream)."""
+
+    def __init__(self, transform: Callable, seed: int, rank: int):
+        self.epoch = SharedCount()  # workers live through all epochs
+        self._transform = transform
+        self._seed = seed
+        self._rank = rank
+        self._keys: Iterator[tuple[int, ...]] = iter(())
+
+    def begin(self) -> None:
+        """Start an epoch in this worker."""
+        worker = torch.utils.data.get_worker_info()
+        prefix = self._seed, self.epoch.value, self._rank, 0 if worker is None else worker.id
+        self._keys = ((*prefix, place) for place in itertools.count())
+
+    def __call__(self, image: Image.Image) -> Any:
+        with generators_kept():
+            seed_generators(*next(self._keys))
+            return self._transform(image)
 
 
 class _EveryNth(torch.utils.data.IterableDataset):
@@ -164,6 +179,8 @@ class _EveryNth(torch.utils.data.IterableDataset):
         self.num_classes = num_classes
 
     def __iter__(self) -> Iterator[tuple[Any, int]]:
+        if isinstance(self.source.dataset.transform, _SeededTransform):
+            self.source.dataset.transform.begin()
         for image, label in itertools.islice(self.source.dataset, self.first, None, self.n):
             _check_label(label, self.num_classes, self.source.title)
             yield image, label
@@ -176,8 +193,9 @@ class StreamBatches:
     """CPU batches of one rank from a dataset that is read in sequence.
 
     Training follows timm's reader: it shuffles within buffers and splits shards between ranks and workers, so a sample
-    may be repeated or left out at the end of an epoch. For evaluation every rank reads the whole stream and keeps
-    every n-th sample: exact, but slow on many ranks (convert to .beton where that matters).
+    may be repeated or left out at the end of an epoch, and an epoch repeats exactly for the same number of ranks and
+    workers only. An epoch entered late reads and discards what came before. For evaluation every rank reads the whole
+    stream and keeps every n-th sample: exact, but slow on many ranks (convert to .beton where that matters).
 
     Args:
         source: Images and labels.
@@ -207,10 +225,14 @@ class StreamBatches:
     ):
         self.num_samples = source.num_samples
         self._source = source
+        self._rank = rank
+        self._batch_size = batch_size
+        self._start = 0
         dataset = source.dataset
         if not train:
             dataset.reader.dist_rank, dataset.reader.dist_num_replicas = 0, 1  # every rank reads all shards
-        dataset.transform = transform
+        self._transform = _SeededTransform(transform, seed, rank)
+        dataset.transform = self._transform if train else transform
         dataset.set_loader_cfg(num_workers=workers)  # timm's readers count samples per worker
         self._loader = torch.utils.data.DataLoader(
             _EveryNth(source, *((0, 1) if train else (rank, world_size)), num_classes),
@@ -220,15 +242,26 @@ class StreamBatches:
             pin_memory=pin_memory,
             drop_last=train,
             persistent_workers=workers > 0,
-            generator=torch.Generator().manual_seed(seed + rank),
+            generator=torch.Generator(),
         )
         self._length = len(self._loader) if train else -(-self.num_samples // (batch_size * world_size))
 
-    def set_epoch(self, epoch: int) -> None:
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
         self._source.dataset.set_epoch(epoch)
+        self._transform.epoch.value = epoch
+        self._start = start
+
+    def order(self) -> np.ndarray:
+        raise RuntimeError(
+            f'{self._source.title} is read in sequence: its samples have no indices, and their order is not known; '
+            'convert it with python -m timm_alignmix.data.write')
+
+    def numbers(self) -> Iterator[int]:
+        """Places in this rank's stream, marked by the rank, of the samples that the next iteration yields."""
+        return itertools.count((self._rank << 40) + self._start * self._batch_size)
 
     def __len__(self) -> int:
         return self._length
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        return iter(self._loader)
+        return itertools.islice(self._loader, self._start, None)
