@@ -144,6 +144,8 @@ class RunConfig(Options):
     amp_dtype: str = _device('float16', 'type of mixed precision', choices=('float16', 'bfloat16'))
     channels_last: bool = _device(False, 'channels-last memory format', bool)
     no_ddp_bb: bool = _device(False, 'do not broadcast buffers in distributed training', bool)
+    dist_timeout: int = _device(
+        600, 'seconds that a process waits for the others before it ends with an error', int, low=1)
     device: str = _device(
         'auto', 'cpu keeps off an accelerator; which GPUs to use is said to accelerate launch (--gpu_ids)',
         choices=('auto', 'cpu'))
@@ -154,8 +156,15 @@ class RunConfig(Options):
     resume: str = _run('', "continue from this checkpoint; 'auto': from the newest whole one of --experiment, if any")
     no_resume_opt: bool = _run(False, 'resume without the optimizer state', bool)
     checkpoint_hist: int = _run(10, 'best checkpoints to keep', int, low=1)
+    checkpoint_steps: int = _run(
+        0, 'updates between checkpoints within an epoch (recovery-EPOCH-UPDATE.pth.tar, of which the newest two are '
+        'kept); 0: only at the ends of epochs', int, low=0)
+    max_nonfinite: int = _run(
+        10, 'stop after this many updates in a row that were skipped because the loss was not finite', int, low=1)
     val_interval: int = _run(1, 'epochs between evaluations; the last epoch is always evaluated', int, low=1)
     log_interval: int = _run(50, 'updates between log lines', int, low=1)
+    log_trackers: list[str] = _run(
+        [], 'also log to these, through Accelerate', choices=('tensorboard', 'wandb'), nargs='+')
     progress: bool = _run(False, 'progress bar even where the output is no terminal', bool)
     dry_run: bool = _run(False, 'print the resolved configuration, steps and parameter groups, and stop', bool)
 
@@ -185,6 +194,8 @@ class TrainConfig(RunConfig):
     dataset_download: bool = _data(False, 'let torch/ datasets download themselves', bool)
     class_map: str = _data('', 'file that maps class names to indices')
     loader: str = _data('auto', 'ffcv, timm, or ffcv where it is installed and fits', choices=('auto', 'ffcv', 'timm'))
+    dataset_size: list[int] | None = _data(
+        None, 'training and validation images, for --dry-run where the data is not at hand', int, nargs=2, low=1)
 
     mix: str = _mix('none', 'mixing method, see timm_alignmix.list_mixes(): alignmix, cutmix, densemultimix, manifold, '
                     "mixup, multimix, none; matched without case, '-' and '_'")
@@ -199,6 +210,9 @@ class TrainConfig(RunConfig):
     img_size: int | None = _model(None, "image side in pixels; default: the model's", int, low=1)
     input_size: list[int] | None = _model(None, 'input as channels height width; overrides --img-size', int, nargs=3)
     crop_pct: float | None = _model(None, "part of the image kept in evaluation; default: the model's", float, low=0)
+    crop_mode: str | None = _model(
+        None, "crop in evaluation: center, squash (the whole image, resized; timm loader); default: the model's",
+        choices=('center', 'squash'))
     mean: list[float] | None = _model(None, "pixel mean, 0-1 scale; default: the model's", float, nargs='+')
     std: list[float] | None = _model(
         None, "pixel standard deviation, 0-1 scale; default: the model's", float, nargs='+')
@@ -206,9 +220,22 @@ class TrainConfig(RunConfig):
     model_kwargs: dict = _model({}, 'further arguments of timm.create_model, e.g. --model-kwargs img_size=300', dict)
     grad_checkpointing: bool = _model(False, 'recompute activations in the backward pass to save memory', bool)
 
+    min_res: int | None = _aug(
+        None, 'progressive resizing: side of training images until --start-ramp; evaluation keeps --img-size; default: '
+        '--img-size throughout', int, low=1)
+    max_res: int | None = _aug(None, 'progressive resizing: side of training images from --end-ramp on', int, low=1)
+    start_ramp: int = _aug(0, 'progressive resizing: last epoch at --min-res', int, low=0)
+    end_ramp: int = _aug(0, 'progressive resizing: first epoch at --max-res; between, the nearest multiple of 32', int,
+                         low=0)
     no_aug: bool = _aug(False, 'no training augmentation', bool)
     scale: list[float] = _aug([0.08, 1.0], 'area of the random crop', float, nargs=2, low=0)
     ratio: list[float] = _aug([3 / 4, 4 / 3], 'aspect ratio of the random crop', float, nargs=2, low=0)
+    crop_resize: int | None = _aug(
+        None, 'random crop of the image resized to a square of this side, instead of the random resized crop (timm '
+        'loader)', int, low=1)
+    crop_padding: int = _aug(
+        0, 'random crop of the image padded with this many black pixels, instead of the random resized crop (timm '
+        'loader)', int, low=0)
     hflip: float = _aug(0.5, 'probability of a horizontal flip', float, low=0)
     train_interpolation: str | None = _aug(None, "resize interpolation in training; default: the loader's")
     color_jitter: float = _aug(0.0, "colour jitter (timm loader; timm's own default is 0.4)", float, low=0)
@@ -227,6 +254,10 @@ class TrainConfig(RunConfig):
     bn_momentum: float | None = _norm(None, "batch norm momentum; default: the model's", float)
     bn_eps: float | None = _norm(None, "batch norm epsilon; default: the model's", float)
 
+    head_lr_scale: float = _sched(1.0, "the classifier's learning rate, relative to that of the rest", float, low=0)
+    num_processes: int | None = _run(
+        None, 'processes the settings are meant for: --dry-run assumes as many; a run with another number says so', int,
+        low=1)
     torchcompile: str | None = _device(
         None, 'compile with this backend; the flag alone means inductor', nargs='?', const='inductor')
     eval_metric: str = _run('top1', 'metric that ranks checkpoints', choices=('top1', 'top5', 'loss'))
@@ -244,6 +275,22 @@ class TrainConfig(RunConfig):
             raise ValueError('--bce-target-thresh needs --bce-loss')
         if self.export == 'ema' and not self.model_ema:
             raise ValueError('--export ema needs --model-ema')
+        self._check_resolutions()
+        if self.head_lr_scale != 1 and self.sched == 'none':
+            raise ValueError('--head-lr-scale acts through the schedule; --sched none has none, use --sched constant')
+
+    def _check_resolutions(self) -> None:
+        if (self.min_res is None) != (self.max_res is None):
+            raise ValueError('--min-res and --max-res go together')
+        if self.min_res is None:
+            return
+        if self.min_res > self.max_res or self.start_ramp > self.end_ramp:
+            raise ValueError(
+                f'progressive resizing goes from small to large: --min-res {self.min_res} --max-res {self.max_res} '
+                f'--start-ramp {self.start_ramp} --end-ramp {self.end_ramp}')
+        if self.crop_resize or self.crop_padding:
+            raise ValueError('--min-res and --max-res size the random resized crop; leave --crop-resize and '
+                             '--crop-padding out')
 
 
 def flag(name: str) -> str:
