@@ -152,3 +152,40 @@ def test_decays_have_timms_default_lengths(sched, at_half, at_end):
         scheduler.step(epoch)
         rates.append(optimizer.param_groups[0]['lr'])
     assert epochs == 50 and rates == pytest.approx([at_half, at_end])
+
+
+def write_files(folder, **texts):
+    for name, text in texts.items():
+        (folder / f'{name}.yaml').write_text(text)
+    return str(folder / f'{name}.yaml')
+
+
+def test_a_recipe_stands_on_its_bases(script, tmp_path):
+    """Nearest wins: flags, the file, its bases from the last to the first, the bases' own bases, the defaults."""
+    (tmp_path / 'sub').mkdir()
+    write_files(tmp_path, root='lr: 0.5\nepochs: 9\nseed: 3\nmix_kwargs: {alpha: 1.0}\n')
+    write_files(
+        tmp_path / 'sub', first='base: ../root.yaml\nepochs: 8\nopt: lamb\n', second='{opt: adamw, dist-bn: ""}')
+    recipe = write_files(
+        tmp_path, recipe='base: [sub/first.yaml, sub/second.yaml]\nmix: mixup\nmix_kwargs: {alpha: 2}\n')
+    config = script.parse_config(['-c', recipe, '--mix', 'cutmix'])
+    assert (config.lr, config.epochs, config.opt, config.dist_bn, config.seed) == (0.5, 8, 'adamw', '', 3)
+    assert (config.mix, config.mix_kwargs, config.batch_size) == ('cutmix', {'alpha': 2}, 128)
+
+
+@pytest.mark.parametrize('texts, said', [
+    (dict(a='base: a.yaml\n'), 'the file is its own base'),
+    (dict(a='base: b.yaml\n', b='base: a.yaml\n'), 'b.yaml -> '),
+    (dict(a='base: gone.yaml\n'), 'gone.yaml (base of '),
+    (dict(a='base: 7\n'), 'base must be a file or a list of files, got 7'),
+    (dict(b='epoch: 3\n', a='base: b.yaml\n'), "b.yaml (base of "),
+    (dict(a='bas: b.yaml\n'), "'bas'; did you mean base"),
+])
+def test_a_wrong_base_is_refused(refusal, tmp_path, texts, said):
+    assert said in refusal('-c', write_files(tmp_path, **texts))
+
+
+def test_one_base_may_be_shared(tmp_path):
+    recipe = write_files(
+        tmp_path, root='lr: 0.5\n', a='base: root.yaml\n', b='base: root.yaml\n', c='base: [a.yaml, b.yaml]')
+    assert resolve_config({}, recipe).lr == 0.5

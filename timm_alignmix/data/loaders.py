@@ -8,6 +8,7 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 
 from .device_loader import DeviceLoader
+from .random_crop import random_crop
 from .sample import sample_dir
 from .sources import STREAMS, ImageSource, open_source
 
@@ -47,6 +48,11 @@ class LoaderOptions:
         ratio: Range of the training crop's aspect ratio.
         hflip: Probability of a horizontal flip in training.
         train_interpolation: Resizing in training; None for `interpolation`. timm's loader only.
+        crop_mode: Of evaluation: 'center', or 'squash' for the whole image. timm's loader only.
+        crop_resize: Train on random crops of the image resized to a square of this side, instead of random resized
+            crops. timm's loader only.
+        crop_padding: Train on random crops of the image with this many black pixels around it, instead of random
+            resized crops. timm's loader only.
         no_aug: Train on centre crops, without augmentation.
         color_jitter: Strength of colour jitter. timm's loader only.
         aa: Auto-augment policy, such as 'rand-m9-mstd0.5'. timm's loader only.
@@ -75,6 +81,9 @@ class LoaderOptions:
     std: tuple[float, ...] = IMAGENET_DEFAULT_STD
     interpolation: str = 'bilinear'
     crop_pct: float = 0.875
+    crop_mode: str = 'center'
+    crop_resize: int | None = None
+    crop_padding: int = 0
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     hflip: float = 0.5
@@ -183,7 +192,11 @@ def _resolve_num_classes(asked: int | None, names: list[str] | None, largest: in
 
 
 def _ffcv_loaders(folder: Path, o: LoaderOptions) -> Loaders:
-    refused = {'--color-jitter': o.color_jitter, '--aa': o.aa, '--reprob': o.reprob, '--class-map': o.class_map}
+    refused = {
+        '--color-jitter': o.color_jitter, '--aa': o.aa, '--reprob': o.reprob, '--class-map': o.class_map,
+        '--crop-resize': o.crop_resize, '--crop-padding': o.crop_padding,
+        '--crop-mode': '' if o.crop_mode == 'center' else o.crop_mode,
+    }
     for flag, value in refused.items():
         if value:
             raise ValueError(f'{flag} {value} is not available with FFCV; use --loader timm, or leave it out')
@@ -253,8 +266,11 @@ def _timm_loader(source: ImageSource, train: bool, num_classes: int, o: LoaderOp
         mean=o.mean,
         std=o.std,
         crop_pct=o.crop_pct,
+        crop_mode=o.crop_mode,
         use_prefetcher=True,
     )
+    if train and not o.no_aug and (o.crop_resize or o.crop_padding):
+        transform.transforms[0] = random_crop(o.input_size[1:], o.crop_resize, o.crop_padding, o.interpolation)
     make = StreamBatches if source.is_stream else partial(TimmBatches, channels=o.input_size[0])
     pin_memory = o.pin_mem and torch.device(o.device).type == 'cuda'
     batches = make(source, transform, num_classes=num_classes, pin_memory=pin_memory, **o.for_split(train))

@@ -22,6 +22,8 @@ from timm_alignmix.data import Loaders, create_loaders
 
 from .config import RunConfig, TrainConfig
 from .engine import LossTotals, MixTotals
+from .param_groups import classifier_parameters, scale_head_lr
+from .resolution import train_resolutions
 from .resolve import near_names
 
 _logger = logging.getLogger(__name__)
@@ -147,6 +149,13 @@ def resolve_data(config: TrainConfig, arguments: dict[str, Any]) -> dict[str, An
     with torch.device('meta'):
         probe = timm.create_model(name, **arguments)
     data_config = resolve_data_config(config.to_dict(), model=probe)
+    for side in train_resolutions(config):
+        try:
+            _probe_forward(probe, (data_config['input_size'][0], side, side))
+        except (RuntimeError, AssertionError, ValueError) as e:
+            raise ValueError(
+                f'{name} does not take images of {side} pixels; leave --min-res and --max-res out (the model says: '
+                f'{e})') from e
     size = data_config['input_size']
     try:
         _probe_forward(probe, size)
@@ -188,6 +197,9 @@ def create_data(config: TrainConfig, data_config: dict[str, Any], accelerator: A
             std=data_config['std'],
             interpolation=data_config['interpolation'],
             crop_pct=data_config['crop_pct'],
+            crop_mode=data_config['crop_mode'],
+            crop_resize=config.crop_resize,
+            crop_padding=config.crop_padding,
             scale=tuple(config.scale),
             ratio=tuple(config.ratio),
             hflip=config.hflip,
@@ -275,16 +287,21 @@ def build_run(config: TrainConfig) -> Run:
     data_config.update(loader=loaders.kind, class_names=loaders.class_names)
     task = create_task(config, arguments, data_config['input_size'], loaders.num_classes, accelerator)
     run = Run(config, accelerator, loaders, task, data_config, MixTotals)
-    add_optimizer(run)
+    add_optimizer(run, head=classifier_parameters(task.get_eval_model()))
+    if config.num_processes not in (None, accelerator.num_processes):
+        _logger.warning(
+            f'The settings are meant for {config.num_processes} processes, this run has {accelerator.num_processes}: '
+            f'global batch {run.global_batch_size}, learning rate {run.config.lr:.4g}')
     return run
 
 
-def add_optimizer(run: Run, parameters: Any = None) -> None:
+def add_optimizer(run: Run, parameters: Any = None, head: list[nn.Parameter] | None = None) -> None:
     """Give a run its learning rate, optimizer and schedule.
 
     Args:
         run: The run; its configuration gets the learning rate that is used.
         parameters: What timm's `create_optimizer_v2` takes as model or parameter groups; None is the trainable module.
+        head: Parameters whose learning rate is scaled by --head-lr-scale.
     """
     run.config = config = replace(run.config, lr=scaled_lr(run.config, run.global_batch_size))
     run.optimizer = create_optimizer_v2(
@@ -292,6 +309,8 @@ def add_optimizer(run: Run, parameters: Any = None) -> None:
         **optimizer_kwargs(config),
         **config.opt_kwargs,
     )
+    if head and config.head_lr_scale != 1:
+        scale_head_lr(run.optimizer, head, config.head_lr_scale)
     run.scheduler, run.num_epochs = create_scheduler_v2(
         run.optimizer, **scheduler_kwargs(config), updates_per_epoch=run.updates_per_epoch)
 
