@@ -1,0 +1,64 @@
+"""Top-1 and top-5 accuracy and loss."""
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from timm_alignmix.training.config import Options
+
+from .base import Column, Result, register_protocol
+
+if TYPE_CHECKING:
+    from .context import Evaluation
+
+
+@dataclass
+class AccuracyOptions(Options):
+    """None of its own."""
+
+
+@register_protocol('accuracy', AccuracyOptions)
+def accuracy(ev: 'Evaluation') -> Result:
+    """Top-1 and top-5 accuracy and loss; of a training run both the last and the best epoch."""
+    from .plotting import bars, figure
+
+    rows = []
+    for model in ev.models:
+        found = ev.predictions(model)
+        trained = model.training.get('accuracy', {})
+        rows.append({
+            'model': model.label,
+            'top1': found.top(1),
+            'top5': found.top(5),
+            'loss': float(found.nll.mean()),
+            'images': len(found.label),
+            'top1_error': standard_error(found.top(1), len(found.label)),
+            'epoch': (trained.get(trained.get('exported')) or {}).get('epoch'),
+            'epoch_is': trained.get('exported'),
+        })
+    fig, axes = figure(1, 2, size=(4.6, 0.9 + 0.36 * len(rows)), sharey=True)
+    for ax, key, title in zip(axes[0], ('top1', 'top5'), ('top-1 accuracy (%)', 'top-5 accuracy (%)'), strict=True):
+        bars(ax, [row['model'] for row in rows], [row[key] for row in rows])
+        ax.set_title(title)
+    return Result(
+        columns={
+            'top1': Column('top-1 (%)', '.2f', 'higher'),
+            'top1_error': Column('standard error', '.2f'),
+            'top5': Column('top-5 (%)', '.2f', 'higher'),
+            'loss': Column('loss', '.4f', 'lower'),
+            'images': Column('images', 'd'),
+            'epoch_is': Column('epoch'),
+        },
+        rows=rows,
+        notes=[
+            'Loss: mean cross-entropy in nats. Standard error of top-1: sqrt(p (1 - p) / images), from the choice of '
+            'images alone.',
+            'A best epoch was chosen on validation images; measured on the same ones it is optimistic.',
+        ],
+        figures={'': fig},
+    )
+
+
+def standard_error(percent: float, count: int) -> float:
+    """Standard error of a share of `count` independent images, both in per cent."""
+    share = percent / 100
+    return 100 * math.sqrt(share * (1 - share) / count)

@@ -1,0 +1,95 @@
+"""One look for every picture: colours, lines and layout.
+
+Colours are those of Okabe and Ito, which colour-blind readers tell apart; lines and markers differ too, so that a grey
+print still does. Figures are made without pyplot: no global state, no window.
+"""
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+COLORS = ('#0072B2', '#E69F00', '#009E73', '#D55E00', '#CC79A7', '#56B4E9', '#000000', '#B8A100')
+LINES = ('-', '--', '-.', ':', (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 2)), (0, (3, 1, 1, 1)))
+MARKERS = ('o', 's', '^', 'D', 'v', 'P', 'X', '*')
+GREY = '#767676'
+STYLE = {
+    'font.size': 10,
+    'axes.titlesize': 10,
+    'axes.spines.top': False,
+    'axes.spines.right': False,
+    'axes.grid': True,
+    'axes.axisbelow': True,
+    'grid.alpha': 0.3,
+    'legend.frameon': False,
+    'lines.linewidth': 1.8,
+    'lines.markersize': 5,
+}
+
+
+def color(index: int) -> str:
+    """Colour of the index-th model, the same in every picture."""
+    return COLORS[index % len(COLORS)]
+
+
+def line(index: int) -> dict[str, Any]:
+    """Colour, line style and marker of the index-th model."""
+    return {
+        'color': color(index), 'linestyle': LINES[index % len(LINES)], 'marker': MARKERS[index % len(MARKERS)]}
+
+
+def figure(
+        rows: int = 1,
+        columns: int = 1,
+        size: tuple[float, float] = (4.2, 3.4),
+        title: str = '',
+        **subplots: Any,
+) -> tuple[Figure, np.ndarray]:
+    """A figure of rows x columns axes.
+
+    Args:
+        rows: Rows of axes.
+        columns: Columns of axes.
+        size: Width and height of one of the axes, inches.
+        title: Title of the figure.
+        **subplots: Further arguments of `Figure.subplots`, e.g. `sharex=True`.
+
+    Returns:
+        The figure and its axes, an array (rows, columns).
+    """
+    with matplotlib.rc_context(STYLE):
+        fig = Figure(figsize=(size[0] * columns, size[1] * rows), layout='constrained')
+        axes = fig.subplots(rows, columns, squeeze=False, **subplots)
+        if title:
+            fig.suptitle(title, fontsize=11)
+    return fig, axes
+
+
+def panels(count: int, most_columns: int = 3, **options: Any) -> tuple[Figure, list[Axes]]:
+    """A figure of `count` axes in rows of up to `most_columns`; what is left of the last row stays empty."""
+    columns = min(count, most_columns)
+    fig, axes = figure(-(-count // columns), columns, **options)
+    for ax in axes.flat[count:]:
+        ax.set_axis_off()
+    return fig, list(axes.flat[:count])
+
+
+def bars(ax: Axes, labels: Sequence[str], values: Sequence[float], form: str = '.1f', start: int = 0) -> None:
+    """Horizontal bars, one a model in its colour, the value written at the end.
+
+    Args:
+        ax: Where.
+        labels: Names of the models, from top to bottom.
+        values: Lengths.
+        form: Format of the values.
+        start: Index of the first model's colour.
+    """
+    places = np.arange(len(labels))
+    drawn = ax.barh(places, values, color=[color(start + i) for i in range(len(labels))], height=0.7)
+    ax.bar_label(drawn, labels=[format(value, form) for value in values], padding=3)
+    ax.set_yticks(places, labels)
+    ax.invert_yaxis()
+    ax.margins(x=0.15)
+    ax.grid(visible=False, axis='y')
