@@ -12,7 +12,7 @@ import sys
 
 from timm.utils import setup_default_logging
 
-from timm_alignmix.training import TrainConfig, cli, fit_and_export, prepare, resolve_config
+from timm_alignmix.training import TrainConfig, cli, dry_run, fit_and_export, prepare, resolve_config
 
 
 def create_parser() -> argparse.ArgumentParser:
@@ -30,6 +30,8 @@ def main(argv: list[str] | None = None) -> None:
     setup_default_logging()
     config = parse_config(argv)
     try:
+        if config.dry_run:
+            return dry_run(config)
         run, saver = prepare(config)
     except (ValueError, ImportError, OSError) as e:  # wrong options, data or environment: the message has the remedy
         sys.exit(f'train_imagenet.py: error: {e}')

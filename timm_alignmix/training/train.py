@@ -15,6 +15,7 @@ from timm_alignmix import weights
 from .build import Run, build_run, describe_run
 from .checkpoint import CheckpointSaver, checkpoint_state, find_checkpoint, load_run, read_checkpoint
 from .config import RunConfig, TrainConfig
+from .dry_run import dry_run
 from .engine import mean_lr, train_one_epoch, validate
 from .logs import append_summary, result_json, write_args
 
@@ -40,6 +41,8 @@ def train(config: TrainConfig) -> dict[str, Any] | None:
         ValueError: An option, the data or the model does not fit; nothing has been trained then.
         RuntimeError: The training loss is not finite.
     """
+    if config.dry_run:
+        return dry_run(config)
     return fit_and_export(*prepare(config))
 
 
@@ -47,11 +50,10 @@ def prepare(config: TrainConfig) -> tuple[Run, CheckpointSaver]:
     """Build and check a run, resume it where asked, and make it ready for its devices."""
     run = build_run(config)
     saver = open_run(run, f'{safe_model_name(config.model)}-{run.data_config["input_size"][-1]}-{config.mix}')
-    if not config.dry_run:
-        if config.torchcompile:
-            run.task.compile(backend=config.torchcompile)
-            run.task.compile_ema(backend=config.torchcompile)
-        wrap_run(run)
+    if config.torchcompile:
+        run.task.compile(backend=config.torchcompile)
+        run.task.compile_ema(backend=config.torchcompile)
+    wrap_run(run)
     return run, saver
 
 
