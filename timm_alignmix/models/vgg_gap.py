@@ -1,0 +1,156 @@
+"""VGG-GAP, the VGG-16 of weakly supervised localization.
+
+The network of AlignMixup's CUB-200-2011 figures: VGG-16 whose last pooling and fully connected layers give way to one
+3x3 convolution of 1024 channels, global average pooling and a linear classifier, so that class activation maps have
+14x14 positions at 224 px.
+
+Papers:
+    `Learning Deep Features for Discriminative Localization` (VGGnet-GAP) - https://arxiv.org/abs/1512.04150
+    `Very Deep Convolutional Networks for Large-Scale Image Recognition` - https://arxiv.org/abs/1409.1556
+
+Pretrained weights are those of timm's vgg16.tv_in1k: its thirteen convolutions. The added convolution and the
+classifier start at random, at 1000 classes too: no ImageNet accuracy comes with them.
+"""
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import create_classifier
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+
+__all__ = ['VggGap']
+
+VGG16_STAGES = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))
+
+
+class VggGap(nn.Module):
+    """VGG features without the last pooling, a 3x3 convolution, global average pooling and a linear classifier.
+
+    Parameters are named as in timm's and torchvision's VGG (`features.*`) and public code of VGG-GAP (`conv6`, `fc`).
+
+    Args:
+        stages: Channels and number of convolutions of each stage; between stages the resolution is halved.
+        gap_chs: Channels of the added convolution.
+        num_classes: Classes; 0 for no classifier.
+        in_chans: Channels of the input images.
+        global_pool: Pooling before the classifier, '' for none.
+        drop_rate: Dropout probability before the classifier.
+    """
+
+    def __init__(
+            self,
+            stages: tuple[tuple[int, int], ...] = VGG16_STAGES,
+            gap_chs: int = 1024,
+            num_classes: int = 1000,
+            in_chans: int = 3,
+            global_pool: str = 'avg',
+            drop_rate: float = 0.,
+            device=None,
+            dtype=None,
+    ):
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.drop_rate = drop_rate
+
+        layers: list[nn.Module] = []
+        self.feature_info = []
+        prev_chs, reduction = in_chans, 1
+        for i, (chs, depth) in enumerate(stages):
+            if i > 0:
+                layers.append(nn.MaxPool2d(2))
+                reduction *= 2
+            for _ in range(depth):
+                layers += [nn.Conv2d(prev_chs, chs, 3, padding=1, **dd), nn.ReLU(inplace=True)]
+                prev_chs = chs
+            self.feature_info.append(dict(num_chs=chs, reduction=reduction, module=f'features.{len(layers) - 1}'))
+        self.features = nn.Sequential(*layers)
+        self.conv6 = nn.Conv2d(prev_chs, gap_chs, 3, padding=1, **dd)
+        self.act6 = nn.ReLU()
+        self.feature_info.append(dict(num_chs=gap_chs, reduction=reduction, module='act6'))
+
+        self.num_features = gap_chs
+        self.global_pool, self.fc = create_classifier(gap_chs, num_classes, pool_type=global_pool, **dd)
+        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
+
+        for m in self.modules():
+            if isinstance(m, nn.Conv2d):
+                nn.init.kaiming_normal_(m.weight, mode='fan_out', nonlinearity='relu')
+                nn.init.zeros_(m.bias)
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict:
+        return dict(stem=r'^features\.0', blocks=[(r'^features\.(\d+)', None), (r'^conv6', (99999,))])
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        assert not enable, 'gradient checkpointing not supported'
+
+    @torch.jit.ignore
+    def get_classifier(self, name_only: bool = False) -> str | nn.Module:
+        return 'fc' if name_only else self.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier.
+
+        Args:
+            num_classes: Classes of the new classifier, 0 for none.
+            global_pool: Pooling before it, the present one if None.
+        """
+        self.num_classes = num_classes
+        if global_pool is None:
+            global_pool = self.global_pool.pool_type
+        dd = {'device': self.conv6.weight.device, 'dtype': self.conv6.weight.dtype}
+        self.global_pool, self.fc = create_classifier(self.num_features, num_classes, pool_type=global_pool, **dd)
+        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
+        self.global_pool.train(self.training)
+        self.fc.train(self.training)
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        return self.act6(self.conv6(self.features(x)))
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        x = self.global_pool(x)
+        if self.drop_rate:
+            x = F.dropout(x, p=self.drop_rate, training=self.training)
+        return x if pre_logits else self.fc(x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+def _fill_added_layers(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+    """A plain VGG's convolutions, and for the layers it lacks the values that they have; every key must be there."""
+    if 'conv6.weight' in state_dict:
+        return state_dict
+    own = model.state_dict()
+    return {name: state_dict[name] if name.startswith('features.') else own[name] for name in own}
+
+
+default_cfgs = generate_default_cfgs({
+    'vgg16_gap.tv_in1k': {
+        'hf_hub_id': 'timm/vgg16.tv_in1k',
+        'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (14, 14),
+        'crop_pct': 0.875, 'interpolation': 'bilinear',
+        'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
+        'first_conv': 'features.0', 'classifier': 'fc',
+        'license': 'bsd-3-clause', 'paper_ids': 'arXiv:1512.04150',
+    },
+})
+
+
+@register_model
+def vgg16_gap(pretrained: bool = False, **kwargs) -> VggGap:
+    """VGG-16 with global average pooling for localization: 20.5 M parameters at 1000 classes.
+
+    `pretrained=True` fills the thirteen convolutions of VGG-16 from timm's vgg16.tv_in1k, nothing else.
+    """
+    return build_model_with_cfg(
+        VggGap,
+        'vgg16_gap',
+        pretrained,
+        pretrained_filter_fn=_fill_added_layers,
+        feature_cfg=dict(flatten_sequential=True, out_indices=(0, 1, 2, 3, 4, 5)),
+        **kwargs,
+    )
