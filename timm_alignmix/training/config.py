@@ -3,6 +3,8 @@ from dataclasses import Field, asdict, dataclass, field, fields
 from functools import partial
 from typing import Any, ClassVar
 
+from .resolution import train_resolution
+
 # Headings of --help, in order; others follow as they come.
 GROUPS = (
     'Data', 'Mixing', 'Detector', 'Model', 'Optimizer', 'Learning rate schedule', 'Augmentation and regularization',
@@ -172,6 +174,10 @@ class RunConfig(Options):
     def arch(self) -> str:
         raise NotImplementedError
 
+    def train_side(self, epoch: int) -> int | None:
+        """Side of the training images of an epoch, None where it never changes."""
+        return None
+
     def __post_init__(self):
         super().__post_init__()
         if self.resume == 'auto' and not self.experiment:
@@ -268,6 +274,9 @@ class TrainConfig(RunConfig):
     @property
     def arch(self) -> str:
         return self.model
+
+    def train_side(self, epoch: int) -> int | None:
+        return train_resolution(self, epoch)
 
     def __post_init__(self):
         super().__post_init__()

@@ -98,6 +98,8 @@ def train_one_epoch(run: 'Run', epoch: int) -> OrderedDict[str, float]:
     images_per_batch = config.batch_size * accelerator.num_processes
     random_seed((config.seed + 100_003 * epoch) % 2**31, accelerator.process_index)
     loader.set_epoch(epoch)
+    if side := config.train_side(epoch):
+        loader.set_size(side)
     module = task.get_trainable_module()
     module.train()
     run.optimizer.zero_grad(set_to_none=True)
