@@ -5,7 +5,7 @@ Mixing ends with classification: two rows of a table are the same network with o
 differ only by what the weights let through (proposals, boxes that are kept). All rows of one architecture are timed in
 one run, interleaved, on the same images, which are on the device already.
 
-    python benchmarks/detection_speed.py --data-dir VOCdevkit --batch-size 32 \\
+    python -m benchmarks.detection_speed --data-dir VOCdevkit --batch-size 32 \\
         none=output/detection/none/last.pth.tar densemultimix=output/detection/densemultimix/last.pth.tar
 
 Prints a table of images/s and of the speed relative to the first row, median and quartiles over rounds.
