@@ -100,10 +100,14 @@ def test_global_generators_are_left_alone(numbered, workers):
 
 
 class Noise:
-    """A random transform of a stream: its draw is the image."""
+    """A random transform of a stream: its draw, repeated, is the image."""
+
+    def __init__(self, size):
+        self.size = size
 
     def __call__(self, label):
-        return torch.tensor([random.random(), np.random.rand(), torch.rand(()).item()]).mul(255).byte().view(3, 1, 1)
+        draws = torch.tensor([random.random(), np.random.rand(), torch.rand(()).item()]).mul(255).byte()
+        return draws.view(3, 1, 1).expand(3, *self.size)
 
 
 class Stream(torch.utils.data.IterableDataset):
@@ -134,7 +138,7 @@ class Stream(torch.utils.data.IterableDataset):
 def test_streams_enter_an_epoch_at_any_batch(workers):
     def stream(rank=0):
         return StreamBatches(
-            ImageSource(Stream(), 'stream'), Noise(), 4, True, num_classes=24, workers=workers, seed=1, rank=rank)
+            ImageSource(Stream(), 'stream'), Noise, (1, 1), 4, True, num_classes=24, workers=workers, seed=1, rank=rank)
 
     images, labels = read(stream(), 3)
     assert len(images.unique(dim=0)) == 24
@@ -147,6 +151,8 @@ def test_streams_enter_an_epoch_at_any_batch(workers):
     assert not torch.equal(read(stream(rank=1), 3)[0], images)
     with pytest.raises(RuntimeError, match='stream is read in sequence: its samples have no indices'):
         batches.order()
+    batches.set_size(2)
+    assert torch.equal(read(batches, 3)[0], images.expand(-1, -1, 2, 2))
 
 
 def test_transforms_of_timm_are_seeded(numbered):
@@ -156,3 +162,20 @@ def test_transforms_of_timm_are_seeded(numbered):
     assert_same_samples(first, again)
     common = first.keys() & other.keys()
     assert sum(torch.equal(first[label], other[label]) for label in common) == 0
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_timms_loader_changes_size_between_epochs(numbered, workers):
+    """The same draws at another size: a loader made for that size yields the same."""
+    loader = through_timm(numbered, workers=workers)
+    before = read(loader, 0)
+    loader.set_size(48)
+    images, labels = read(loader, 0)
+    assert images.shape == (36, 3, 48, 48)
+    made_so = create_loaders(
+        str(numbered), loader='timm', input_size=(3, 48, 48), batch_size=4, workers=0, seed=1, **EVERYTHING).train
+    assert torch.equal(images, read(made_so, 0)[0])
+    loader.set_size(32)
+    assert all(torch.equal(a, b) for a, b in zip(read(loader, 0), before, strict=True))
+    with pytest.raises(ValueError, match='images cannot have 0 pixels a side'):
+        loader.set_size(0)

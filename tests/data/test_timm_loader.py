@@ -17,7 +17,8 @@ def make(root, split='train', train=True, batch_size=8, transform=None, **option
     transform = transform or create_transform(
         SIZE, is_training=train, auto_augment='rand-m9-mstd0.5', use_prefetcher=True)
     options = {'channels': 3, 'num_classes': 37, 'workers': 0, 'seed': 1, **options}
-    return TimmBatches(open_source(str(root), split=split), transform, batch_size, train, **options)
+    return TimmBatches(
+        open_source(str(root), split=split), lambda size: transform, SIZE[1:], batch_size, train, **options)
 
 
 def read(batches, epoch=0):
@@ -139,7 +140,8 @@ def test_streams_are_evaluated_exactly(workers, world_size):
     for rank in range(world_size):
         source = ImageSource(Stream(), 'stream')
         batches = StreamBatches(
-            source, transform, 3, train=False, num_classes=11, workers=workers, rank=rank, world_size=world_size)
+            source, lambda size: transform, SIZE[1:], 3, train=False, num_classes=11, workers=workers, rank=rank,
+            world_size=world_size)
         batches.set_epoch(4)
         images, labels = zip(*batches, strict=True)
         assert torch.equal(torch.cat(images)[:, 0, 0, 0].long(), torch.cat(labels))
@@ -152,9 +154,9 @@ def test_streams_are_trained_on_in_full_batches():
     transform = create_transform(SIZE, is_training=True, use_prefetcher=True)
     source = ImageSource(Stream(), 'stream')
     source.dataset.reader.dist_rank, source.dataset.reader.dist_num_replicas = 0, 1
-    batches = StreamBatches(source, transform, 4, train=True, num_classes=11, workers=0)
+    batches = StreamBatches(source, lambda size: transform, SIZE[1:], 4, train=True, num_classes=11, workers=0)
     assert [len(labels) for _, labels in batches] == [4, 4]
     assert (len(batches), batches.num_samples) == (2, 11)
-    batches = StreamBatches(source, transform, 4, train=True, num_classes=3, workers=0)
+    batches = StreamBatches(source, lambda size: transform, SIZE[1:], 4, train=True, num_classes=3, workers=0)
     with pytest.raises(RuntimeError, match='stream has the label 3; --num-classes 3 allows 0 to 2'):
         list(batches)

@@ -15,6 +15,8 @@ class Batches(Protocol):
 
     def set_epoch(self, epoch: int, start: int = 0) -> None: ...
 
+    def set_size(self, side: int) -> None: ...
+
     def order(self) -> np.ndarray: ...
 
     def numbers(self) -> Iterator[int]:
@@ -87,6 +89,15 @@ class DeviceLoader:
             raise ValueError(f'an epoch cannot start at batch {start}: it has {len(self)} of them')
         self._epoch = epoch
         self.batches.set_epoch(epoch, start)
+
+    def set_size(self, side: int) -> None:
+        """Choose the height and width of the images that iterations from now on yield, in pixels.
+
+        For progressive resizing: nothing is compiled anew and no worker is restarted.
+        """
+        if side < 1:
+            raise ValueError(f'images cannot have {side} pixels a side')
+        self.batches.set_size(side)
 
     def order(self) -> np.ndarray:
         """Indices of all samples of this rank in the chosen epoch, int64, from its first batch on.

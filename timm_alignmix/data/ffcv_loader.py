@@ -3,8 +3,9 @@
 What FFCV does otherwise: an exception in its thread leaves the consumer waiting forever; leaving an epoch early leaks
 the thread and its buffers; tensors are views of a ring that later batches overwrite (with a slow GPU also before an
 asynchronous copy has read them); seeds are added to epochs; distributed evaluation counts samples twice; the number of
-torch threads changes under the training loop. FFCV's random crops and flips draw from numba's generators, which cannot
-be seeded from here: the order of samples is exactly reproducible, the augmentation is not.
+torch threads changes under the training loop; crops and flips cannot be seeded, and damaged JPEG data is served as
+whatever was decoded before (for both, see ffcv_decoder.py). Here an epoch is a function of (seed, epoch): it repeats to
+the last bit on any number of threads, from any batch on, and a sample is augmented alike for any number of ranks.
 """
 import logging
 import os
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 
 from .beton import IMAGE, LABEL, BetonInfo
+from .ffcv_decoder import SeededDecoder, centre_crop, epoch_key, random_resized_crop
 from .ffcv_import import import_ffcv, torch_threads_kept
 from .order import eval_shard, quasi_shuffled, shuffled, train_batches, train_shard
 
@@ -32,7 +34,8 @@ _ffcv = import_ffcv()
 class _Epoch(_ffcv.loader.epoch_iterator.EpochIterator):
     """One pass over an order. Failures of its threads surface in next(); close() ends all of them."""
 
-    def __init__(self, loader: Any, order: np.ndarray, pin_memory: bool):
+    def __init__(self, loader: Any, order: np.ndarray, key: np.uint64, pin_memory: bool):
+        self._key = key
         self._pin_memory = pin_memory
         super().__init__(loader, order)
 
@@ -40,9 +43,17 @@ class _Epoch(_ffcv.loader.epoch_iterator.EpochIterator):
         import numba
         numba.set_num_threads(self.loader.num_workers)  # a setting of this thread
         slots = self.loader.batches_ahead + 2
+        decoder, = (node.id for node in self.loader.graph.root_nodes if isinstance(node.decoder, SeededDecoder))
+        _, keys, status = self.memory_allocations['operation'][decoder]
+        keys[:] = self._key
         try:
             for batch, indices in enumerate(self.iter_ixes):
                 views = self.run_pipeline(batch, indices, batch % slots, None)
+                damaged = indices[status[batch % slots][:len(indices)] != 0]
+                if len(damaged):
+                    raise ValueError(
+                        f'the JPEG data of sample {damaged[0]} is damaged; '
+                        f'list all such samples with: python -m timm_alignmix.data.verify {self.loader.fname}')
                 if not self._put(self._own(*views)):
                     return
             self._put(None)
@@ -116,7 +127,7 @@ class FFCVBatches:
         crop_pct: Side of evaluation's centre crop, relative to the shorter side.
         workers: Threads; clipped to the CPUs visible.
         device: Where batches will go; decides on pinned memory.
-        seed: Seed of the order.
+        seed: Seed of order and augmentation.
         rank: This process.
         world_size: Processes.
         os_cache: Read through the page cache, which all processes of a machine share. False: each process reads pages
@@ -124,8 +135,7 @@ class FFCVBatches:
             fits in this machine's memory.
 
     Raises:
-        ValueError: Too few samples, images too large for memory or too small for the crop, or an input size that FFCV
-            cannot make.
+        ValueError: Too few samples, images too small for the crop, or an input size that FFCV cannot make.
     """
 
     def __init__(
@@ -160,12 +170,12 @@ class FFCVBatches:
         else:
             self._length = -(-len(eval_shard(info.num_samples, rank, world_size)) // batch_size)
         crop_ratio = 1.0 if train else crop_pct
-        _check_images(info, input_size, crop_ratio, batch_size)
+        _check_images(info, input_size, crop_ratio)
 
-        centre = not train or no_aug
-        operations = [_decoder(input_size, scale, ratio, crop_ratio if centre else None)]
-        if hflip > 0 and not centre:
-            operations.append(_ffcv.transforms.RandomHorizontalFlip(hflip))
+        if train and not no_aug:
+            self._decoder = SeededDecoder(input_size[1], random_resized_crop(scale, ratio), hflip)
+        else:
+            self._decoder = SeededDecoder(input_size[1], centre_crop(crop_ratio), hflip=0.0)
         with torch_threads_kept():
             self._loader = _ffcv.loader.Loader(
                 str(info.path),
@@ -176,13 +186,16 @@ class FFCVBatches:
                 seed=seed,
                 batches_ahead=BATCHES_AHEAD,
                 pipelines={
-                    IMAGE: [*operations, _ffcv.transforms.ToTensor()],
+                    IMAGE: [self._decoder, _ffcv.transforms.ToTensor()],
                     LABEL: [_ffcv.fields.basics.IntDecoder(), _ffcv.transforms.ToTensor()],
                 },
             )
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
         self._epoch, self._start = epoch, start
+
+    def set_size(self, side: int) -> None:
+        self._decoder.side = side
 
     def order(self) -> np.ndarray:
         """Indices of the samples of this rank in the current epoch."""
@@ -209,34 +222,19 @@ class FFCVBatches:
         order = np.ascontiguousarray(self._remaining(), dtype=np.uint64)
         if not len(order):
             return
-        epoch = _Epoch(self._loader, order, self._pin_memory)
+        epoch = _Epoch(self._loader, order, epoch_key(self._seed, self._epoch), self._pin_memory)
         try:
             yield from epoch
         finally:
             epoch.close()
 
 
-def _decoder(input_size: tuple[int, int, int], scale: tuple, ratio: tuple, crop_ratio: float | None) -> Any:
-    size = tuple(input_size[1:])
-    decoders = _ffcv.fields.rgb_image
-    if crop_ratio is None:
-        return decoders.RandomResizedCropRGBImageDecoder(size, scale=tuple(scale), ratio=tuple(ratio))
-    return decoders.CenterCropRGBImageDecoder(size, ratio=crop_ratio)
-
-
-def _check_images(info: BetonInfo, input_size: tuple[int, int, int], crop_ratio: float, batch_size: int) -> None:
+def _check_images(info: BetonInfo, input_size: tuple[int, int, int], crop_ratio: float) -> None:
     if input_size[0] != 3 or input_size[1] != input_size[2]:
         raise ValueError(f'FFCV makes square RGB images, not {tuple(input_size)}; use --loader timm')
     smallest = min(info.heights.min(), info.widths.min())
     if int(crop_ratio * smallest) < 1:
         raise ValueError(f'{info.path}: an image of {smallest} pixels is too small for a crop of {crop_ratio:.3f}')
-    pixels = int(info.heights.max()) * int(info.widths.max())
-    buffers = 3 * pixels * batch_size * (BATCHES_AHEAD + 2)
-    if buffers > memory_bytes():
-        raise ValueError(
-            f'{info.path}: FFCV keeps room for batches of its largest image '
-            f'({info.widths.max()} x {info.heights.max()}), {buffers / 2 ** 30:.0f} GiB here; '
-            'use a smaller --batch-size or convert with a smaller --max-resolution')
 
 
 def visible_workers(workers: int) -> int:

@@ -5,12 +5,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from .device_loader import DeviceLoader
-from .random_crop import random_crop
 from .sample import sample_dir
 from .sources import STREAMS, ImageSource, open_source
+from .transforms import SizedTransform
 
 _logger = logging.getLogger(__name__)
 
@@ -253,27 +253,11 @@ def _timm_loader(source: ImageSource, train: bool, num_classes: int, o: LoaderOp
     from .timm_loader import StreamBatches, TimmBatches
 
     erasing = {'reprob': o.reprob, 'remode': o.remode, 'recount': o.recount} if train and not o.no_aug else {}
-    transform = create_transform(
-        o.input_size,
-        is_training=train,
-        no_aug=o.no_aug,
-        scale=o.scale,
-        ratio=o.ratio,
-        hflip=o.hflip,
-        color_jitter=o.color_jitter or None,
-        auto_augment=o.aa,
-        interpolation=(o.train_interpolation or o.interpolation) if train else o.interpolation,
-        mean=o.mean,
-        std=o.std,
-        crop_pct=o.crop_pct,
-        crop_mode=o.crop_mode,
-        use_prefetcher=True,
-    )
-    if train and not o.no_aug and (o.crop_resize or o.crop_padding):
-        transform.transforms[0] = random_crop(o.input_size[1:], o.crop_resize, o.crop_padding, o.interpolation)
     make = StreamBatches if source.is_stream else partial(TimmBatches, channels=o.input_size[0])
     pin_memory = o.pin_mem and torch.device(o.device).type == 'cuda'
-    batches = make(source, transform, num_classes=num_classes, pin_memory=pin_memory, **o.for_split(train))
+    batches = make(
+        source, SizedTransform(o, train), tuple(o.input_size[1:]), num_classes=num_classes, pin_memory=pin_memory,
+        **o.for_split(train))
     return DeviceLoader(
         batches, o.mean, o.std, torch.device(o.device), o.channels_last, o.input_size[0], **erasing, seed=o.seed)
 

@@ -21,6 +21,9 @@ from .images import decode_image, read_bytes
 from .order import eval_shard, shuffled, train_batches, train_shard
 from .seeding import generators_kept, seed_generators
 from .sources import ImageSource
+from .transforms import Size
+
+MakeTransform = Callable[[Size], Callable]  # as SizedTransform does
 
 
 def _check_label(label: int, num_classes: int, where: str) -> None:
@@ -29,17 +32,17 @@ def _check_label(label: int, num_classes: int, where: str) -> None:
 
 
 class _TransformedImages(torch.utils.data.Dataset):
-    """Indexed by (epoch, index), so that workers that live through all epochs know which one they are in."""
+    """Indexed by (epoch, size, index), so that workers that live through all epochs know which one they are in."""
 
-    def __init__(self, source: ImageSource, transform: Callable, mode: str, num_classes: int, seed: int):
+    def __init__(self, source: ImageSource, make_transform: MakeTransform, mode: str, num_classes: int, seed: int):
         self.source = source
-        self.transform = transform
+        self.make_transform = make_transform
         self.mode = mode
         self.num_classes = num_classes
         self.seed = seed
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Any, int]:
-        epoch, index = key
+    def __getitem__(self, key: tuple[int, Size, int]) -> tuple[Any, int]:
+        epoch, size, index = key
         try:
             image, label = self.source.read(index)
             image = decode_image(image if isinstance(image, Image.Image) else read_bytes(image), self.mode)
@@ -50,7 +53,7 @@ class _TransformedImages(torch.utils.data.Dataset):
         _check_label(label, self.num_classes, self.source.describe(index))
         with generators_kept():
             seed_generators(self.seed, epoch, index)
-            return self.transform(image), label
+            return self.make_transform(size)(image), label
 
     def __len__(self) -> int:
         return self.source.num_samples
@@ -61,7 +64,8 @@ class TimmBatches:
 
     Args:
         source: Images and labels.
-        transform: From timm's create_transform(use_prefetcher=True).
+        make_transform: Gives timm's create_transform(use_prefetcher=True) for a (height, width).
+        size: (height, width) of the images.
         batch_size: Samples per batch and rank.
         train: Shuffled full batches, or every sample once in order.
         channels: 3 for RGB, 1 for grey.
@@ -76,7 +80,8 @@ class TimmBatches:
     def __init__(
             self,
             source: ImageSource,
-            transform: Callable,
+            make_transform: MakeTransform,
+            size: Size,
             batch_size: int,
             train: bool,
             channels: int,
@@ -93,6 +98,7 @@ class TimmBatches:
         self._batch_size = batch_size
         self._rank_of = rank, world_size
         self._epoch, self._start = 0, 0
+        self._size = size
         if train:
             self.num_own = train_batches(self.num_samples, batch_size, world_size) * batch_size
         else:
@@ -101,7 +107,7 @@ class TimmBatches:
         if mode is None:
             raise ValueError(f'images have 1 or 3 channels, not {channels}')
         self._loader = torch.utils.data.DataLoader(
-            _TransformedImages(source, transform, mode, num_classes, seed),
+            _TransformedImages(source, make_transform, mode, num_classes, seed),
             batch_size=batch_size,
             sampler=_Keys(self),
             collate_fn=fast_collate,
@@ -114,6 +120,9 @@ class TimmBatches:
     def set_epoch(self, epoch: int, start: int = 0) -> None:
         self._epoch, self._start = epoch, start
 
+    def set_size(self, side: int) -> None:
+        self._size = side, side
+
     def order(self) -> np.ndarray:
         """Indices of the samples of this rank in the current epoch."""
         rank, world_size = self._rank_of
@@ -125,9 +134,9 @@ class TimmBatches:
         """Indices of the samples that the next iteration yields."""
         return iter(self.order()[self._start * self._batch_size:].tolist())
 
-    def keys(self) -> Iterator[tuple[int, int]]:
-        """(epoch, index) of these samples."""
-        return ((self._epoch, index) for index in self.numbers())
+    def keys(self) -> Iterator[tuple[int, Size, int]]:
+        """(epoch, size, index) of these samples."""
+        return zip(itertools.repeat(self._epoch), itertools.repeat(self._size), self.numbers())
 
     def __len__(self) -> int:
         return len(self._loader)
@@ -140,7 +149,7 @@ class _Keys(torch.utils.data.Sampler):
     def __init__(self, batches: TimmBatches):
         self.batches = batches
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
+    def __iter__(self) -> Iterator[tuple[int, Size, int]]:
         return self.batches.keys()
 
     def __len__(self) -> int:
@@ -150,9 +159,9 @@ class _Keys(torch.utils.data.Sampler):
 class _SeededTransform:
     """A transform whose draws follow from (seed, epoch, rank, worker, place in the worker's part of the stream)."""
 
-    def __init__(self, transform: Callable, seed: int, rank: int):
-        self.epoch = SharedCount()  # workers live through all epochs
-        self._transform = transform
+    def __init__(self, make_transform: MakeTransform, size: Size, seed: int, rank: int):
+        self.epoch, self.height, self.width = SharedCount(), SharedCount(size[0]), SharedCount(size[1])  # with workers
+        self._make_transform = make_transform
         self._seed = seed
         self._rank = rank
         self._keys: Iterator[tuple[int, ...]] = iter(())
@@ -162,6 +171,7 @@ class _SeededTransform:
         worker = torch.utils.data.get_worker_info()
         prefix = self._seed, self.epoch.value, self._rank, 0 if worker is None else worker.id
         self._keys = ((*prefix, place) for place in itertools.count())
+        self._transform = self._make_transform((self.height.value, self.width.value))
 
     def __call__(self, image: Image.Image) -> Any:
         with generators_kept():
@@ -179,8 +189,7 @@ class _EveryNth(torch.utils.data.IterableDataset):
         self.num_classes = num_classes
 
     def __iter__(self) -> Iterator[tuple[Any, int]]:
-        if isinstance(self.source.dataset.transform, _SeededTransform):
-            self.source.dataset.transform.begin()
+        self.source.dataset.transform.begin()
         for image, label in itertools.islice(self.source.dataset, self.first, None, self.n):
             _check_label(label, self.num_classes, self.source.title)
             yield image, label
@@ -199,7 +208,8 @@ class StreamBatches:
 
     Args:
         source: Images and labels.
-        transform: From timm's create_transform(use_prefetcher=True).
+        make_transform: Gives timm's create_transform(use_prefetcher=True) for a (height, width).
+        size: (height, width) of the images.
         batch_size: Samples per batch and rank.
         train: Which of the two.
         num_classes: Labels must be below.
@@ -213,7 +223,8 @@ class StreamBatches:
     def __init__(
             self,
             source: ImageSource,
-            transform: Callable,
+            make_transform: MakeTransform,
+            size: Size,
             batch_size: int,
             train: bool,
             num_classes: int,
@@ -231,8 +242,7 @@ class StreamBatches:
         dataset = source.dataset
         if not train:
             dataset.reader.dist_rank, dataset.reader.dist_num_replicas = 0, 1  # every rank reads all shards
-        self._transform = _SeededTransform(transform, seed, rank)
-        dataset.transform = self._transform if train else transform
+        dataset.transform = self._transform = _SeededTransform(make_transform, size, seed, rank)
         dataset.set_loader_cfg(num_workers=workers)  # timm's readers count samples per worker
         self._loader = torch.utils.data.DataLoader(
             _EveryNth(source, *((0, 1) if train else (rank, world_size)), num_classes),
@@ -250,6 +260,9 @@ class StreamBatches:
         self._source.dataset.set_epoch(epoch)
         self._transform.epoch.value = epoch
         self._start = start
+
+    def set_size(self, side: int) -> None:
+        self._transform.height.value = self._transform.width.value = side
 
     def order(self) -> np.ndarray:
         raise RuntimeError(
