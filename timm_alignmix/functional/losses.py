@@ -182,7 +182,7 @@ def dense_multimix_rows(
     attended = R
     if attention_BR is not None:
         attention_BR = attention_BR.to(logits_RBC.dtype)
-        attended = (attention_BR > 0).any(dim=0).sum().clamp(min=1).to(logits_RBC.dtype)
+        attended = attended_positions(attention_BR).to(logits_RBC.dtype)
     mixed_RNB, share_RN, _ = _mixing(weights_RNB.to(logits_RBC.dtype), attention_BR)
     scale_RN1 = (share_RN * (R * N / attended)).unsqueeze(2)
     with torch.autocast(logits_RBC.device.type, enabled=False):
@@ -196,7 +196,7 @@ class _DenseMultiMixLoss(torch.autograd.Function):
     def forward(ctx, logits_BRC, target, weights_RNB, attention_BR, smoothing, chunk_size):
         logits_grad = ctx.needs_input_grad[0]
         attention_grad = attention_BR is not None and ctx.needs_input_grad[3]
-        loss, *grads = _dense_multimix_loss_and_grads(
+        loss, *grads = dense_loss_op(
             logits_BRC.detach(), target, weights_RNB, None if attention_BR is None else attention_BR.detach(),
             smoothing, chunk_size, logits_grad, attention_grad)
         ctx.save_for_backward(*grads)
@@ -215,8 +215,7 @@ class _DenseMultiMixLoss(torch.autograd.Function):
         return grads[0], None, None, grads[1], None, None
 
 
-@torch.library.custom_op('timm_alignmix::dense_multimix_loss_and_grads', mutates_args=())
-def _dense_multimix_loss_and_grads(
+def loss_and_grads(
         logits_BRC: torch.Tensor,
         target: torch.Tensor,
         weights_RNB: torch.Tensor,
@@ -235,7 +234,7 @@ def _dense_multimix_loss_and_grads(
     scale = 1 / R
     if attention_BR is not None:
         attention_BR = attention_BR.to(dtype)
-        scale = 1 / (attention_BR > 0).any(dim=0).sum().clamp(min=1).to(dtype)
+        scale = 1 / attended_positions(attention_BR).to(dtype)
     target = target.to(dtype if target.is_floating_point() else torch.int64)
     with full_precision(logits_BRC.device):
         for start in range(0, R, chunk_size):
@@ -255,7 +254,12 @@ def _dense_multimix_loss_and_grads(
     return losses_R.sum() * scale, grad_BRC, grad_BR
 
 
-@_dense_multimix_loss_and_grads.register_fake
+# Opaque to torch.compile. timm_alignmix.kernels gives it another form on GPUs.
+dense_loss_op = torch.library.custom_op(
+    'timm_alignmix::dense_multimix_loss_and_grads', loss_and_grads, mutates_args=())
+
+
+@dense_loss_op.register_fake
 def _(logits_BRC, target, weights_RNB, attention_BR, smoothing, chunk_size, logits_grad, attention_grad):
     B, R, C = logits_BRC.shape
     dtype = logits_BRC.dtype if logits_BRC.dtype == torch.float64 else torch.float32
@@ -264,6 +268,11 @@ def _(logits_BRC, target, weights_RNB, attention_BR, smoothing, chunk_size, logi
         logits_BRC.new_empty((B, R, C) if logits_grad else (0,), dtype=dtype),
         logits_BRC.new_empty((B, R) if attention_grad else (0,), dtype=dtype),
     )
+
+
+def attended_positions(attention_BR: torch.Tensor) -> torch.Tensor:
+    """How many positions have any attention, at least 1."""
+    return (attention_BR > 0).any(dim=0).sum().clamp(min=1)
 
 
 def _mixing(
@@ -284,7 +293,7 @@ def _mixing(
     return mixed_RNB, sums_RN / torch.where(total_R1 > 0, total_R1, 1), total_R1 * peak_R1
 
 
-def _target_logits(logits_RBC: torch.Tensor, target: torch.Tensor, smoothing: float) -> torch.Tensor:
+def target_logits(logits_RBC: torch.Tensor, target: torch.Tensor, smoothing: float) -> torch.Tensor:
     """(L^T Y)[j, i] = y_i . L_j of each position: (R, B, B)."""
     if target.is_floating_point():
         dots_RBB = logits_RBC @ target.t()
@@ -302,7 +311,7 @@ def _mixed_cross_entropy(
         smoothing: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cross-entropy of every mixed example (R, N) and its softmax (R, N, C), made in place of the mixed logits."""
-    dots_RBB = _target_logits(logits_RBC, target, smoothing)
+    dots_RBB = target_logits(logits_RBC, target, smoothing)
     target_RN = (mixed_RNB @ dots_RBB).mul_(mixed_RNB).sum(dim=2)
     probs_RNC = mixed_RNB @ logits_RBC
     peak_RN1 = probs_RNC.amax(dim=2, keepdim=True)
@@ -319,13 +328,21 @@ def _logits_gradient(
         smoothing: float,
 ) -> torch.Tensor:
     """M^T diag(share) (softmax - M Y) of each position, (R, B, C)."""
-    C = probs_RNC.shape[2]
     shared_RBN = (mixed_RNB * share_RN.unsqueeze(2)).transpose(1, 2)
-    grad_RBC = shared_RBN @ probs_RNC
-    pairs_RBB = shared_RBN @ mixed_RNB
+    return subtract_target_gradient(shared_RBN @ probs_RNC, shared_RBN @ mixed_RNB, target, smoothing)
+
+
+def subtract_target_gradient(
+        grad_RBC: torch.Tensor,
+        pairs_RBB: torch.Tensor,
+        target: torch.Tensor,
+        smoothing: float,
+) -> torch.Tensor:
+    """Subtract M^T diag(share) M Y from the softmax's part of the gradient in place, given pairs M^T diag(share) M."""
     if smoothing:
-        grad_RBC.sub_(shared_RBN.sum(dim=2, keepdim=True) * (smoothing / C))
-        pairs_RBB.mul_(1 - smoothing)
+        # A row of M sums to 1, so the sum over its second index leaves the vectors' shares.
+        grad_RBC.sub_(pairs_RBB.sum(dim=2, keepdim=True) * (smoothing / grad_RBC.shape[2]))
+        pairs_RBB = pairs_RBB * (1 - smoothing)
     if target.is_floating_point():
         return grad_RBC.sub_(pairs_RBB @ target)
     return grad_RBC.index_add_(2, target, pairs_RBB, alpha=-1)
@@ -347,7 +364,7 @@ def _attention_gradient(
 
     With u = M before normalisation: d(loss)/du_kb = (CE_k - loss + g_kb - g_k . m_k) / sum(s), g_k = d(CE_k)/d(m_k).
     """
-    dots_RBB = _target_logits(logits_RBC, target, smoothing)
+    dots_RBB = target_logits(logits_RBC, target, smoothing)
     grad_RNB = probs_RNC @ logits_RBC.transpose(1, 2) - mixed_RNB @ (dots_RBB + dots_RBB.transpose(1, 2))
     grad_RNB -= (grad_RNB * mixed_RNB).sum(dim=2, keepdim=True)
     grad_RNB += (ce_RN - losses_R.unsqueeze(1)).unsqueeze(2)

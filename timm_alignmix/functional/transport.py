@@ -15,6 +15,11 @@ import torch
 
 from ._precision import at_least_fp32, full_precision
 
+# Below, exp() underflows, which costs a CPU 50 times an ordinary value and adds nothing to a sum of about 1.
+_FLOOR = {torch.float32: -87.0, torch.float64: -700.0}
+# Elements of cost that a CPU works on at a time.
+_CPU_CHUNK = 2 ** 19
+
 
 def _check_pair(feat_a: torch.Tensor, feat_b: torch.Tensor) -> None:
     if feat_a.ndim != 3 or feat_a.shape != feat_b.shape:
@@ -23,9 +28,7 @@ def _check_pair(feat_a: torch.Tensor, feat_b: torch.Tensor) -> None:
             f'{tuple(feat_a.shape)} and {tuple(feat_b.shape)}; flatten the positions of a map with .flatten(2)')
 
 
-# Custom operators are opaque to torch.compile: neither the loop nor the precision switches are traced or unrolled.
-@torch.library.custom_op('timm_alignmix::transport_cost', mutates_args=())
-def _transport_cost(feat_a_BDR: torch.Tensor, feat_b_BDR: torch.Tensor) -> torch.Tensor:
+def cost_matrix(feat_a_BDR: torch.Tensor, feat_b_BDR: torch.Tensor) -> torch.Tensor:
     with full_precision(feat_a_BDR.device):
         a_BDR, b_BDR = at_least_fp32(feat_a_BDR), at_least_fp32(feat_b_BDR)
         # Distances do not change when both maps move by one vector; removing the mean of `a` removes most of the
@@ -36,7 +39,12 @@ def _transport_cost(feat_a_BDR: torch.Tensor, feat_b_BDR: torch.Tensor) -> torch
         return torch.baddbmm(norms_BRR, a_BDR.transpose(1, 2), b_BDR, alpha=-2).clamp_min_(0)
 
 
-@_transport_cost.register_fake
+# Custom operators are opaque to torch.compile: neither the loop nor the precision switches are traced or unrolled.
+# timm_alignmix.kernels gives them other forms on GPUs.
+transport_cost_op = torch.library.custom_op('timm_alignmix::transport_cost', cost_matrix, mutates_args=())
+
+
+@transport_cost_op.register_fake
 def _(feat_a_BDR, feat_b_BDR):
     B, _, R = feat_a_BDR.shape
     dtype = feat_a_BDR.dtype if feat_a_BDR.dtype == torch.float64 else torch.float32
@@ -60,43 +68,106 @@ def transport_cost(feat_a_BDR: torch.Tensor, feat_b_BDR: torch.Tensor) -> torch.
         ValueError: The shapes differ or are not (B, D, R).
     """
     _check_pair(feat_a_BDR, feat_b_BDR)
-    return _transport_cost(feat_a_BDR.detach(), feat_b_BDR.detach())
+    return transport_cost_op(feat_a_BDR.detach(), feat_b_BDR.detach())
 
 
-@torch.library.custom_op('timm_alignmix::sinkhorn_plan', mutates_args=())
-def _sinkhorn_plan(
+def plan_matrix(
         cost_BRR: torch.Tensor,
         eps: float,
         iterations: int,
         last: int,
         tolerance: float | None,
 ) -> torch.Tensor:
-    """`last` is the dimension summed in the last half-step: 2 makes the rows exact, 1 the columns.
-
-    Potentials are in units of eps and every marginal is 1 instead of 1/R: constants that cancel in the last softmax.
-    """
+    """`last` is the dimension summed in the last half-step: 2 makes the rows exact, 1 the columns."""
     with full_precision(cost_BRR.device):
-        kernel_BRR = at_least_fp32(cost_BRR) / -eps
-        first_dim = 3 - last
-        buffer_BRR = torch.empty_like(kernel_BRR)
-        # `first` lives on the positions that `last` sums over: it is what the last half-step sees.
-        first = kernel_BRR.new_zeros(kernel_BRR.shape[:2]).unsqueeze(first_dim)
-        second = torch.zeros_like(first).transpose(1, 2)
-        active = None if tolerance is None else first.new_ones((len(first), 1, 1), dtype=torch.bool)
-        for _ in range(iterations):
-            update = _neg_logsumexp(kernel_BRR, second, first_dim, buffer_BRR)
-            if active is None:
-                first = update
-            else:
-                moved = (update - first).abs_().sum(dim=(1, 2), keepdim=True).mul_(eps)
-                first = torch.where(active, update, first)
-                active = active & (moved >= tolerance)
-                # Reading a flag costs nothing on a CPU and a device sync elsewhere, where the rest just runs on.
-                if active.device.type == 'cpu' and not active.any():
-                    break
-            second = _neg_logsumexp(kernel_BRR, first, last, buffer_BRR)
-        # A softmax instead of exp(first + second + kernel): the final marginal is exact at any magnitude of the cost.
-        return torch.softmax(kernel_BRR.add_(first), dim=last).div_(cost_BRR.shape[1])
+        if cost_BRR.device.type != 'cpu' or tolerance is not None:
+            return _log_domain_plan(*centred_kernel(cost_BRR, eps, last), eps, iterations, last, tolerance)
+        chunk = max(1, _CPU_CHUNK // cost_BRR.shape[1] ** 2)
+        return torch.cat([
+            _scaled_plan(*centred_kernel(part_BRR, eps, last), iterations, last) for part_BRR in cost_BRR.split(chunk)])
+
+
+def centred_kernel(cost_BRR: torch.Tensor, eps: float, last: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """-cost / eps without its peak over the dimension summed first, and that peak.
+
+    The potential normalised first takes the peak up, so nothing else changes; but the entries that matter are small
+    now, and an exponent's rounding error is relative to its size. Potentials are in units of eps and every marginal is
+    1 instead of 1/R: constants that cancel in the last softmax.
+    """
+    cost_BRR = at_least_fp32(cost_BRR)
+    least = cost_BRR.amin(dim=3 - last, keepdim=True)
+    return (cost_BRR - least).div_(-eps), least.div(-eps)
+
+
+def _log_domain_plan(
+        kernel_BRR: torch.Tensor,
+        first: torch.Tensor,
+        eps: float,
+        iterations: int,
+        last: int,
+        tolerance: float | None,
+) -> torch.Tensor:
+    """A log-sum-exp for each half-step; `first` lives on the positions that `last` sums over."""
+    first_dim = 3 - last
+    buffer_BRR = torch.empty_like(kernel_BRR)
+    second = torch.zeros_like(first).transpose(1, 2)
+    active = None if tolerance is None else first.new_ones((len(first), 1, 1), dtype=torch.bool)
+    for _ in range(iterations):
+        update = _neg_logsumexp(kernel_BRR, second, first_dim, buffer_BRR)
+        if active is None:
+            first = update
+        else:
+            moved = (update - first).abs_().sum(dim=(1, 2), keepdim=True).mul_(eps)
+            first = torch.where(active, update, first)
+            active = active & (moved >= tolerance)
+            # Reading a flag costs nothing on a CPU and a device sync elsewhere, where the rest just runs on.
+            if active.device.type == 'cpu' and not active.any():
+                break
+        second = _neg_logsumexp(kernel_BRR, first, last, buffer_BRR)
+    return final_softmax(kernel_BRR, first, last)
+
+
+def _scaled_plan(kernel_BRR: torch.Tensor, first: torch.Tensor, iterations: int, last: int) -> torch.Tensor:
+    """Iterations in the log domain, and as many between them as are safe by scaling exp(kernel + potentials).
+
+    A half-step of scaling is a product and a sum, an order of magnitude cheaper than a log-sum-exp. Sinkhorn's map does
+    not expand the largest difference of potentials, so the move of `second` in one iteration bounds every later one:
+    after a move of d, the next limit / d iterations change no potential by more than the limit, within which what
+    underflowed is still negligible and nothing overflows.
+    """
+    first_dim = 3 - last
+    buffer_BRR, scaled_BRR = torch.empty_like(kernel_BRR), None
+    second = torch.zeros_like(first).transpose(1, 2)
+    limit = -_FLOOR[kernel_BRR.dtype] / 3
+    while iterations > 0:
+        first = _neg_logsumexp(kernel_BRR, second, first_dim, buffer_BRR)
+        update = _neg_logsumexp(kernel_BRR, first, last, buffer_BRR)
+        moved = (update - second).abs_().max().item()
+        second = update
+        iterations -= 1
+        steps = min(iterations, int(limit / max(moved, limit / 1e6)))
+        if steps < 2:
+            continue
+        if scaled_BRR is None:
+            scaled_BRR = torch.empty_like(kernel_BRR)
+        torch.add(kernel_BRR, first, out=scaled_BRR).add_(second).clamp_min_(_FLOOR[kernel_BRR.dtype]).exp_()
+        factor_second = torch.ones_like(second)
+        for _ in range(steps):
+            torch.mul(scaled_BRR, factor_second, out=buffer_BRR)
+            factor_first = buffer_BRR.sum(dim=first_dim, keepdim=True).reciprocal_()
+            torch.mul(scaled_BRR, factor_first, out=buffer_BRR)
+            factor_second = buffer_BRR.sum(dim=last, keepdim=True).reciprocal_()
+        first, second = first + factor_first.log_(), second + factor_second.log_()
+        iterations -= steps
+    return final_softmax(kernel_BRR, first, last)
+
+
+def final_softmax(kernel_BRR: torch.Tensor, first: torch.Tensor, last: int) -> torch.Tensor:
+    """The plan, from the potential that the last half-step sees; uses up the kernel.
+
+    Instead of exp(first + second + kernel): the final marginal is exact at any magnitude of the cost.
+    """
+    return torch.softmax(kernel_BRR.add_(first), dim=last).div_(kernel_BRR.shape[1])
 
 
 def _neg_logsumexp(
@@ -107,12 +178,14 @@ def _neg_logsumexp(
 ) -> torch.Tensor:
     torch.add(kernel_BRR, potential, out=buffer_BRR)
     peak = buffer_BRR.amax(dim=dim, keepdim=True)
-    # Below the clamp exp() underflows, which costs a CPU 50 times an ordinary value and adds nothing to a sum >= 1.
-    floor = -87.0 if buffer_BRR.dtype == torch.float32 else -700.0
-    return buffer_BRR.sub_(peak).clamp_min_(floor).exp_().sum(dim=dim, keepdim=True).log_().add_(peak).neg_()
+    exp = buffer_BRR.sub_(peak).clamp_min_(_FLOOR[buffer_BRR.dtype]).exp_()
+    return exp.sum(dim=dim, keepdim=True).log_().add_(peak).neg_()
 
 
-@_sinkhorn_plan.register_fake
+sinkhorn_plan_op = torch.library.custom_op('timm_alignmix::sinkhorn_plan', plan_matrix, mutates_args=())
+
+
+@sinkhorn_plan_op.register_fake
 def _(cost_BRR, eps, iterations, last, tolerance):
     return torch.empty_like(cost_BRR, dtype=cost_BRR.dtype if cost_BRR.dtype == torch.float64 else torch.float32)
 
@@ -124,10 +197,10 @@ def sinkhorn_plan(
         final_marginal: str = 'rows',
         tolerance: float | None = None,
 ) -> torch.Tensor:
-    """Entropic transport plan between uniform marginals 1/R, [A] equations (7) and (8), in the log domain.
+    """Entropic transport plan between uniform marginals 1/R, [A] equations (7) and (8), stable at any cost.
 
-    No gradient, no device sync. In float32 the relative error of an entry grows as about (cost / eps) * 2**-24, from
-    rounding the exponent; the marginal normalised last is exact to rounding at any cost.
+    No gradient, no device sync. In float32 the relative error of an entry grows as at most about
+    (cost / eps) * 2**-24, from rounding exponents; the marginal normalised last is exact to rounding at any cost.
 
     Args:
         cost_BRR: (B, R, R) costs.
@@ -150,7 +223,7 @@ def sinkhorn_plan(
         raise ValueError(f"final_marginal must be 'rows' or 'columns', got {final_marginal!r}")
     if eps <= 0 or iterations < 0:
         raise ValueError(f'eps must be > 0 and iterations >= 0, got eps={eps} and iterations={iterations}')
-    return _sinkhorn_plan(cost_BRR.detach(), float(eps), iterations, 2 if final_marginal == 'rows' else 1, tolerance)
+    return sinkhorn_plan_op(cost_BRR.detach(), float(eps), iterations, 2 if final_marginal == 'rows' else 1, tolerance)
 
 
 def align_to(

@@ -1,0 +1,236 @@
+"""Log-sum-exp of mixed logits and its gradient without the mixed logits: MultiMix and Dense MultiMix, arXiv 2311.05538.
+
+With M^ (N, B) the normalised interpolation vectors of a position and L (B, C) its clean logits, one kernel computes
+logsumexp_c(M^ L) tile by tile with an online softmax, the other computes the tiles again and adds up
+M^T diag(share) softmax(M^ L). Neither M^ nor M^ L, (R, N, C) in all, is ever stored: a program reads the vectors as
+they were drawn and applies attention and normalisation itself.
+
+Precision: sums are in float32. Float32 logits are multiplied as three TF32 products, float32 in effect. Half-precision
+logits are exact operands, and the vectors M^ go in as two of them for the mixed logits (16 bits of bfloat16, 22 of
+float16). The gradient multiplies softmax and vectors in float16, 11 bits each; it is then averaged over N and rounded
+to the logits' own precision by the caller.
+
+Shape suffixes: B batch, C classes, N generated examples, R positions.
+"""
+import torch
+import triton
+import triton.language as tl
+
+# A program holds vectors over the whole batch, and float16 copies of share * N.
+MAX_BATCH = {torch.float32: 128, torch.bfloat16: 256, torch.float16: 256}
+MAX_EXAMPLES = 2 ** 15
+
+
+@triton.jit
+def _mixing_weights(weights_ptr, attention_ptr, position, n, b, N, B, R, HAS_ATTENTION: tl.constexpr):
+    """(n, b) block of weights * attention, the attention scaled by its maximum over the batch."""
+    mask = (n[:, None] < N) & (b[None, :] < B)
+    weights = tl.load(weights_ptr + (position * N + n[:, None]) * B + b[None, :], mask=mask, other=0.0)
+    weights = weights.to(tl.float32)
+    if HAS_ATTENTION:
+        weights *= tl.load(attention_ptr + b * R + position, mask=b < B, other=0.0)[None, :]
+    return weights
+
+
+@triton.jit
+def _mixed(vectors, logits, DTYPE: tl.constexpr):
+    """vectors @ logits in float32 (see the module on precision)."""
+    if DTYPE == tl.float32:
+        return tl.dot(vectors, logits, input_precision='tf32x3')
+    high = vectors.to(DTYPE)
+    low = (vectors - high.to(tl.float32)).to(DTYPE)
+    return tl.dot(low, logits, tl.dot(high, logits))
+
+
+@triton.jit
+def _logsumexp_kernel(
+        logits_ptr,
+        weights_ptr,
+        attention_ptr,
+        sums_ptr,
+        lse_ptr,
+        B,
+        R,
+        N,
+        C,
+        stride_b,
+        stride_r,
+        HAS_ATTENTION: tl.constexpr,
+        BLOCK_B: tl.constexpr,
+        BLOCK_N: tl.constexpr,
+        BLOCK_X: tl.constexpr,
+):
+    position = tl.program_id(1).to(tl.int64)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    b = tl.arange(0, BLOCK_B)
+    vectors = _mixing_weights(weights_ptr, attention_ptr, position, n, b, N, B, R, HAS_ATTENTION)
+    if HAS_ATTENTION:
+        sums = tl.sum(vectors, axis=1)
+        vectors /= tl.where(sums > 0, sums, 1.0)[:, None]
+        tl.store(sums_ptr + position * N + n, sums, mask=n < N)
+    peak = tl.full([BLOCK_N], float('-inf'), dtype=tl.float32)
+    total = tl.zeros([BLOCK_N], dtype=tl.float32)
+    for start in range(0, C, BLOCK_X):
+        c = start + tl.arange(0, BLOCK_X)
+        logits = tl.load(
+            logits_ptr + b[:, None] * stride_b + position * stride_r + c[None, :],
+            mask=(b[:, None] < B) & (c[None, :] < C), other=0.0)
+        mixed = tl.where(c[None, :] < C, _mixed(vectors, logits, logits_ptr.dtype.element_ty), float('-inf'))
+        new_peak = tl.maximum(peak, tl.max(mixed, axis=1))
+        total = total * tl.exp(peak - new_peak) + tl.sum(tl.exp(mixed - new_peak[:, None]), axis=1)
+        peak = new_peak
+    tl.store(lse_ptr + position * N + n, peak + tl.log(total), mask=n < N)
+
+
+@triton.jit
+def _weighted_sum_kernel(
+        logits_ptr,
+        weights_ptr,
+        attention_ptr,
+        sums_ptr,
+        lse_ptr,
+        share_ptr,
+        out_ptr,
+        B,
+        R,
+        N,
+        X,
+        stride_b,
+        stride_r,
+        out_stride_b,
+        out_stride_r,
+        HAS_ATTENTION: tl.constexpr,
+        PAIRS: tl.constexpr,
+        BLOCK_B: tl.constexpr,
+        BLOCK_N: tl.constexpr,
+        BLOCK_X: tl.constexpr,
+):
+    """out[b, x] = sum_k share_k M^_kb V_kx, where V is softmax(M^ L) over X classes, or M^ itself (PAIRS)."""
+    position = tl.program_id(1).to(tl.int64)
+    x = tl.program_id(0) * BLOCK_X + tl.arange(0, BLOCK_X)
+    b = tl.arange(0, BLOCK_B)
+    dtype: tl.constexpr = tl.float32 if PAIRS else logits_ptr.dtype.element_ty
+    if not PAIRS:
+        logits = tl.load(
+            logits_ptr + b[None, :] * stride_b + position * stride_r + x[:, None],
+            mask=(b[None, :] < B) & (x[:, None] < X), other=0.0)
+    out = tl.zeros([BLOCK_X, BLOCK_B], dtype=tl.float32)
+    for start in range(0, N, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        vectors = _mixing_weights(weights_ptr, attention_ptr, position, n, b, N, B, R, HAS_ATTENTION)
+        share = tl.load(share_ptr + position * N + n, mask=n < N, other=0.0)
+        if HAS_ATTENTION:
+            sums = tl.load(sums_ptr + position * N + n, mask=n < N, other=0.0)
+            norm = 1.0 / tl.where(sums > 0, sums, 1.0)
+            vectors *= norm[:, None]
+        if PAIRS:
+            values = _mixing_weights(weights_ptr, attention_ptr, position, n, x, N, B, R, HAS_ATTENTION)
+            if HAS_ATTENTION:
+                values *= norm[:, None]
+            values = tl.trans(values)
+        else:
+            lse = tl.load(lse_ptr + position * N + n, mask=n < N, other=0.0)
+            if dtype == tl.float32:
+                mixed = tl.dot(logits, tl.trans(vectors), input_precision='tf32x3')
+            else:
+                high = vectors.to(dtype)
+                low = (vectors - high.to(tl.float32)).to(dtype)
+                mixed = tl.dot(logits, tl.trans(low), tl.dot(logits, tl.trans(high)))
+            values = tl.exp(mixed - lse[None, :])
+        if dtype == tl.float32:
+            out = tl.dot(values, vectors * share[:, None], out, input_precision='tf32x3')
+        else:
+            # Times N: a share is about 1 / N, below what float16 can hold.
+            out = tl.dot(values.to(tl.float16), (vectors * (share * N)[:, None]).to(tl.float16), out)
+    if dtype != tl.float32:
+        out *= 1.0 / N
+    tl.store(
+        out_ptr + b[None, :] * out_stride_b + position * out_stride_r + x[:, None], out,
+        mask=(b[None, :] < B) & (x[:, None] < X))
+
+
+def mixed_logsumexp(
+        logits_BRC: torch.Tensor,
+        weights_RNB: torch.Tensor,
+        attention_BR: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """logsumexp over classes of every mixed example.
+
+    Args:
+        logits_BRC: (B, R, C) float32, bfloat16 or float16, classes adjacent in memory.
+        weights_RNB: (R, N, B) interpolation vectors, contiguous.
+        attention_BR: (B, R) float32, contiguous, non-negative and of maximum 1 (or 0) at each position; or None.
+
+    Returns:
+        lse_RN, and the sums s of equations (10)-(11), sums_RN, both float32. Without attention the sums are 1.
+    """
+    B, R, C = logits_BRC.shape
+    N = weights_RNB.shape[1]
+    lse_RN = torch.empty((R, N), dtype=torch.float32, device=logits_BRC.device)
+    sums_RN = torch.empty_like(lse_RN) if attention_BR is not None else torch.ones_like(lse_RN)
+    config = launch_config(B, logits_BRC.dtype, total=False, hopper=_hopper(logits_BRC.device))
+    _logsumexp_kernel[(triton.cdiv(N, config['BLOCK_N']), R)](
+        logits_BRC, weights_RNB, attention_BR, sums_RN, lse_RN, B, R, N, C, *logits_BRC.stride()[:2],
+        HAS_ATTENTION=attention_BR is not None, **config)
+    return lse_RN, sums_RN
+
+
+def softmax_sums(
+        logits_BRC: torch.Tensor,
+        weights_RNB: torch.Tensor,
+        attention_BR: torch.Tensor | None,
+        sums_RN: torch.Tensor,
+        lse_RN: torch.Tensor,
+        share_RN: torch.Tensor,
+) -> torch.Tensor:
+    """sum_k share_k M^_kb softmax_c(mixed logits of k) of each position: (B, R, C) float32."""
+    B, R, C = logits_BRC.shape
+    out_BRC = torch.empty((B, R, C), dtype=torch.float32, device=logits_BRC.device)
+    _launch_sum(
+        logits_BRC, weights_RNB, attention_BR, sums_RN, lse_RN, share_RN, out_BRC, out_BRC.stride()[:2], pairs=False)
+    return out_BRC
+
+
+def pair_sums(
+        logits_BRC: torch.Tensor,
+        weights_RNB: torch.Tensor,
+        attention_BR: torch.Tensor | None,
+        sums_RN: torch.Tensor,
+        share_RN: torch.Tensor,
+) -> torch.Tensor:
+    """sum_k share_k M^_kb M^_ki of each position: (R, B, B) float32."""
+    B, R, _ = logits_BRC.shape
+    out_RBB = torch.empty((R, B, B), dtype=torch.float32, device=logits_BRC.device)
+    strides = out_RBB.stride()[1], out_RBB.stride()[0]
+    _launch_sum(logits_BRC, weights_RNB, attention_BR, sums_RN, sums_RN, share_RN, out_RBB, strides, pairs=True)
+    return out_RBB
+
+
+def _launch_sum(logits_BRC, weights_RNB, attention_BR, sums_RN, lse_RN, share_RN, out, out_strides, pairs):
+    B, R, _ = logits_BRC.shape
+    X = out.shape[2]
+    dtype = torch.float32 if pairs else logits_BRC.dtype
+    config = launch_config(B, dtype, total=True, hopper=_hopper(logits_BRC.device))
+    _weighted_sum_kernel[(triton.cdiv(X, config['BLOCK_X']), R)](
+        logits_BRC, weights_RNB, attention_BR, sums_RN, lse_RN, share_RN, out, B, R, weights_RNB.shape[1], X,
+        *logits_BRC.stride()[:2], *out_strides, HAS_ATTENTION=attention_BR is not None, PAIRS=pairs, **config)
+
+
+def launch_config(B: int, dtype: torch.dtype, total: bool, hopper: bool) -> dict[str, int]:
+    """Block shapes and warps, those that ptxas fits into registers (`total`: the second kernel).
+
+    A program holds the whole batch. Blocks of 64 vectors are the least that Hopper's own matrix instructions take.
+    """
+    block_b = max(16, triton.next_power_of_2(B))
+    if dtype == torch.float32:
+        block_n, block_x = 16, 32
+    elif total:
+        block_n, block_x = (64, 128 if hopper else 64) if block_b <= 128 else (16, 64 if hopper else 32)
+    else:
+        block_n, block_x = (64, 128) if block_b <= 128 else (64 if hopper else 32, 64)
+    return dict(
+        BLOCK_B=block_b, BLOCK_N=block_n, BLOCK_X=block_x, num_warps=4 if block_b <= 64 else 8, num_stages=1)
+
+
+def _hopper(device: torch.device) -> bool:
+    return device.type != 'cuda' or torch.cuda.get_device_capability(device)[0] >= 9
