@@ -1,4 +1,5 @@
 """The mixing methods, one file each, registered by name."""
+from .. import kernels
 from .alignmix import AlignMix
 from .base import Mix
 from .cutmix import CutMix
@@ -22,3 +23,5 @@ __all__ = [
     'list_mixes',
     'register_mix',
 ]
+
+kernels.register()
