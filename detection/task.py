@@ -1,15 +1,12 @@
 """A detector as a timm training task."""
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from timm.task import TrainingTask
 from timm.utils import unwrap_model
 from torch import nn
 
-from timm_alignmix.training.engine import LossTotals
-
-if TYPE_CHECKING:
-    from timm_alignmix.training.build import Run
+from timm_alignmix.training.totals import LossTotals, Sums
 
 
 class DetectionTask(TrainingTask):
@@ -77,16 +74,13 @@ class DetectionTask(TrainingTask):
 class DetectionTotals(LossTotals):
     """Losses of an epoch and their parts."""
 
-    def __init__(self, device: torch.device):
-        super().__init__(device)
-        self.parts: dict[str, torch.Tensor] = {}
-
-    def add(self, result: dict) -> None:
+    def add(self, result: dict[str, Any]) -> None:
         super().add(result)
         for name, loss in result['losses'].items():
-            self.parts[name] = self.parts.get(name, 0) + loss
+            self.count(f'loss/{name}', loss)
 
-    def summary(self, run: 'Run') -> str:
+    def describe(self, sums: Sums) -> str:
         """Mean of every part, over all processes."""
-        means = (run.accelerator.reduce(torch.stack(list(self.parts.values())), 'mean') / self.steps).tolist()
-        return 'losses: ' + ', '.join(f'{name} {mean:.4f}' for name, mean in zip(self.parts, means, strict=True))
+        means = sums.means()
+        return 'losses: ' + ', '.join(
+            f'{name.removeprefix("loss/")} {mean:.4f}' for name, mean in means.items() if name != 'loss')

@@ -71,12 +71,13 @@ def test_resume_auto_falls_back_from_a_truncated_file(continued, finished):
     def damage(folder):
         truncate(folder / 'last.pth.tar')
         truncate(folder / 'checkpoint-1.pth.tar')
+        assert read_checkpoint(folder / 'previous.pth.tar')['epoch'] == 0
 
     run = continued(damage)
     assert_same_end(run, finished('densemultimix'), 1)
     for name in ('last', 'checkpoint-1'):
         assert any(f'{name}.pth.tar is damaged' in line and 'trying the one before' in line for line in run.log)
-    assert any('checkpoint-0.pth.tar: epoch 0 is done' in line for line in run.log)
+    assert any('previous.pth.tar: epoch 0 is done' in line for line in run.log)
 
 
 def test_without_the_optimizers_state_the_schedule_still_continues(continued, finished):
@@ -146,7 +147,7 @@ def test_a_hostile_checkpoint_is_refused_unrun(make_config, run_training, tmp_pa
     torch.save(dict(state_dict={}, optimizer={}, epoch=0, args=Hostile(marker)), path)
     with pytest.raises(ValueError, match='hostile.pth.tar is damaged or no checkpoint'):
         run_training(make_config(tmp_path, resume=str(path)))
-    with pytest.raises(RuntimeError, match='weights_only=True blocked loading'):
+    with pytest.raises(ValueError, match=r"--initial-checkpoint .*hostile.pth.tar has no weights"):
         run_training(make_config(tmp_path, initial_checkpoint=str(path)))
     assert not marker.exists()
     torch.load(path, weights_only=False)
@@ -180,7 +181,9 @@ def test_the_saver_keeps_the_best(tmp_path, metric, kept, best):
         saver.save({'state_dict': {}, 'optimizer': {}}, epoch, {'loss': loss, 'top1': top1})
     saver.save({'state_dict': {}, 'optimizer': {}}, 4, None)
     names = {f'checkpoint-{epoch}.pth.tar' for epoch in kept}
-    assert {path.name for path in tmp_path.iterdir()} == names | {'last.pth.tar', 'model_best.pth.tar'}
+    assert {path.name for path in tmp_path.iterdir()} == names | {
+        'last.pth.tar', 'previous.pth.tar', 'model_best.pth.tar'}
+    assert read_checkpoint(tmp_path / 'previous.pth.tar')['epoch'] == 3
     assert read_checkpoint(tmp_path / 'model_best.pth.tar')['epoch'] == best == saver.best['epoch']
     for epoch in kept:
         assert read_checkpoint(tmp_path / f'checkpoint-{epoch}.pth.tar')['epoch'] == epoch

@@ -1,15 +1,20 @@
 """Build everything a run needs from its configuration, and refuse what cannot work before anything is trained."""
 import logging
 import os
+import pickle
+import time
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from typing import Any
 
 import timm
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from safetensors import SafetensorError
 from timm.data import resolve_data_config
 from timm.layers import convert_sync_batchnorm
+from timm.models import load_checkpoint
 from timm.optim import create_optimizer_v2, list_optimizers, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.scheduler.scheduler import Scheduler
@@ -20,11 +25,12 @@ from torch import nn
 import timm_alignmix
 from timm_alignmix.data import Loaders, create_loaders
 
+from .agreement import StopSignals
 from .config import RunConfig, TrainConfig
-from .engine import LossTotals, MixTotals
 from .param_groups import classifier_parameters, scale_head_lr
 from .resolution import train_resolutions
 from .resolve import near_names
+from .totals import LossTotals, MixTotals
 
 _logger = logging.getLogger(__name__)
 
@@ -37,6 +43,11 @@ class Run:
         loaders: `train` and `val` loaders and a `description`.
         data_config: What is said of the images.
         totals: What is summed over the steps of an epoch.
+        start_epoch: First epoch.
+        start_update: Updates of it that a resumed run has done, with the totals `resumed_totals`.
+        nonfinite: Updates left out in a row, up to now.
+        seconds_before: Time that the run took before it was resumed.
+        stop: Whether the run was asked to stop.
     """
 
     config: RunConfig
@@ -49,6 +60,12 @@ class Run:
     scheduler: Scheduler | None = None
     num_epochs: int = 0
     start_epoch: int = 0
+    start_update: int = 0
+    resumed_totals: dict[str, Any] | None = None
+    nonfinite: int = 0
+    seconds_before: float = 0.0
+    started: float = field(default_factory=time.perf_counter)
+    stop: StopSignals = field(default_factory=StopSignals)
 
     @property
     def updates_per_epoch(self) -> int:
@@ -58,7 +75,26 @@ class Run:
     @property
     def global_batch_size(self) -> int:
         """Images per optimizer update, over all processes."""
-        return self.config.batch_size * self.config.grad_accum_steps * self.accelerator.num_processes
+        return self.images_per_step * self.config.grad_accum_steps
+
+    @property
+    def images_per_step(self) -> int:
+        """Images per batch, over all processes."""
+        return self.config.batch_size * self.accelerator.num_processes
+
+    @property
+    def layout(self) -> dict[str, int]:
+        """What the global batch is made of."""
+        return dict(
+            processes=self.accelerator.num_processes,
+            batch_size=self.config.batch_size,
+            grad_accum_steps=self.config.grad_accum_steps,
+        )
+
+    @property
+    def seconds(self) -> float:
+        """Time that the run has taken, with what it took before it was resumed."""
+        return self.seconds_before + time.perf_counter() - self.started
 
 
 def create_accelerator(config: RunConfig) -> Accelerator:
@@ -74,7 +110,10 @@ def create_accelerator(config: RunConfig) -> Accelerator:
     accelerator = Accelerator(
         cpu=config.device == 'cpu',
         mixed_precision=precision,  # None leaves it to accelerate launch --mixed_precision
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=not config.no_ddp_bb)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=not config.no_ddp_bb),
+            InitProcessGroupKwargs(timeout=timedelta(seconds=config.dist_timeout)),
+        ],
     )
     launched = int(os.environ.get('WORLD_SIZE', 1))
     if accelerator.num_processes != launched:
@@ -236,9 +275,10 @@ def create_task(
         config.model,
         pretrained=config.pretrained,
         num_classes=num_classes,
-        checkpoint_path=config.initial_checkpoint,
         **arguments,
     )
+    if config.initial_checkpoint:
+        _load_initial(model, config.initial_checkpoint)
     if config.grad_checkpointing:
         _checkpoint_gradients(model, config)
     if config.sync_bn and accelerator.num_processes > 1:
@@ -260,6 +300,16 @@ def create_task(
         device=accelerator.device,
         verbose=accelerator.is_main_process,
     )
+
+
+def _load_initial(model: nn.Module, path: str) -> None:
+    """Put the weights of a file into a model; nothing in the file is executed."""
+    try:
+        load_checkpoint(model, path)
+    except (RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError, pickle.UnpicklingError,
+            SafetensorError) as e:  # of any foreign content
+        reason = ' '.join(str(e).split())
+        raise ValueError(f'--initial-checkpoint {path} has no weights for this model ({reason[:300]})') from e
 
 
 def _checkpoint_gradients(model: nn.Module, config: TrainConfig) -> None:

@@ -1,25 +1,25 @@
-"""Checkpoints in timm's layout: written whole, loaded without running code, checked against the model."""
+"""Checkpoint files in timm's layout: written whole, loaded without running code, checked for damage."""
 import logging
 import operator
 import os
-import pickle
+import re
 import shutil
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from timm.utils import unwrap_model
-
-from timm_alignmix.weights import key_problems
-
-if TYPE_CHECKING:
-    from .build import Run
 
 _logger = logging.getLogger(__name__)
 
 
 class CheckpointSaver:
-    """Writes `last.pth.tar`, `model_best.pth.tar` and the best `checkpoint-N.pth.tar` of a run.
+    """Writes the checkpoints of a run.
+
+    At the end of an epoch `last.pth.tar`, with the one before it as `previous.pth.tar`, `model_best.pth.tar` and the
+    best `checkpoint-EPOCH.pth.tar`; within an epoch the newest two `recovery-EPOCH-UPDATE.pth.tar`.
 
     A file appears under its name only when it is complete: it is written under a temporary name, flushed to the disk
     and renamed. So a run that dies while it saves keeps the previous file.
@@ -41,7 +41,7 @@ class CheckpointSaver:
         self.best: dict[str, float] | None = None
 
     def path(self, name: str | int) -> Path:
-        """File of `last`, `model_best` or of an epoch."""
+        """File of `last`, `previous`, `model_best`, `recovery-EPOCH-UPDATE` or of an epoch."""
         return self.folder / (f'checkpoint-{name}.pth.tar' if isinstance(name, int) else f'{name}.pth.tar')
 
     def save(self, state: dict[str, Any], epoch: int, metrics: dict[str, float] | None) -> None:
@@ -56,14 +56,49 @@ class CheckpointSaver:
             # Stable: of equal epochs the earlier one is the better.
             ranked = sorted([*self.history, (epoch, metric)], key=lambda kept: kept[1], reverse=not decreasing)
             self.history, dropped = ranked[:self.max_history], ranked[self.max_history:]
-        saver = {'eval_metric': self.eval_metric, 'history': self.history, 'best': self.best}
-        self._write({**state, 'epoch': epoch, 'metric': metric, 'metrics': metrics, 'saver': saver})
-        if is_best:
-            self._link('model_best')
-        if (epoch, metric) in self.history:
-            self._link(epoch)
+        with self.explained(self.path('last').name):
+            if self.path('last').exists():
+                self._link('previous')
+            self._write('last', {**state, 'epoch': epoch, 'metric': metric, 'metrics': metrics, **self._ranking()})
+            if is_best:
+                self._link('model_best')
+            if (epoch, metric) in self.history:
+                self._link(epoch)
         for old, _ in dropped:
             self.path(old).unlink(missing_ok=True)
+
+    def save_recovery(self, state: dict[str, Any], epoch: int, updates: int) -> Path:
+        """Save an epoch of which so many updates are done; timm continues such a file at the beginning of the epoch."""
+        name = f'recovery-{epoch}-{updates}'
+        with self.explained(self.path(name).name):
+            self._write(name, {**state, 'epoch': epoch - 1, 'metric': None, 'metrics': None, **self._ranking()})
+        for _, old in _within_epochs(self.folder)[:-2]:
+            old.unlink()
+        return self.path(name)
+
+    def forget_after(self, position: tuple[int, int]) -> None:
+        """Remove what was saved within epochs later than (epoch, updates), where the run goes another way from now."""
+        for later, path in _within_epochs(self.folder):
+            if later > position:
+                path.unlink()
+
+    def _ranking(self) -> dict[str, Any]:
+        return {'saver': {'eval_metric': self.eval_metric, 'history': self.history, 'best': self.best}}
+
+    @contextmanager
+    def explained(self, name: str) -> Iterator[None]:
+        """Say what a failure to write means. torch.save reports that the disk is full as an error of its own."""
+        try:
+            yield
+        except (OSError, RuntimeError) as e:
+            cause = e if isinstance(e, OSError) else e.__context__
+            if not isinstance(cause, OSError):
+                raise
+            raise RuntimeError(
+                f'{self.folder / name} could not be written: {cause.strerror or cause}. The checkpoints before it are '
+                'whole; make room or make the folder writable, and continue with --resume auto') from e
+        finally:
+            self._temporary.unlink(missing_ok=True)
 
     def restore(self, state: dict[str, Any], source: Path) -> None:
         """Continue the ranking by the same metric, in its own folder or, with its best file, in a new one."""
@@ -76,26 +111,29 @@ class CheckpointSaver:
         elif (best := source.parent / self.path('model_best').name).exists():
             shutil.copy2(best, self.path('model_best'))
 
-    def _write(self, state: dict[str, Any]) -> None:
-        temporary = self.folder / 'tmp.pth.tar'
-        with open(temporary, 'wb') as file:
+    @property
+    def _temporary(self) -> Path:
+        return self.folder / 'tmp.pth.tar'
+
+    def _write(self, name: str, state: dict[str, Any]) -> None:
+        with open(self._temporary, 'wb') as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-        self._rename(temporary, self.path('last'))
+        self._rename(self.path(name))
 
     def _link(self, name: str | int) -> None:
-        """Give the newest checkpoint a second name, as a hard link where the file system has them."""
-        temporary = self.folder / 'tmp.pth.tar'
+        """Give the last checkpoint a second name, as a hard link where the file system has them."""
+        self._temporary.unlink(missing_ok=True)
         try:
-            os.link(self.path('last'), temporary)
+            os.link(self.path('last'), self._temporary)
         except OSError:
-            shutil.copy2(self.path('last'), temporary)
-        self._rename(temporary, self.path(name))
+            shutil.copy2(self.path('last'), self._temporary)
+        self._rename(self.path(name))
 
-    def _rename(self, source: Path, target: Path) -> None:
-        os.replace(source, target)
-        source.unlink(missing_ok=True)  # renaming a link onto a link of the same file leaves both
+    def _rename(self, target: Path) -> None:
+        os.replace(self._temporary, target)
+        self._temporary.unlink(missing_ok=True)  # renaming a link onto a link of the same file leaves both
         folder = os.open(self.folder, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -103,8 +141,21 @@ class CheckpointSaver:
             os.close(folder)
 
 
+def _numbered(folder: Path, pattern: str) -> list[tuple[tuple[int, ...], Path]]:
+    """Files of a folder whose names match, with their numbers, in the order of these."""
+    found = ((re.fullmatch(pattern, path.name), path) for path in folder.iterdir())
+    return sorted((tuple(map(int, match.groups())), path) for match, path in found if match)
+
+
+def _within_epochs(folder: Path) -> list[tuple[tuple[int, ...], Path]]:
+    """((epoch, updates), file) of the checkpoints within epochs, the newest last."""
+    return _numbered(folder, r'recovery-(\d+)-(\d+)\.pth\.tar')
+
+
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a training checkpoint on the CPU; nothing in the file is executed.
+
+    The checksums that the file holds are compared, which torch.load does not: a changed byte in a tensor is noticed.
 
     Raises:
         ValueError: The file is missing, damaged, or no training checkpoint.
@@ -112,12 +163,27 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not os.path.isfile(path):
         raise ValueError(f'{path}: no such checkpoint')
     try:
+        with zipfile.ZipFile(path) as file:
+            damaged = file.testzip()
+        if damaged is not None:
+            raise ValueError(f'the checksum of {damaged} differs')
         state = torch.load(path, map_location='cpu', weights_only=True)
-    except (RuntimeError, EOFError, LookupError, ValueError, pickle.UnpicklingError) as e:  # of any foreign content
+    except Exception as e:  # foreign content and bad sectors raise almost anything
         raise ValueError(f'{path} is damaged or no checkpoint ({e})') from e
     if not isinstance(state, dict) or not {'state_dict', 'optimizer', 'epoch'} <= state.keys():
         raise ValueError(f'{path} has no training state to resume; to start from its weights pass --initial-checkpoint')
     return state
+
+
+def has_checkpoints(folder: Path) -> bool:
+    """Whether a folder holds a run that has saved something."""
+    return folder.exists() and ((folder / 'last.pth.tar').exists() or bool(_within_epochs(folder)))
+
+
+def position(state: dict[str, Any]) -> tuple[int, int]:
+    """Where a checkpoint continues: the epoch, and how many of its updates are done."""
+    progress = state.get('progress')
+    return (progress['epoch'], progress['updates']) if progress else (state['epoch'] + 1, 0)
 
 
 def find_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
@@ -126,63 +192,22 @@ def find_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     Raises:
         ValueError: There are checkpoints and every one is damaged.
     """
-    numbered = sorted(folder.glob('checkpoint-*.pth.tar'), key=lambda path: int(path.name.split('-')[1].split('.')[0]))
-    candidates = [path for path in (folder / 'last.pth.tar', *reversed(numbered)) if path.exists()]
-    for path in candidates:
+    ends = [path for path in (folder / 'last.pth.tar', folder / 'previous.pth.tar') if path.exists()]
+    others = _within_epochs(folder) if folder.exists() else []
+    if folder.exists():
+        others += [((epoch + 1, 0), path) for (epoch,), path in _numbered(folder, r'checkpoint-(\d+)\.pth\.tar')]
+    found = _first_whole(ends)
+    reached = position(found[1]) if found else (-1, -1)
+    newer = _first_whole([path for where, path in sorted(others, reverse=True) if where > reached])
+    if newer is None and found is None and (ends or others):
+        raise ValueError(f'no checkpoint in {folder} can be read')
+    return newer or found
+
+
+def _first_whole(paths: list[Path]) -> tuple[Path, dict[str, Any]] | None:
+    for path in paths:
         try:
             return path, read_checkpoint(path)
         except ValueError as e:
             _logger.warning(f'{e}; trying the one before')
-    if candidates:
-        raise ValueError(f'no checkpoint in {folder} can be read')
     return None
-
-
-def checkpoint_state(run: 'Run') -> dict[str, Any]:
-    """Everything of a run that its checkpoint holds, under timm's keys."""
-    state = {
-        'arch': run.config.arch,
-        'version': 2,  # the epoch is the finished one
-        'args': run.config.to_dict(),
-        'data_config': run.data_config,
-        'global_batch_size': run.global_batch_size,
-        'optimizer': run.optimizer.state_dict(),
-        **run.task.get_checkpoint_state(),
-        **run.task.get_checkpoint_state(ema=True),
-    }
-    if run.accelerator.scaler is not None:
-        state['amp_scaler'] = run.accelerator.scaler.state_dict()
-    return state
-
-
-def load_run(run: 'Run', state: dict[str, Any], path: Path) -> None:
-    """Put a checkpoint into a run and set its first epoch.
-
-    The moving average, where the run keeps one, starts from the loaded weights where the checkpoint has none.
-
-    Raises:
-        ValueError: The checkpoint is of another model or optimizer.
-    """
-    config, task = run.config, run.task
-    _check_weights(task.get_eval_model(), state, path, config.arch)
-    task.load_checkpoint_state(state['state_dict'], state.get('task_state'))
-    if task.has_ema():
-        ema = state.get('state_dict_ema', state['state_dict'])
-        task.load_checkpoint_state(ema, state.get('task_state_ema'), ema=True)
-    if not config.no_resume_opt:
-        saved_opt = state.get('args', {}).get('opt', config.opt)
-        if saved_opt != config.opt:
-            raise ValueError(
-                f'{path} was trained with --opt {saved_opt}, not {config.opt}; pass --no-resume-opt to start the '
-                'optimizer anew')
-        run.optimizer.load_state_dict(state['optimizer'])
-        if run.accelerator.scaler is not None and 'amp_scaler' in state:
-            run.accelerator.scaler.load_state_dict(state['amp_scaler'])
-    run.start_epoch = state['epoch'] + 1
-    _logger.info(f'Resumed {path}: epoch {state["epoch"]} is done')
-
-
-def _check_weights(model: torch.nn.Module, state: dict[str, Any], path: Path, name: str) -> None:
-    problems = key_problems(unwrap_model(model).state_dict(), state['state_dict'])
-    if problems:
-        raise ValueError(f'{path} ({state.get("arch", "unknown model")}) does not fit {name}: {problems}')

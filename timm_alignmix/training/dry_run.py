@@ -21,9 +21,9 @@ from timm_alignmix.data.order import train_batches
 
 from .build import Run, add_optimizer, create_data, create_task, describe_run, model_arguments, resolve_data
 from .config import TrainConfig
-from .engine import MixTotals
 from .param_groups import classifier_parameters
 from .resolution import train_resolution
+from .totals import MixTotals
 
 _logger = logging.getLogger(__name__)
 

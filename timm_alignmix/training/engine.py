@@ -3,15 +3,19 @@ import logging
 import math
 import time
 from collections import OrderedDict
-from contextlib import nullcontext
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from contextlib import closing, nullcontext
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from timm.task import ClassificationEvaluator
-from timm.utils import AverageMeter, dispatch_clip_grad, random_seed
+from timm.utils import dispatch_clip_grad, random_seed
 from torch import nn
 
-from .logs import progress_bar
+from .agreement import Agreement, StopRequested, signals_held_back
+from .logs import EpochLog, progress_bar
+from .totals import LossTotals
 
 if TYPE_CHECKING:
     from .build import Run
@@ -19,164 +23,159 @@ if TYPE_CHECKING:
 _logger = logging.getLogger(__name__)
 
 
-class LossTotals:
-    """Sums of what the training steps report, kept on the device so that no step waits for them.
+def train_one_epoch(run: 'Run', epoch: int, save: Callable[[int, LossTotals], None]) -> OrderedDict[str, Any]:
+    """Train for one epoch, or for the rest of one that a resumed run has begun.
 
-    Args:
-        device: Device of the losses.
-    """
-
-    def __init__(self, device: torch.device):
-        self.loss = torch.zeros((), device=device)
-        self.steps = 0
-
-    def add(self, result: dict) -> None:
-        """Count one step of the task."""
-        self.loss += result['loss'].detach()
-        self.steps += 1
-
-    def mean_loss(self, run: 'Run') -> float:
-        """Mean loss so far over the steps of all processes."""
-        return run.accelerator.reduce(self.loss, 'mean').item() / max(1, self.steps)
-
-    def summary(self, run: 'Run') -> str:
-        """What the epoch's closing line says."""
-        return f'mean loss {self.mean_loss(run):#.3g}'
-
-
-class MixTotals(LossTotals):
-    """Loss, modes and mixing factors of an epoch."""
-
-    def __init__(self, device: torch.device):
-        super().__init__(device)
-        self.lam = torch.zeros((), device=device)
-        self.lam_count = 0
-        self.mode_steps: dict[str, int] = {}
-        self.mode_loss: dict[str, torch.Tensor] = {}
-
-    def add(self, result: dict) -> None:
-        super().add(result)
-        loss, mode = result['loss'].detach(), result['mode']
-        self.mode_steps[mode] = self.mode_steps.get(mode, 0) + 1
-        self.mode_loss[mode] = self.mode_loss.get(mode, 0) + loss
-        if result['lam'] is not None:
-            self.lam += result['lam'].detach().float().mean()
-            self.lam_count += 1
-
-    def summary(self, run: 'Run') -> str:
-        """Share and mean loss of every mode and the mean lam, over all processes (which share the modes)."""
-        modes = sorted(self.mode_steps)
-        sums = run.accelerator.reduce(torch.stack([self.lam, *(self.mode_loss[mode] for mode in modes)]), 'mean')
-        lam, *losses = sums.tolist()
-        parts = [
-            f'{mode} {100 * self.mode_steps[mode] / self.steps:.1f}% (loss {loss / self.mode_steps[mode]:#.3g})'
-            for mode, loss in zip(modes, losses, strict=True)
-        ]
-        if self.lam_count:
-            parts.append(f'mean lam {lam / self.lam_count:.3f}')
-        return 'modes: ' + ', '.join(parts)
-
-
-def train_one_epoch(run: 'Run', epoch: int) -> OrderedDict[str, float]:
-    """Train for one epoch.
-
-    Random numbers outside the task (dropout, the loader's workers) are seeded by (seed, epoch, rank), so an epoch
-    depends only on the state it starts from.
+    An update in which the loss of any process is not finite is left out: weights, averages, running statistics and
+    totals stay as they were, on all processes.
 
     Args:
         run: The run, its trainable module and optimizer prepared by Accelerate.
         epoch: Index of the epoch, from 0.
+        save: Saves the epoch after a number of updates that have these totals; called on all processes.
 
     Returns:
-        `loss`: mean loss over the steps of all processes.
+        `loss`, the mean over the steps of all processes; `skipped`, the updates left out; where the task draws modes,
+        `modes`, share and mean loss of each, and `lam`, the mean weight of an example against its partner.
 
     Raises:
-        RuntimeError: The loss is not finite.
+        RuntimeError: The loss was not finite in --max-nonfinite updates in a row.
+        StopRequested: A process was asked to stop; everything is saved.
     """
-    config, accelerator, task, loader = run.config, run.accelerator, run.task, run.loaders.train
-    accum, batches, updates = config.grad_accum_steps, len(loader), run.updates_per_epoch
-    images_per_batch = config.batch_size * accelerator.num_processes
-    random_seed((config.seed + 100_003 * epoch) % 2**31, accelerator.process_index)
-    loader.set_epoch(epoch)
+    config, accelerator, loader, updates = run.config, run.accelerator, run.loaders.train, run.updates_per_epoch
+    first, totals = 0, run.totals(accelerator.device)
+    if epoch == run.start_epoch and run.start_update:
+        first = run.start_update
+        totals.load_state_dict(run.resumed_totals, accelerator)
     if side := config.train_side(epoch):
         loader.set_size(side)
-    module = task.get_trainable_module()
+    loader.set_epoch(epoch, start=min(first * config.grad_accum_steps, len(loader)))
+    module = run.task.get_trainable_module()
     module.train()
     run.optimizer.zero_grad(set_to_none=True)
-
-    totals, step_time, data_time = run.totals(accelerator.device), AverageMeter(), AverageMeter()
-    waited, update_start = 0.0, time.perf_counter()
-    batch_start = update_start
-    with progress_bar(run, f'Train {epoch}', updates) as bar:
-        for index, (images, target) in enumerate(loader):
-            waited += time.perf_counter() - batch_start
-            update = index // accum
-            steps = min(accum, batches - update * accum)  # the last update of an epoch may be smaller
-            is_update = index + 1 == update * accum + steps
-            with nullcontext() if is_update else accelerator.no_sync(module):
-                result = task(images, target)
-                accelerator.backward(result['loss'] / steps)
-            totals.add(result)
-            if is_update:
-                _update(run, epoch * updates + update + 1)
-                bar.update()
-                now = time.perf_counter()
-                step_time.update(now - update_start)
-                data_time.update(waited)
-                if update % config.log_interval == 0 or update + 1 == updates:
-                    _log_train(run, epoch, update, result['loss'], totals, step_time, data_time,
-                               images_per_batch * steps)
-                waited, update_start = 0.0, now
-            batch_start = time.perf_counter()
-
-    _logger.info(f'Train: {epoch} {totals.summary(run)}')
-    return OrderedDict(loss=totals.mean_loss(run))
-
-
-def _update(run: 'Run', num_updates: int) -> None:
-    """One optimizer update, the `num_updates`-th of the run, and what follows it."""
-    config, task = run.config, run.task
-    if config.clip_grad is not None:
-        run.accelerator.unscale_gradients(run.optimizer)
-        parameters = task.get_clip_parameters(exclude_head='agc' in config.clip_mode)
-        dispatch_clip_grad(parameters, config.clip_grad, mode=config.clip_mode)
-    run.optimizer.step()
-    run.optimizer.zero_grad(set_to_none=True)
-    task.update_ema(step=num_updates)
-    if run.scheduler is not None:
-        run.scheduler.step_update(num_updates=num_updates)
+    agreement, log = Agreement(accelerator, module, run.stop), EpochLog(run, epoch, totals)
+    with progress_bar(run, f'Train {epoch}', updates, first) as bar, closing(_batches(loader)) as batches:
+        for update in range(first, updates):
+            number = epoch * updates + update + 1  # of this update in the run
+            results = _compute_gradients(run, epoch, update, batches, agreement, log)
+            if not results:
+                break  # a stream of samples may end before the length that it announced
+            finite, stop = agreement.read()
+            log_due = update % config.log_interval == 0 or update + 1 == updates
+            norm = None
+            if finite:
+                run.nonfinite = 0
+                for result in results:
+                    totals.add(result)
+                norm = _update(run, number, log_due)
+            else:
+                agreement.undo()
+                _skip(run, epoch, update, totals)
+            run.optimizer.zero_grad(set_to_none=True)
+            if run.scheduler is not None:
+                run.scheduler.step_update(num_updates=number)
+            bar.update()
+            log.update_done(len(results))
+            if log_due:
+                log.write(update, results[-1]['loss'], norm)
+            is_due = config.checkpoint_steps and number % config.checkpoint_steps == 0 and update + 1 < updates
+            if stop or is_due:
+                save(update + 1, totals)
+            if stop:
+                raise StopRequested
+    return _summarize(run, epoch, totals)
 
 
-def _log_train(
+def _batches(loader: Any) -> Iterator[Any]:
+    """Batches of a loader, whose workers start while signals are held back."""
+    iterator = iter(loader)
+    with signals_held_back():
+        batch = next(iterator, None)
+    if batch is not None:
+        yield batch
+        yield from iterator
+
+
+def _compute_gradients(
         run: 'Run',
         epoch: int,
         update: int,
-        loss: torch.Tensor,
-        totals: LossTotals,
-        step_time: AverageMeter,
-        data_time: AverageMeter,
-        images: int,
-) -> None:
-    """timm's training line; the only place of an epoch where the host waits for the device."""
-    now = run.accelerator.reduce(loss.detach(), 'mean').item()
-    mean = totals.mean_loss(run)
-    if not math.isfinite(mean):
+        batches: Iterator[Any],
+        agreement: Agreement,
+        log: EpochLog,
+) -> list[dict[str, Any]]:
+    """Forward and backward passes of an update; what the task reports of each step, without the outputs."""
+    task, accelerator, accum = run.task, run.accelerator, run.config.grad_accum_steps
+    module, results = task.get_trainable_module(), []
+    steps = min(accum, len(run.loaders.train) - update * accum)  # the last update of an epoch may be smaller
+    for step in range(steps):
+        log.wait_begins()
+        batch = next(batches, None)
+        log.wait_ends()
+        if batch is None:
+            return []
+        if step == 0:
+            _seed_update(run, epoch, update)
+            agreement.start()
+        is_last = step + 1 == steps
+        with nullcontext() if is_last else accelerator.no_sync(module):
+            result = task(*batch)
+            agreement.add(result['loss'])
+            if is_last:
+                agreement.send()
+            accelerator.backward(result['loss'] / steps)
+        results.append({**result, 'loss': result['loss'].detach(), 'output': None})
+    return results
+
+
+def _seed_update(run: 'Run', epoch: int, update: int) -> None:
+    """Make what is random outside the task (dropout, stochastic depth) a function of (seed, epoch, update, rank), so
+    that a run continues after any update as if it had not stopped."""
+    seed = np.random.SeedSequence((run.config.seed, epoch, update)).generate_state(1)[0]
+    random_seed(int(seed) % 2**31, run.accelerator.process_index)
+
+
+def _update(run: 'Run', number: int, measure: bool) -> torch.Tensor | None:
+    """One optimizer update, the `number`-th of the run; the norm of the gradients before clipping where it is known."""
+    config, task, norm = run.config, run.task, None
+    if config.clip_grad is not None or measure:
+        run.accelerator.unscale_gradients(run.optimizer)
+    clips_norm = config.clip_grad is not None and config.clip_mode == 'norm'
+    if clips_norm or measure:  # an infinite limit measures only
+        norm = nn.utils.clip_grad_norm_(task.get_clip_parameters(), config.clip_grad if clips_norm else math.inf)
+    if config.clip_grad is not None and not clips_norm:
+        parameters = task.get_clip_parameters(exclude_head='agc' in config.clip_mode)
+        dispatch_clip_grad(parameters, config.clip_grad, mode=config.clip_mode)
+    run.optimizer.step()
+    task.update_ema(step=number)
+    return norm
+
+
+def _skip(run: 'Run', epoch: int, update: int, totals: LossTotals) -> None:
+    """Count an update that is left out; end a run that makes none any more."""
+    totals.skipped += 1
+    run.nonfinite += 1
+    where = f'epoch {epoch}, update {update}'
+    if run.nonfinite >= run.config.max_nonfinite:
         raise RuntimeError(
-            f'the training loss is {mean} at epoch {epoch}, update {update}; a lower --lr, a longer --warmup-epochs, '
-            '--clip-grad or --amp-dtype bfloat16 may help')
-    updates, lr = run.updates_per_epoch, mean_lr(run)
-    _logger.info(
-        f'Train: {epoch} [{update:>4d}/{updates} ({100 * (update + 1) / updates:>3.0f}%)]  '
-        f'Loss: {now:#.3g} ({mean:#.3g})  '
-        f'Time: {step_time.val:.3f}s, {images / step_time.val:>7.2f}/s  '
-        f'({step_time.avg:.3f}s, {images / step_time.avg:>7.2f}/s)  '
-        f'LR: {lr:.3e}  Data: {data_time.val:.3f} ({data_time.avg:.3f})')
+            f'the training loss was not finite in {run.nonfinite} updates in a row, the last at {where}; a lower --lr, '
+            'a longer --warmup-epochs, --clip-grad or --amp-dtype bfloat16 may help (--max-nonfinite sets the limit)')
+    if run.accelerator.is_main_process:
+        _logger.warning(f'Train: the loss is not finite at {where}: left out, {run.nonfinite} in a row')
 
 
-def mean_lr(run: 'Run') -> float:
-    """Learning rate now, averaged over parameter groups."""
-    rates = [group['lr'] for group in run.optimizer.param_groups]
-    return sum(rates) / len(rates)
+def _summarize(run: 'Run', epoch: int, totals: LossTotals) -> OrderedDict[str, Any]:
+    sums, _ = totals.reduced(run.accelerator)
+    skipped = f', {totals.skipped} updates left out' if totals.skipped else ''
+    _logger.info(f'Train: {epoch} {totals.describe(sums)}{skipped}')
+    means, modes = sums.means(), totals.modes(sums)
+    summary = OrderedDict(loss=means.get('loss', math.nan), skipped=totals.skipped)
+    if modes:
+        summary['modes'] = {
+            mode: {'share': share, 'loss': means[f'loss/{mode}']} for mode, share in modes.items()}
+    if 'lam' in means:
+        summary['lam'] = means['lam']
+    return summary
 
 
 @torch.inference_mode()
@@ -198,7 +197,7 @@ def validate(run: 'Run', model: nn.Module, name: str = 'Test') -> OrderedDict[st
     evaluator = ClassificationEvaluator(device=run.accelerator.device)
     batches, start = len(loader), time.perf_counter()
     with progress_bar(run, name, batches) as bar:
-        for index, (images, target) in enumerate(loader):
+        for index, (images, target) in enumerate(_batches(loader)):
             with run.accelerator.autocast():
                 output = model(images)
             evaluator.update(output, target)

@@ -5,6 +5,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from timm.models import safe_model_name
 from timm.utils import distribute_bn, trim_summary
@@ -12,12 +13,15 @@ from torch import nn
 
 from timm_alignmix import weights
 
+from .agreement import EXIT_REQUEUE, StopRequested
 from .build import Run, build_run, describe_run
-from .checkpoint import CheckpointSaver, checkpoint_state, find_checkpoint, load_run, read_checkpoint
+from .checkpoint import CheckpointSaver, find_checkpoint, has_checkpoints, read_checkpoint
 from .config import RunConfig, TrainConfig
 from .dry_run import dry_run
-from .engine import mean_lr, train_one_epoch, validate
-from .logs import append_summary, result_json, write_args
+from .engine import train_one_epoch, validate
+from .logs import append_summary, mean_lr, result_json, write_args
+from .resume import checkpoint_state, load_run
+from .totals import LossTotals
 
 _logger = logging.getLogger(__name__)
 
@@ -39,7 +43,8 @@ def train(config: TrainConfig) -> dict[str, Any] | None:
 
     Raises:
         ValueError: An option, the data or the model does not fit; nothing has been trained then.
-        RuntimeError: The training loss is not finite.
+        RuntimeError: The training loss is not finite, or a checkpoint cannot be written.
+        SystemExit: The run was asked to stop by SIGTERM or SIGUSR1; everything is saved.
     """
     if config.dry_run:
         return dry_run(config)
@@ -86,10 +91,24 @@ def open_run(run: Run, name: str) -> CheckpointSaver:
         if run.accelerator.is_main_process:
             saver.restore(resumed[1], resumed[0])
     if config.start_epoch is not None:
-        run.start_epoch = config.start_epoch
+        run.start_epoch, run.start_update = config.start_epoch, 0
+    _check_same_start(run)
     if run.accelerator.is_main_process:
+        saver.forget_after((run.start_epoch, run.start_update))
         trim_summary(saver.folder / 'summary.csv', run.start_epoch)
     return saver
+
+
+def _check_same_start(run: Run) -> None:
+    """Refuse processes that would continue at different places, which would wait for each other forever."""
+    own = torch.tensor([[run.start_epoch, run.start_update]], device=run.accelerator.device)
+    places = run.accelerator.gather(own).tolist()
+    if any(place != places[0] for place in places):
+        raise ValueError(
+            'the processes found different checkpoints: ' + ', '.join(
+                f'process {rank} would begin at epoch {epoch}, update {update}'
+                for rank, (epoch, update) in enumerate(places)) +
+            '; all machines must see the same --output folder')
 
 
 def _find_resume(config: RunConfig, folder: Path) -> tuple[Path, dict[str, Any]] | None:
@@ -110,7 +129,7 @@ def _open_folder(folder: Path, config: RunConfig, resumed: bool) -> None:
         f'{key} {old.get(key)!r} -> {value!r}' for key, value in args.items()
         if old and key not in _RUN_OPTIONS and old.get(key) != value
     ]
-    if (folder / 'last.pth.tar').exists() and not resumed:
+    if has_checkpoints(folder) and not resumed:
         what = f'other arguments ({", ".join(changed)})' if changed else 'the same arguments'
         raise ValueError(
             f'{folder} holds a run with {what}; pass --resume auto to continue it or another --experiment')
@@ -122,13 +141,14 @@ def _open_folder(folder: Path, config: RunConfig, resumed: bool) -> None:
 
 def wrap_run(run: Run) -> None:
     """Wrap for the devices; loaders and schedule stay as they are."""
-    config, task, accelerator = run.config, run.task, run.accelerator
+    task, accelerator = run.task, run.accelerator
     task.trainable_module, run.optimizer = accelerator.prepare(task.get_trainable_module(), run.optimizer)
-    if run.scheduler is not None and run.start_epoch > 0:
-        if config.sched_on_updates:
-            run.scheduler.step_update(run.start_epoch * run.updates_per_epoch)
-        else:
-            run.scheduler.step(run.start_epoch)
+    if run.scheduler is None:
+        return
+    if run.start_epoch > 0:
+        run.scheduler.step(run.start_epoch)
+    if run.start_epoch + run.start_update > 0:
+        run.scheduler.step_update(run.start_epoch * run.updates_per_epoch + run.start_update)
 
 
 def fit(
@@ -154,23 +174,59 @@ def fit(
     stop = min(run.num_epochs, config.stop_epoch or run.num_epochs)
     if run.start_epoch >= stop:
         raise ValueError(f'nothing to train: epoch {run.start_epoch} of {stop} is already reached; raise --epochs')
-    history = [_run_epoch(run, saver, evaluate, epoch, epoch + 1 == stop) for epoch in range(run.start_epoch, stop)]
+    history = []
+    with run.stop.listening():
+        try:
+            for epoch in range(run.start_epoch, stop):
+                history.append(_run_epoch(run, saver, evaluate, epoch, epoch + 1 == stop))
+                if epoch + 1 < stop and _asked_to_stop(run):
+                    raise StopRequested
+        except StopRequested:
+            # A launcher ends all processes when the first one leaves: not before the checkpoint is written.
+            run.accelerator.wait_for_everyone()
+            _finish_trackers(run)
+            if run.accelerator.is_main_process:
+                name = run.stop.received.name if run.stop.received else 'a signal to another process'
+                _logger.warning(
+                    f'*** Stopped by {name}; all is saved in {saver.folder}. The same command with --resume auto '
+                    f'--experiment {saver.folder.name} continues. Exit code {EXIT_REQUEUE}')
+            raise SystemExit(EXIT_REQUEUE) from None
     result = _report(run, saver, history)
-    run.accelerator.end_training()
+    _finish_trackers(run)
     return result
+
+
+def _asked_to_stop(run: Run) -> bool:
+    """Whether any process was asked to stop since the last update of an epoch."""
+    asked = torch.tensor(float(run.stop.received is not None), device=run.accelerator.device)
+    return run.accelerator.reduce(asked, 'sum').item() > 0
+
+
+def _finish_trackers(run: Run) -> None:
+    """Close the trackers. The process group stays, for whatever comes after this run."""
+    for tracker in run.accelerator.trackers:
+        tracker.finish()
 
 
 def _run_epoch(run: Run, saver: CheckpointSaver, evaluate: Callable, epoch: int, is_last: bool) -> dict[str, Any]:
     config, accelerator = run.config, run.accelerator
-    entry = {'epoch': epoch, 'train': train_one_epoch(run, epoch), 'lr': mean_lr(run)}
+
+    def save_within(updates: int, totals: LossTotals) -> None:
+        state = checkpoint_state(run, epoch, updates, totals)
+        if accelerator.is_main_process:
+            saver.save_recovery(state, epoch, updates)
+
+    entry = {'epoch': epoch, 'train': train_one_epoch(run, epoch, save_within), 'lr': mean_lr(run)}
     if is_last or (epoch + 1) % config.val_interval == 0:
         entry['validation'] = _evaluate(run, evaluate)
     metrics = entry.get('validation')
     if run.scheduler is not None:
         run.scheduler.step(epoch + 1, metrics and metrics[config.eval_metric])
+    state = checkpoint_state(run, epoch + 1)
     if accelerator.is_main_process:
-        append_summary(saver.folder / 'summary.csv', epoch, entry['train'], metrics, entry['lr'], config.metrics)
-        saver.save(checkpoint_state(run), epoch, metrics)
+        with saver.explained('summary.csv'):
+            append_summary(saver.folder / 'summary.csv', epoch, entry['train'], metrics, entry['lr'], config.metrics)
+        saver.save(state, epoch, metrics)
     return entry
 
 
