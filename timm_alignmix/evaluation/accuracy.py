@@ -36,9 +36,10 @@ def accuracy(ev: 'Evaluation') -> Result:
             'epoch_is': trained.get('exported'),
         })
     fig, axes = figure(1, 2, size=(4.6, 0.9 + 0.36 * len(rows)), sharey=True)
-    for ax, key, title in zip(axes[0], ('top1', 'top5'), ('top-1 accuracy (%)', 'top-5 accuracy (%)'), strict=True):
-        bars(ax, [row['model'] for row in rows], [row[key] for row in rows])
-        ax.set_title(title)
+    for ax, k in zip(axes[0], (1, 5), strict=True):
+        values = [row[f'top{k}'] for row in rows]
+        bars(ax, [row['model'] for row in rows], values, errors=[standard_error(v, rows[0]['images']) for v in values])
+        ax.set_title(f'top-{k} accuracy (%), with standard error')
     return Result(
         columns={
             'top1': Column('top-1 (%)', '.2f', 'higher'),

@@ -64,7 +64,7 @@ class Evaluation:
             labelled: Whether labels must be classes of the model.
         """
         split = split or self.config.split
-        images = tuple(str(model.data_config[key]) for key in ('input_size', 'interpolation', 'crop_pct'))
+        images = tuple(str(model.data_config[key]) for key in ('input_size', 'interpolation', 'crop_pct', 'crop_mode'))
         names = model.class_names if labelled else None
         key = (split, images, model.num_classes if labelled else None, tuple(names or ()))
         if key not in self._loaders:

@@ -1,19 +1,19 @@
 """Images to evaluate on: one split, every image once over all processes, as pixels in [0, 1]."""
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from timm.data import create_transform
 
 from timm_alignmix.data import open_source, sample_dir
 from timm_alignmix.data.device_loader import DeviceLoader
-from timm_alignmix.data.loaders import TRAIN_BETON, VAL_BETON
-from timm_alignmix.data.order import eval_shard
-from timm_alignmix.data.sources import EVAL_FOLDERS, STREAMS, TRAIN_FOLDERS
+from timm_alignmix.data.loaders import TRAIN_BETON, VAL_BETON, LoaderOptions
+from timm_alignmix.data.sources import EVAL_FOLDERS, STREAMS, TRAIN_FOLDERS, ImageSource
 from timm_alignmix.data.timm_loader import StreamBatches, TimmBatches
+from timm_alignmix.data.transforms import SizedTransform
 
 from .config import EvalConfig
 
@@ -103,14 +103,46 @@ def open_split(
         batches, found, names = _open_images(config, split, data_config, class_names, num_classes, share, device)
         where = f"timm's loader, {config.dataset or Path(config.data_dir or 'the built-in sample').name}, {split}"
     check_classes(where, found, names, class_names, num_classes, bool(config.class_map))
-    zeros, ones = (0.0,) * 3, (1.0,) * 3
-    channels = data_config['input_size'][0]
-    loader = DeviceLoader(batches, zeros[:channels], ones[:channels], device, config.channels_last, channels)
+    loader = _pixels(batches, device, config, data_config['input_size'][0])
     if isinstance(batches, StreamBatches):
         indices = np.arange(rank, loader.num_samples, world_size)
     else:
-        indices = eval_shard(loader.num_samples, rank, world_size)
+        indices = loader.order()
     return EvalLoader(loader, indices, found, names, f'{where}: {loader.num_samples} images')
+
+
+def open_unlabelled(
+        source: ImageSource,
+        make_transform: Callable,
+        config: EvalConfig,
+        input_size: tuple[int, int, int],
+        device: torch.device,
+        rank: int = 0,
+        world_size: int = 1,
+) -> EvalLoader:
+    """Images of any source without classes; their labels mean nothing.
+
+    Args:
+        source: The images.
+        make_transform: From (H, W) to a function from a PIL image to (C, H, W) uint8.
+        config: The options.
+        input_size: (C, H, W).
+        device: Where batches go.
+        rank: This process.
+        world_size: Processes.
+    """
+    batches = TimmBatches(
+        source, make_transform, tuple(input_size[1:]), batch_size=config.batch_size, train=False,
+        channels=input_size[0], num_classes=1, workers=config.workers, pin_memory=_pinned(config, device), rank=rank,
+        world_size=world_size)
+    loader = _pixels(batches, device, config, input_size[0])
+    return EvalLoader(loader, loader.order(), None, None, f'{source.title}: {loader.num_samples} images')
+
+
+def _pixels(batches: Any, device: torch.device, config: EvalConfig, channels: int) -> DeviceLoader:
+    """Batches on the device as pixels in [0, 1]."""
+    zeros, ones = (0.0,) * channels, (1.0,) * channels
+    return DeviceLoader(batches, zeros, ones, device, config.channels_last, channels)
 
 
 def _find_beton(config: EvalConfig, split: str) -> Path | None:
@@ -161,18 +193,17 @@ def _open_images(
     source = open_source(root, config.dataset, split, config.class_map, config.dataset_download, class_to_idx, **stream)
     labels = source.labels
     found = max(len(source.class_names or []), max(labels, default=-1) + 1 if labels else 0) or None
-    transform = create_transform(
-        data_config['input_size'],
-        interpolation=data_config['interpolation'],
-        crop_pct=data_config['crop_pct'],
-        use_prefetcher=True,
-    )
-    options = dict(
-        num_classes=num_classes or found or 2**31, pin_memory=config.pin_mem and device.type == 'cuda', **share)
-    if source.is_stream:
-        return StreamBatches(source, transform, **options), found, source.class_names
-    return (
-        TimmBatches(source, transform, channels=data_config['input_size'][0], **options), found, source.class_names)
+    shown = {key: data_config[key] for key in ('input_size', 'interpolation', 'crop_pct', 'crop_mode')}
+    channels, *size = data_config['input_size']
+    make = StreamBatches if source.is_stream else partial(TimmBatches, channels=channels)
+    batches = make(
+        source, SizedTransform(LoaderOptions(**shown), False), tuple(size), num_classes=num_classes or found or 2**31,
+        pin_memory=_pinned(config, device), **share)
+    return batches, found, source.class_names
+
+
+def _pinned(config: EvalConfig, device: torch.device) -> bool:
+    return config.pin_mem and device.type == 'cuda'
 
 
 def check_classes(

@@ -102,7 +102,7 @@ class EvalModel:
 
     def describe(self) -> dict[str, Any]:
         """Plain facts for the result files, without paths of this machine."""
-        shown = ('input_size', 'interpolation', 'crop_pct', 'mean', 'std')
+        shown = ('input_size', 'interpolation', 'crop_pct', 'crop_mode', 'mean', 'std')
         return {
             'label': self.label,
             'arch': self.arch,
@@ -222,7 +222,8 @@ def short_labels(names: list[str]) -> list[str]:
     Where the words in common leave two labels alike or empty, more is kept.
     """
     def clean(name: str) -> str:
-        return re.sub(r'(\.pth)?\.tar$|\.pth?$|\.safetensors$', '', name).rstrip('/')
+        name = re.sub(r'(\.pth)?\.tar$|\.pth?$|\.safetensors$', '', name).rstrip('/')
+        return re.sub(r'/model_best$', '/best', name)
 
     if len(names) == 1:
         return [_last_telling(clean(names[0]))]
@@ -238,5 +239,5 @@ def short_labels(names: list[str]) -> list[str]:
 
 def _last_telling(name: str) -> str:
     """The last part of a path that is not the same in every run."""
-    parts = [part for part in name.split('/') if part not in ('last', 'model_best', 'export', '')]
+    parts = [part for part in name.split('/') if part not in ('last', 'best', 'export', '')]
     return parts[-1] if parts else name

@@ -76,7 +76,50 @@ def panels(count: int, most_columns: int = 3, **options: Any) -> tuple[Figure, l
     return fig, list(axes.flat[:count])
 
 
-def bars(ax: Axes, labels: Sequence[str], values: Sequence[float], form: str = '.1f', start: int = 0) -> None:
+def paired_panels(
+        count: int,
+        most_columns: int = 3,
+        heights: tuple[float, float] = (3, 1),
+        size: tuple[float, float] = (3.2, 3.8),
+        title: str = '',
+) -> tuple[Figure, list[tuple[Axes, Axes]]]:
+    """A figure of `count` pairs of axes, one above the other, with the same x axis.
+
+    Args:
+        count: Pairs.
+        most_columns: Most pairs in a row.
+        heights: Relative heights of the upper and the lower axes.
+        size: Width and height of a pair, inches.
+        title: Title of the figure.
+
+    Returns:
+        The figure and (upper, lower) of each pair.
+    """
+    columns = min(count, most_columns)
+    rows = -(-count // columns)
+    fig, axes = figure(2 * rows, columns, size=(size[0], size[1] / 2), title=title, height_ratios=heights * rows)
+    pairs = [(axes[2 * row, column], axes[2 * row + 1, column]) for row in range(rows) for column in range(columns)]
+    for upper, lower in pairs[:count]:
+        upper.sharex(lower)
+        upper.tick_params(labelbottom=False)
+    for ax in (ax for pair in pairs[count:] for ax in pair):
+        ax.set_axis_off()
+    return fig, pairs[:count]
+
+
+def shared_legend(fig: Figure, ax: Axes) -> None:
+    """One legend for all axes, of what `ax` shows, below them."""
+    handles, labels = ax.get_legend_handles_labels()
+    fig.legend(handles, labels, loc='outside lower center', ncols=min(len(labels), 5), frameon=False)
+
+
+def bars(
+        ax: Axes,
+        labels: Sequence[str],
+        values: Sequence[float],
+        form: str = '.1f',
+        errors: Sequence[float] | None = None,
+) -> None:
     """Horizontal bars, one a model in its colour, the value written at the end.
 
     Args:
@@ -84,12 +127,14 @@ def bars(ax: Axes, labels: Sequence[str], values: Sequence[float], form: str = '
         labels: Names of the models, from top to bottom.
         values: Lengths.
         form: Format of the values.
-        start: Index of the first model's colour.
+        errors: Half lengths of error bars.
     """
     places = np.arange(len(labels))
-    drawn = ax.barh(places, values, color=[color(start + i) for i in range(len(labels))], height=0.7)
-    ax.bar_label(drawn, labels=[format(value, form) for value in values], padding=3)
+    drawn = ax.barh(places, values, color=[color(i) for i in range(len(labels))], height=0.7, xerr=errors,
+                    error_kw={'ecolor': '#333333', 'elinewidth': 1.2, 'capsize': 3})
+    ax.bar_label(drawn, labels=[format(value, form) for value in values], padding=4,
+                 bbox={'facecolor': 'white', 'edgecolor': 'none', 'pad': 0.5})
     ax.set_yticks(places, labels)
-    ax.invert_yaxis()
+    ax.set_ylim(len(labels) - 0.5, -0.5)  # not invert_yaxis(): axes that share y would undo it
     ax.margins(x=0.15)
     ax.grid(visible=False, axis='y')

@@ -1,0 +1,29 @@
+"""Random numbers that belong to an image, whatever batch, process or device it is in."""
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import torch
+
+
+def image_noise(
+        draw: Callable[..., torch.Tensor],
+        shape: tuple[int, ...],
+        indices: Iterable[int],
+        *key: int,
+) -> torch.Tensor:
+    """Noise for images, each seeded by its place in the data.
+
+    Args:
+        draw: `torch.rand` or `torch.randn`.
+        shape: (C, H, W) of one image.
+        indices: B places in the data.
+        *key: Seed of the run and whatever else tells draws apart.
+
+    Returns:
+        (B, C, H, W) float32, on the CPU.
+    """
+    noise = []
+    for index in indices:
+        state = np.random.SeedSequence((*key, int(index))).generate_state(1, np.uint64)[0]
+        noise.append(draw(shape, generator=torch.Generator().manual_seed(int(state) >> 1)))
+    return torch.stack(noise)
