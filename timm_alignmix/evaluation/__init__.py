@@ -15,6 +15,9 @@ from .runner import evaluate, resolve
 
 # Protocols register themselves, in the order in which `all` runs them.
 from . import accuracy  # noqa: F401  # isort: skip
+from . import robustness  # noqa: F401  # isort: skip
+from . import calibration  # noqa: F401  # isort: skip
+from . import ood  # noqa: F401  # isort: skip
 
 __all__ = [
     'Column',
