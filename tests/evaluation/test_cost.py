@@ -21,8 +21,8 @@ def test_modes_in_proportion(probs, count, expected):
 @pytest.fixture(scope='module')
 def steps():
     images, target = torch.randn(4, 3, 32, 32), torch.arange(4)
-    return cost.build_steps(
-        lambda mix: timm.create_model('test_resnet', num_classes=5), ['none', 'alignmix', 'multimix'], images, target)[0]
+    mixes = ['none', 'alignmix', 'multimix']
+    return cost.build_steps(lambda mix: timm.create_model('test_resnet', num_classes=5), mixes, images, target)[0]
 
 
 def test_a_cycle_runs_the_modes_and_keeps_the_weights(steps):
@@ -48,7 +48,8 @@ def test_measured_together(steps):
 def test_a_mix_that_refuses_is_left_out_with_its_reason():
     images, target = torch.randn(2, 3, 64, 64), torch.arange(2)
     steps, refused = cost.build_steps(
-        lambda mix: timm.create_model('test_vit', img_size=64, num_classes=5), ['none', 'densemultimix'], images, target)
+        lambda mix: timm.create_model('test_vit', img_size=64, num_classes=5), ['none', 'densemultimix'],
+        images, target)
     assert list(steps) == ['none'] and 'class token' in refused['densemultimix']
 
 

@@ -15,9 +15,10 @@ from timm_alignmix.timing import Timing, hardware, peak_memory, time_interleaved
 from timm_alignmix.training.config import Options, config_option
 
 from .base import Column, Result, register_protocol
-from .plotting import bars, panels
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from .context import Evaluation
     from .models import EvalModel
 
@@ -63,7 +64,7 @@ class TrainingStep:
         self.task = MixTask(model.train(), mix, mix_kwargs, img_size=tuple(images.shape[2:]), verbose=False)
         if compile:
             self.task.compile()
-        self.optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9, weight_decay=1e-4)
+        self.optimizer = torch.optim.SGD(self.task.trainable_module.parameters(), lr=0.0, momentum=0.9, weight_decay=1e-4)
         self.scaler = torch.amp.GradScaler(images.device.type, enabled=amp_dtype is torch.float16)
         self.modes = modes_in_proportion(getattr(self.task.mix, 'probs', {}), cycle)
 
@@ -90,8 +91,8 @@ class TrainingStep:
 
     def state_bytes(self) -> int:
         """Bytes of parameters, buffers and optimizer state: what is held between steps."""
-        model = self.task.get_eval_model()
-        tensors = [*model.parameters(), *model.buffers()]
+        module = self.task.trainable_module  # the model, and what a mix adds to it in training
+        tensors = [*module.parameters(), *module.buffers()]
         tensors += [v for entry in self.optimizer.state.values() for v in entry.values() if isinstance(v, torch.Tensor)]
         return sum(tensor.nbytes for tensor in tensors)
 
@@ -275,7 +276,9 @@ def _row(label: str, mix: str, cost: StepCost, base: StepCost, batch: int) -> di
     }
 
 
-def _draw(rows: list[dict[str, Any]], where: str) -> Any:
+def _draw(rows: list[dict[str, Any]], where: str) -> 'Figure':
+    from .plotting import bars, panels
+
     labels = list(dict.fromkeys(row['model'] for row in rows))
     fig, axes = panels(2 * len(labels), 2, size=(4.6, 0.9 + 0.3 * len(rows) / len(labels)))
     for i, label in enumerate(labels):
