@@ -212,22 +212,23 @@ def _rank(rank, world, path):
     os.environ['OMP_NUM_THREADS'] = '1'
     dist.init_process_group('gloo', init_method=f'file://{path}/store', rank=rank, world_size=world)
     results = {}
-    for mix in ('alignmix', 'multimix', 'densemultimix'):
-        for name in ('test_resnet', 'levit_128s'):
-            model = tiny(name)
-            size = 64 if name == 'test_resnet' else 224
-            task = MixTask(model, mix, FEATURE[mix], rank=rank, verbose=False).prepare_distributed()
-            optimizer = torch.optim.SGD(task.get_trainable_module().parameters(), lr=0.01)
-            images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(rank))
-            modes = []
-            for _ in range(3):  # DDP complains about unused parameters in the second step
-                result = task(images, torch.tensor([0, 1]))
-                result['loss'].backward()
-                optimizer.step()
-                optimizer.zero_grad()
-                modes.append(result['mode'])
-            params = torch.cat([p.detach().flatten() for p in model.parameters()])
-            results[mix, name] = modes, result['loss'].item(), params
+    runs = [(mix, name) for mix in ('alignmix', 'multimix', 'densemultimix') for name in ('test_resnet', 'levit_128s')]
+    for mix, name in [*runs, ('alignmix_ae', 'test_resnet')]:
+        model = tiny(name)
+        size = 64 if name == 'test_resnet' else 224
+        options = FEATURE.get(mix, dict(dim=16, width=4))
+        task = MixTask(model, mix, options, rank=rank, img_size=size, verbose=False).prepare_distributed()
+        optimizer = torch.optim.SGD(task.get_trainable_module().parameters(), lr=0.01)
+        images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(rank))
+        modes = []
+        for _ in range(3 if mix in FEATURE else 12):  # DDP complains about unused parameters in the second step
+            result = task(images, torch.tensor([0, 1]))
+            result['loss'].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            modes.append(result['mode'])
+        params = torch.cat([p.detach().flatten() for p in task.get_trainable_module().parameters()])
+        results[mix, name] = modes, result['loss'].item(), params
     torch.save(results, f'{path}/rank{rank}.pt')
     dist.destroy_process_group()
 
@@ -239,3 +240,4 @@ def test_two_ranks_share_modes_and_gradients_and_draw_apart(tmp_path):
         assert a[key][0] == b[key][0], key
         assert a[key][1] != b[key][1], key
         assert torch.equal(a[key][2], b[key][2]), key
+    assert set(a['alignmix_ae', 'test_resnet'][0]) == {'clean', 'input', 'feat', 'feat_prime', 'embed'}

@@ -30,6 +30,11 @@ class MixupFn:
                 f'pass the timm model itself, before DDP or torch.compile wrap it; got {type(model).__name__}')
         self._module = MixModule(model, mix, mix_kwargs, img_size)
         self.mix = self._module.mix
+        if self.mix.extra is not None:
+            self._module.remove_hooks()
+            raise ValueError(
+                f'mix {self.mix.name!r} trains layers of its own, which a mixup function has no place for; use '
+                'timm_alignmix.MixTask')
         self.num_classes = model.num_classes if num_classes is None else num_classes
         self.label_smoothing, self.seed, self.rank = label_smoothing, seed, rank
         self.step = 0

@@ -50,7 +50,8 @@ class MixModule(nn.Module):
 
     Args:
         model: A timm classification model, kept as `.model` and not changed but for idle forward hooks on the layers
-            the method taps, installed here because torch.compile ignores later ones.
+            the method taps, installed here because torch.compile ignores later ones. Layers of the method's own, where
+            it has any, are `.extra`.
         mix: Name or method; a method is copied, since it learns about one model.
         mix_kwargs: Options of a method given by name.
         img_size: Size of the images; None takes the size the model was built for.
@@ -69,10 +70,12 @@ class MixModule(nn.Module):
         super().__init__()
         if isinstance(mix, Mix) and mix_kwargs:
             raise ValueError(f'mix_kwargs {sorted(mix_kwargs)} go with the name of a mix, {mix!r} has its options')
-        self.model = model
         self.mix = copy.deepcopy(mix) if isinstance(mix, Mix) else create_mix(mix, **(mix_kwargs or {}))
         if type(self.mix).bind is not Mix.bind:
             self.mix.bind(Anatomy(model, img_size))
+        # Before the model: timm's clipping takes the last two parameters for the classifier.
+        self.extra = self.mix.extra
+        self.model = model
         names = list(self.mix.layers) + ([self.mix.head.name] if self.mix.head else [])
         self.taps = {name: Tap(name) for name in names}
         self._handles = [model.get_submodule(name).register_forward_hook(tap) for name, tap in self.taps.items()]
@@ -144,6 +147,8 @@ class MixModule(nn.Module):
         return {f'model.{name}' for name in names}
 
     def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
-        """timm's layer groups of the inner model, by the wrapped parameter names."""
+        """timm's layer groups of the inner model, by the wrapped parameter names; layers of the method's own are with
+        its last."""
         layers = group_parameters(self.model, self.model.group_matcher(coarse=coarse), reverse=True)
-        return lambda name: layers[name.removeprefix('model.')]
+        last = max(layers.values())
+        return lambda name: last if name.startswith('extra.') else layers[name.removeprefix('model.')]

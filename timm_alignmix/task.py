@@ -123,8 +123,10 @@ class MixTask(ClassificationTask):
         return inner.model if isinstance(inner, MixModule) else resolved
 
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
-        """What the next draws depend on besides the rank."""
-        return dict(step=self.step, seed=self.seed)
+        """What the next draws depend on besides the rank, and the weights of the method's own layers, if it has any."""
+        extra = self._extra(ema)
+        layers = {} if extra is None else dict(extra=extra.state_dict())
+        return dict(step=self.step, seed=self.seed, **layers)
 
     def load_task_state(
             self,
@@ -133,10 +135,27 @@ class MixTask(ClassificationTask):
             module: nn.Module | None = None,
             ema: bool = False,
     ) -> None:
-        """Continue the draws of a checkpoint."""
-        if state and not ema:
+        """Continue the draws of a checkpoint, and the method's own layers.
+
+        Raises:
+            ValueError: The checkpoint has no such layers.
+        """
+        if not state:
+            return
+        if not ema:
             self.step, self.seed = state['step'], state['seed']
             self._random = StepRandom(self.seed, self.rank)
+        extra = self._extra(ema)
+        if extra is None:
+            return
+        if 'extra' not in state:
+            raise ValueError(
+                f'the checkpoint has no weights for the layers of mix {self.mix.name!r}: it is of another method; '
+                'start from its model alone (train_imagenet.py: --initial-checkpoint)')
+        extra.load_state_dict(state['extra'], strict=strict)
+
+    def _extra(self, ema: bool) -> nn.Module | None:
+        return unwrap_model(self.get_trainable_module(ema=ema)).extra
 
 
 def _cross_entropy_smoothing(criterion: Any) -> float | None:

@@ -257,9 +257,11 @@ def test_hull_methods_are_input_mixup_otherwise(name):
 
 
 def test_names_and_options():
-    assert list_mixes() == ['alignmix', 'cutmix', 'densemultimix', 'manifold', 'mixup', 'multimix', 'none']
+    assert list_mixes() == [
+        'alignmix', 'alignmix_ae', 'cutmix', 'densemultimix', 'manifold', 'mixup', 'multimix', 'none']
+    assert create_mix('AlignMix-AE', dim=16).name == 'alignmix_ae'
     assert create_mix('Dense_Multi-Mix', n=5).name == 'densemultimix'
-    with pytest.raises(ValueError, match="unknown mix 'cutmixx'; available: alignmix, cutmix"):
+    with pytest.raises(ValueError, match="unknown mix 'cutmixx'; available: alignmix, alignmix_ae, cutmix"):
         create_mix('cutmixx')
     with pytest.raises(ValueError, match="'multimix' has no option beta; its options: n=1000, m=None"):
         create_mix('multimix', beta=1)

@@ -51,11 +51,12 @@ class DenseHead:
         """R for images of this size, learnt from one clean forward pass when the size is new."""
         size = tuple(images.shape[1:])
         if size not in self._positions:
-            self._positions[size] = self.layout.positions(self._feature_map(images[:1])).shape[2]
+            self._positions[size] = self.layout.positions(self.feature_map(images[:1])).shape[2]
         return self._positions[size]
 
     @torch.no_grad()
-    def _feature_map(self, images: torch.Tensor) -> torch.Tensor:
+    def feature_map(self, images: torch.Tensor) -> torch.Tensor:
+        """Output of the module for clean images, in evaluation mode and without gradient."""
         found = []
         training = [module for module in self._model.modules() if module.training]
         module = self._model.get_submodule(self.name)

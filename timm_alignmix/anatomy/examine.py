@@ -62,6 +62,10 @@ class Anatomy:
 
     # Layers to mix at
 
+    def output_shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a module's output for one image."""
+        return tuple(self._trace.by_name[name].output.shape[1:])
+
     def stages(self) -> list[str]:
         """Module names of the model's stages or blocks, input to output (the stem left out)."""
         names = [entry['module'] for entry in self._feature_info() if entry['module'] in self._trace.by_name]

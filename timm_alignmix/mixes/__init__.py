@@ -1,6 +1,7 @@
 """The mixing methods, one file each, registered by name."""
 from .. import kernels
 from .alignmix import AlignMix
+from .alignmix_ae import AlignMixAE
 from .base import Mix
 from .cutmix import CutMix
 from .densemultimix import DenseMultiMix
@@ -12,6 +13,7 @@ from .registry import create_mix, list_mixes, register_mix
 
 __all__ = [
     'AlignMix',
+    'AlignMixAE',
     'CutMix',
     'DenseMultiMix',
     'ManifoldMixup',

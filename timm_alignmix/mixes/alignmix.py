@@ -26,8 +26,42 @@ from .registry import register_mix
 _MODES = ('input', 'feat', 'feat_prime')
 
 
+class AlignedMix(PairMix):
+    """Methods that mix each example with one other after moving features of the one to the positions of the other.
+
+    Args: see :class:`AlignMix`.
+    """
+
+    def __init__(
+            self,
+            alpha: float,
+            per_example: bool,
+            eps: float,
+            iterations: int,
+            final_marginal: str,
+            tolerance: float | None,
+    ) -> None:
+        super().__init__(alpha, per_example)
+        if eps <= 0 or iterations < 0:
+            raise ValueError(f'eps must be > 0 and iterations >= 0, got eps={eps} and iterations={iterations}')
+        if final_marginal not in ('kept', 'columns'):
+            raise ValueError(f"final_marginal must be 'kept' or 'columns', got {final_marginal!r}")
+        self.eps, self.iterations = eps, iterations
+        self.final_marginal, self.tolerance = final_marginal, tolerance
+
+    def mix_aligned(self, feat_BDR: torch.Tensor, draw: Draw, keep_partner: bool) -> torch.Tensor:
+        """Mixed features (B, D, R) at the positions of each example (11), or of its partner (12)."""
+        partner_BDR = feat_BDR[draw['perm']]
+        # The release normalises columns, the partner's side, last in both modes.
+        side = 'moved' if self.final_marginal == 'columns' and not keep_partner else 'kept'
+        options = dict(eps=self.eps, iterations=self.iterations, final_marginal=side, tolerance=self.tolerance)
+        if keep_partner:
+            return mix_pairs(align_to(partner_BDR, feat_BDR, **options), draw, partner_BDR)
+        return mix_pairs(feat_BDR, draw, align_to(feat_BDR, partner_BDR, **options))
+
+
 @register_mix('alignmix')
-class AlignMix(PairMix):
+class AlignMix(AlignedMix):
     """Input mixup, or mixing of features after aligning their positions by optimal transport.
 
     Args:
@@ -54,14 +88,9 @@ class AlignMix(PairMix):
             final_marginal: str = 'kept',
             tolerance: float | None = None,
     ) -> None:
-        super().__init__(alpha, per_example)
-        if eps <= 0 or iterations < 0:
-            raise ValueError(f'eps must be > 0 and iterations >= 0, got eps={eps} and iterations={iterations}')
-        if final_marginal not in ('kept', 'columns'):
-            raise ValueError(f"final_marginal must be 'kept' or 'columns', got {final_marginal!r}")
+        super().__init__(alpha, per_example, eps, iterations, final_marginal, tolerance)
         self.probs = mode_probabilities(mode_probs, _MODES)
-        self.align_at, self.eps, self.iterations = align_at, eps, iterations
-        self.final_marginal, self.tolerance = final_marginal, tolerance
+        self.align_at = align_at
 
     def bind(self, anatomy: Anatomy) -> None:
         layer = anatomy.align_layer(self.align_at)
@@ -81,15 +110,7 @@ class AlignMix(PairMix):
         return mix_pairs(images, draw) if draw['mode'] == 'input' else images
 
     def features(self, x: torch.Tensor, layer: FeatureLayer, draw: Draw) -> torch.Tensor:
-        feat_BDR = layer.layout.positions(x)
-        partner_BDR = feat_BDR[draw['perm']]
-        # The release normalises columns, the partner's side, last in both modes.
-        side = 'moved' if self.final_marginal == 'columns' and draw['mode'] == 'feat' else 'kept'
-        options = dict(eps=self.eps, iterations=self.iterations, final_marginal=side, tolerance=self.tolerance)
-        if draw['mode'] == 'feat':
-            mixed_BDR = mix_pairs(feat_BDR, draw, align_to(feat_BDR, partner_BDR, **options))
-        else:
-            mixed_BDR = mix_pairs(align_to(partner_BDR, feat_BDR, **options), draw, partner_BDR)
+        mixed_BDR = self.mix_aligned(layer.layout.positions(x), draw, keep_partner=draw['mode'] == 'feat_prime')
         # A class token is no position: it is mixed, not aligned.
         prefix = mix_pairs(x[:, :layer.layout.prefix], draw) if layer.layout.prefix else None
         return layer.layout.restore(mixed_BDR, x, prefix)

@@ -7,6 +7,7 @@ options and what it learned of the model in `bind`; everything of one step is in
 from typing import Any
 
 import torch
+import torch.nn as nn
 
 from ..anatomy import Anatomy, DenseHead, FeatureLayer
 from ..functional import soft_target
@@ -25,6 +26,8 @@ class Mix:
         options: The options it was created with, for logs.
         layers: Feature layers to tap, by name, set by :meth:`bind`.
         head: The dense head, for methods that need one, set by :meth:`bind`.
+        extra: Trainable layers of the method's own, set by :meth:`bind`. They are trained, averaged and saved with the
+            model and are no part of it. Each step must give every one of them a gradient, if of 0.
     """
     name = ''
     closed_form = False  # the loss is softmax cross-entropy by construction; no other criterion fits
@@ -33,6 +36,7 @@ class Mix:
         self.options: dict[str, Any] = {}
         self.layers: dict[str, FeatureLayer] = {}
         self.head: DenseHead | None = None
+        self.extra: nn.Module | None = None
 
     def __repr__(self) -> str:
         return f'{type(self).__name__}({", ".join(f"{k}={v!r}" for k, v in self.options.items())})'

@@ -5,12 +5,14 @@ import timm
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
+_ALIGNMIX = ('2103.15375', 'AlignMixup: Improving Representations By Interpolating Aligned Features')
 _MULTIMIX = ('2311.05538', 'Embedding Space Interpolation Beyond Mini-Batch, Beyond Pairs and Beyond Examples')
 PAPERS = {  # method: arXiv id, title
     'mixup': ('1710.09412', 'mixup: Beyond Empirical Risk Minimization'),
     'cutmix': ('1905.04899', 'CutMix: Regularization Strategy to Train Strong Classifiers with Localizable Features'),
     'manifold': ('1806.05236', 'Manifold Mixup: Better Representations by Interpolating Hidden States'),
-    'alignmix': ('2103.15375', 'AlignMixup: Improving Representations By Interpolating Aligned Features'),
+    'alignmix': _ALIGNMIX,
+    'alignmix_ae': _ALIGNMIX,
     'multimix': _MULTIMIX,
     'densemultimix': _MULTIMIX,
 }
