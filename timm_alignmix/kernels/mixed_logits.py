@@ -219,13 +219,14 @@ def _launch_sum(logits_BRC, weights_RNB, attention_BR, sums_RN, lse_RN, share_RN
 def launch_config(B: int, dtype: torch.dtype, total: bool, hopper: bool) -> dict[str, int]:
     """Block shapes and warps, those that ptxas fits into registers (`total`: the second kernel).
 
-    A program holds the whole batch. Blocks of 64 vectors are the least that Hopper's own matrix instructions take.
+    A program holds vectors over the whole batch. Hopper's own matrix instructions take blocks of 64 rows at least:
+    vectors in the first kernel, classes in the second.
     """
     block_b = max(16, triton.next_power_of_2(B))
     if dtype == torch.float32:
         block_n, block_x = 16, 32
     elif total:
-        block_n, block_x = (64, 128 if hopper else 64) if block_b <= 128 else (16, 64 if hopper else 32)
+        block_n, block_x = (32, 128) if block_b <= 128 else (16, 64 if hopper else 32)
     else:
         block_n, block_x = (64, 128) if block_b <= 128 else (64 if hopper else 32, 64)
     return dict(
