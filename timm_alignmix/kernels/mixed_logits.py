@@ -7,8 +7,8 @@ they were drawn and applies attention and normalisation itself.
 
 Precision: sums are in float32. Float32 logits are multiplied as three TF32 products, float32 in effect. Half-precision
 logits are exact operands, and the vectors M^ go in as two of them for the mixed logits (16 bits of bfloat16, 22 of
-float16). The gradient multiplies softmax and vectors in float16, 11 bits each; it is then averaged over N and rounded
-to the logits' own precision by the caller.
+float16), the same way in both kernels: else a softmax of large logits would not sum to 1. The gradient multiplies
+softmax and vectors in float16, 11 bits each; it is then averaged over N and rounded to the logits' own precision.
 
 Shape suffixes: B batch, C classes, N generated examples, R positions.
 """
@@ -30,16 +30,6 @@ def _mixing_weights(weights_ptr, attention_ptr, position, n, b, N, B, R, HAS_ATT
     if HAS_ATTENTION:
         weights *= tl.load(attention_ptr + b * R + position, mask=b < B, other=0.0)[None, :]
     return weights
-
-
-@triton.jit
-def _mixed(vectors, logits, DTYPE: tl.constexpr):
-    """vectors @ logits in float32 (see the module on precision)."""
-    if DTYPE == tl.float32:
-        return tl.dot(vectors, logits, input_precision='tf32x3')
-    high = vectors.to(DTYPE)
-    low = (vectors - high.to(tl.float32)).to(DTYPE)
-    return tl.dot(low, logits, tl.dot(high, logits))
 
 
 @triton.jit
@@ -68,6 +58,9 @@ def _logsumexp_kernel(
         sums = tl.sum(vectors, axis=1)
         vectors /= tl.where(sums > 0, sums, 1.0)[:, None]
         tl.store(sums_ptr + position * N + n, sums, mask=n < N)
+    dtype: tl.constexpr = logits_ptr.dtype.element_ty
+    high = vectors.to(dtype)
+    low = (vectors - high.to(tl.float32)).to(dtype)
     peak = tl.full([BLOCK_N], float('-inf'), dtype=tl.float32)
     total = tl.zeros([BLOCK_N], dtype=tl.float32)
     for start in range(0, C, BLOCK_X):
@@ -75,7 +68,11 @@ def _logsumexp_kernel(
         logits = tl.load(
             logits_ptr + b[:, None] * stride_b + position * stride_r + c[None, :],
             mask=(b[:, None] < B) & (c[None, :] < C), other=0.0)
-        mixed = tl.where(c[None, :] < C, _mixed(vectors, logits, logits_ptr.dtype.element_ty), float('-inf'))
+        if dtype == tl.float32:
+            mixed = tl.dot(vectors, logits, input_precision='tf32x3')
+        else:
+            mixed = tl.dot(low, logits, tl.dot(high, logits))
+        mixed = tl.where(c[None, :] < C, mixed, float('-inf'))
         new_peak = tl.maximum(peak, tl.max(mixed, axis=1))
         total = total * tl.exp(peak - new_peak) + tl.sum(tl.exp(mixed - new_peak[:, None]), axis=1)
         peak = new_peak
