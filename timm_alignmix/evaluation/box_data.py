@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torchvision.datasets import VOCDetection
 
 from timm_alignmix.data.sources import ImageSource
 
@@ -145,10 +144,9 @@ def _voc_boxes(path: Path) -> dict[str, np.ndarray]:
     """Boxes by class; VOC counts pixels from 1."""
     boxes: dict[str, list[list[float]]] = {}
     try:
-        content = VOCDetection.parse_voc_xml(ET.parse(path).getroot())['annotation']
-        for item in content.get('object', []):
-            corners = [float(item['bndbox'][key]) - 1 for key in ('xmin', 'ymin', 'xmax', 'ymax')]
-            boxes.setdefault(item['name'].strip(), []).append(corners)
-    except (OSError, ET.ParseError, KeyError, TypeError, ValueError) as e:
+        for item in ET.parse(path).getroot().findall('object'):
+            corners = [float(item.findtext(f'bndbox/{key}')) - 1 for key in ('xmin', 'ymin', 'xmax', 'ymax')]
+            boxes.setdefault(str(item.findtext('name')).strip(), []).append(corners)
+    except (OSError, ET.ParseError, TypeError, ValueError) as e:  # no number where one belongs, or nothing at all
         raise ValueError(f'{path} is missing, damaged or no VOC annotation ({e!r})') from e
     return {name: np.array(corners) for name, corners in boxes.items()}

@@ -44,10 +44,10 @@ def score_bytes(class_map: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
     A map without contrast, or with nan, is 0 everywhere.
     """
+    if not class_map.min() < class_map.max():  # before resizing, whose rounding would pass for contrast
+        return np.zeros(size[::-1], dtype=np.uint8)
     scores = opencv().resize(class_map.astype(np.float32), size, interpolation=opencv().INTER_CUBIC)
     low, high = scores.min(), scores.max()
-    if not low < high:
-        return np.zeros(scores.shape, dtype=np.uint8)
     return ((scores - low) / (high - low) * 255).astype(np.uint8)
 
 

@@ -64,7 +64,8 @@ class TrainingStep:
         self.task = MixTask(model.train(), mix, mix_kwargs, img_size=tuple(images.shape[2:]), verbose=False)
         if compile:
             self.task.compile()
-        self.optimizer = torch.optim.SGD(self.task.trainable_module.parameters(), lr=0.0, momentum=0.9, weight_decay=1e-4)
+        parameters = self.task.trainable_module.parameters()  # the model's, and what a mix adds in training
+        self.optimizer = torch.optim.SGD(parameters, lr=0.0, momentum=0.9, weight_decay=1e-4)
         self.scaler = torch.amp.GradScaler(images.device.type, enabled=amp_dtype is torch.float16)
         self.modes = modes_in_proportion(getattr(self.task.mix, 'probs', {}), cycle)
 
@@ -91,7 +92,7 @@ class TrainingStep:
 
     def state_bytes(self) -> int:
         """Bytes of parameters, buffers and optimizer state: what is held between steps."""
-        module = self.task.trainable_module  # the model, and what a mix adds to it in training
+        module = self.task.trainable_module
         tensors = [*module.parameters(), *module.buffers()]
         tensors += [v for entry in self.optimizer.state.values() for v in entry.values() if isinstance(v, torch.Tensor)]
         return sum(tensor.nbytes for tensor in tensors)
@@ -139,21 +140,29 @@ class StepCost:
         return self.state_bytes + self.step_bytes
 
 
-def measure_steps(steps: dict[str, TrainingStep], rounds: int = 10, warmup: int = 1) -> dict[str, StepCost]:
+def measure_steps(
+        steps: dict[str, TrainingStep],
+        rounds: int = 10,
+        warmup: int = 1,
+        tick: Callable[[], Any] = lambda: None,
+) -> dict[str, StepCost]:
     """Time steps against each other, interleaved in one run, then their memory one by one.
 
     Args:
         steps: By name; all on one device.
         rounds: Rounds; each times one cycle of every case.
         warmup: Rounds before those.
+        tick: Called after every cycle that is timed and every memory that is measured.
     """
     device = next(iter(steps.values())).images.device
-    timings = time_interleaved(steps, device, rounds, warmup)
+    cases = {name: lambda step=step: (step(), tick()) for name, step in steps.items()}
+    timings = time_interleaved(cases, device, rounds, warmup)
     for step in steps.values():
         step.free_gradients()
     costs = {}
     for name, step in steps.items():
         step_bytes = peak_memory(step.each_mode, device)
+        tick()
         step.free_gradients()
         seconds = [value / len(step.modes) for value in timings[name].seconds]
         costs[name] = StepCost(Timing(seconds), step.state_bytes(), step_bytes)
@@ -183,11 +192,11 @@ def cost(ev: 'Evaluation') -> Result:
         if config.channels_last:
             images = images.to(memory_format=torch.channels_last)
         target = torch.arange(batch, device=ev.device) % model.num_classes
-        with ev.progress(f'cost {label}', 1):
-            steps, refused = build_steps(
-                lambda mix, model=model: network_for(model, mix, config.model_kwargs), mixes, images, target,
-                amp_dtype=amp_dtype, compile=config.cost_compile)
-            costs = measure_steps(steps, config.cost_rounds)
+        steps, refused = build_steps(
+            lambda mix, model=model: network_for(model, mix, config.model_kwargs), mixes, images, target,
+            amp_dtype=amp_dtype, compile=config.cost_compile)
+        with ev.progress(f'cost {label}', (config.cost_rounds + 2) * len(steps)) as bar:
+            costs = measure_steps(steps, config.cost_rounds, tick=bar.update)
         notes += [f'{label}, {mix}: left out. {reason}' for mix, reason in refused.items()]
         rows += [_row(label, mix, cost, costs[BASE], batch) for mix, cost in costs.items()]
         spreads[label] = {mix: cost.step.seconds for mix, cost in costs.items()}

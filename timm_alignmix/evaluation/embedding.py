@@ -236,8 +236,8 @@ def draw_maps(ev: 'Evaluation', found: dict[str, tuple[np.ndarray, np.ndarray]])
         for i, which in enumerate(classes):
             mine = places[labels[shown] == which]
             ax.scatter(
-                *mine.T, s=7, alpha=0.7, linewidths=0, color=COLORS[i % len(COLORS)],
-                marker=MARKERS[(i // len(COLORS)) % len(MARKERS)],
+                *mine.T, s=9, alpha=0.7, linewidths=0, color=COLORS[i % len(COLORS)],
+                marker=MARKERS[(i + i // len(COLORS)) % len(MARKERS)],
                 label=str(names[which]) if names else f'class {which}')
         ax.set(title=label, xticks=[], yticks=[])
     fig.legend(

@@ -4,10 +4,13 @@ Class activation maps: Zhou et al., "Learning Deep Features for Discriminative L
 1512.04150. MaxBoxAcc and MaxBoxAccV2: Choe et al., CVPR 2020, arXiv 2001.07437. Top-1 Loc with a fixed threshold, as in
 CutMix, arXiv 1905.04899. Table 5 of the AlignMixup paper, arXiv 2103.15375.
 
+A ResNet has 7x7 positions at 224 px; with `--model-kwargs output_stride=16`, in training too, timm builds it without
+the stride of its last stage, and it has 14x14 as in the papers (timm dilates that stage's later convolutions as well).
+
 Shape suffixes: B batch, C classes, R positions, T thresholds, N pairs of an image and a class it shows.
 """
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -129,15 +132,15 @@ def localization(ev: 'Evaluation') -> Result:
     """Boxes from class activation maps: Top-1 Loc, GT-known Loc, MaxBoxAcc, MaxBoxAccV2 (CUB-200-2011, VOC folders)."""
     from .localization_pictures import draw_curves, draw_pictures
 
-    opencv()
     source = open_boxes(ev.config.data_dir, ev.config.split)
+    opencv()
     rows, curves, columns = [], {}, []
     for model in ev.models:
         found, seen = evaluate_boxes(ev, model, source)
-        rows.append({'model': model.label, **measures(found), 'map': '{}x{}'.format(*seen['class_map'].shape[1:])})
+        rows.append({'model': model.label, **measures(found), 'map': describe_map(seen)})
         curves[model.label] = box_accuracy(found['largest'], 0.5)
         columns.append(seen_by(model, source, seen, rows[-1]['threshold']))
-    fixed, size = ev.config.cam_threshold, ev.models[0].data_config['input_size']
+    fixed = ev.config.cam_threshold
     return Result(
         columns={
             'top1': Column('top-1 (%)', '.2f', 'higher'),
@@ -152,8 +155,8 @@ def localization(ev: 'Evaluation') -> Result:
         },
         rows=rows,
         notes=[
-            f'Images are resized to {size[-1]}x{size[-2]} pixels without a crop. Map: classifier weight of the class '
-            'times the last feature map, resized bicubically, spread between its minimum and maximum.',
+            'Images are resized whole to the size of the model. Map: classifier weight of the class times the last '
+            'feature map, resized bicubically, spread between its minimum and maximum.',
             f'Top-1 Loc: the class is predicted and IoU >= 0.5 for the box of the largest contour above {fixed:g} of '
             'the maximum. GT-known Loc: the same without the prediction, from the map of the true class.',
             'MaxBoxAcc: IoU >= 0.5 for the largest contour, at the threshold that is best for the whole set (in steps '
@@ -204,9 +207,9 @@ def evaluate_boxes(
                         seen[key].append(value)
             judged += pool.map(run, *zip(*tasks, strict=True))
             bar.update()
-    found = ev.gather(
-        np.array(indices, dtype=np.int64),
-        **{name: np.array([getattr(pair, name) for pair in judged]) for name in Judged.__annotations__})
+    names = [field.name for field in fields(Judged)]
+    columns = {name: np.array([getattr(pair, name) for pair in judged]) for name in names}
+    found = ev.gather(np.array(indices, dtype=np.int64), **columns)
     places = np.array(seen.pop('index'), dtype=np.int64)
     return found, ev.gather(places, **{key: np.array(values) for key, values in seen.items()})
 
@@ -265,6 +268,11 @@ def class_labels(source: BoxSource, model: 'EvalModel') -> dict[str, int]:
             f'{source.title} has {len(source.class_names)} classes, {model.label} has {model.num_classes} and no names '
             'for them; evaluate a training checkpoint or an export of this data, which have names')
     return {name: label for label, name in enumerate(source.class_names)}
+
+
+def describe_map(seen: dict[str, np.ndarray]) -> str:
+    """Positions of a map and pixels of the image."""
+    return '{}x{} of {}x{}'.format(*seen['class_map'].shape[1:], *seen['image'].shape[2:])
 
 
 def measures(found: dict[str, np.ndarray]) -> dict[str, Any]:
