@@ -69,13 +69,13 @@ def plan_run(config: TrainConfig) -> Run:
         num_processes=processes,
         process_index=0,
         is_main_process=True,
-        device=torch.device('cpu'),
+        device=SimpleNamespace(type='devices not looked at'),
         mixed_precision={'float16': 'fp16', 'bfloat16': 'bf16'}[config.amp_dtype] if config.amp else 'no',
         local_main_process_first=nullcontext,
     )
     loaders = _stand_in_loaders(config, processes)
     if loaders is None:
-        loaders = create_data(config, data_config, accelerator)
+        loaders = create_data(config, data_config, _on_cpu(accelerator))
     with torch.device('meta'):
         model = timm.create_model(config.model, num_classes=loaders.num_classes, **arguments)
     task = SimpleNamespace(get_trainable_module=lambda: model)
@@ -101,11 +101,16 @@ def _stand_in_loaders(config: TrainConfig, processes: int) -> Any | None:
     )
 
 
+def _on_cpu(accelerator: SimpleNamespace) -> SimpleNamespace:
+    return SimpleNamespace(**{**vars(accelerator), 'device': torch.device('cpu')})
+
+
 def mode_probabilities(run: Run) -> dict[str, float]:
     """Probability of each mode of the mixing method, which is given the real model to prove that it can be mixed."""
     config = replace(run.config, pretrained=False, initial_checkpoint='')
     task = create_task(
-        config, model_arguments(config), run.data_config['input_size'], run.loaders.num_classes, run.accelerator)
+        config, model_arguments(config), run.data_config['input_size'], run.loaders.num_classes,
+        _on_cpu(run.accelerator))
     single = 'clean' if task.mix.name == 'none' else 'input'
     return getattr(task.mix, 'probs', None) or {single: 1.0}
 
@@ -234,7 +239,7 @@ class Curve:
         levels = np.ceil(self.rates[scale][at] / max(top, 1e-30) * height)
         rows = [''.join('#' if level >= row else ' ' for level in levels).rstrip() for row in range(height, 0, -1)]
         name = f' (groups x{scale:g})' if len(self.rates) > 1 else ''
-        return [f'Learning rate{name}, at most {top:.4g}, over {self.epochs[-1]:g} epochs:',
+        return [f'Learning rate{name}, at most {top:.4g}, epochs 0 to {self.epochs[-1]:.0f}:',
                 *(f'  |{row}' for row in rows)]
 
 
