@@ -11,7 +11,7 @@ from PIL import Image
 from timm_alignmix.training import resolve_config
 from timm_alignmix.training.build import build_run
 from timm_alignmix.training.dry_run import learning_rates, plan_run
-from timm_alignmix.training.engine import train_one_epoch
+from timm_alignmix.training.engine import train_one_epoch, validate
 from timm_alignmix.training.resolution import train_resolution
 from timm_alignmix.training.train import wrap_run
 
@@ -101,6 +101,19 @@ def test_progressive_resizing_is_ffcv_imagenets(epochs, batches, switch):
     expected = np.interp(curve.epochs, [0, 2, epochs], [1.7e-4, 1.7, 0])
     np.testing.assert_allclose(curve.rates[1.0], expected, rtol=1e-9, atol=1e-12)
     assert [train_resolution(config, epoch) for epoch in range(epochs)] == [160] * switch + [192] * (epochs - switch)
+
+
+def test_images_grow_in_training_and_not_in_evaluation(make_config, tmp_path):
+    config = make_config(tmp_path, batch_size=40, min_res=32, max_res=96, end_ramp=3, mix='manifold')
+    run, seen = build_run(config), []
+    wrap_run(run)
+    model = run.task.get_eval_model()
+    model.register_forward_pre_hook(lambda module, inputs: seen.append((module.training, inputs[0].shape[-1])))
+    for epoch in range(4):
+        train_one_epoch(run, epoch, save=lambda update, totals: None)
+        validate(run, model)
+    assert list(dict.fromkeys(seen)) == [(True, 32), (False, 64), (True, 64), (True, 96)]
+    assert [side for training, side in seen if training] == [32] * 2 + [64] * 4 + [96] * 2
 
 
 # Two steps
