@@ -46,7 +46,8 @@ def create_parser(config_class: type[Options], usage: str, description: str) -> 
         formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=32, width=118),
         allow_abbrev=False,
     )
-    parser.add_argument('-c', '--config', metavar='FILE.yaml', help='read options from a file; flags win over it')
+    parser.add_argument(
+        '-c', '--config', metavar='FILE.yaml', help='read options from a file, such as those of recipes/; flags win')
     options = fields(config_class)
     used = dict.fromkeys(option.metadata['group'] for option in options)
     titles = [title for title in GROUPS if title in used] + [title for title in used if title not in GROUPS]
