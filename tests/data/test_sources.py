@@ -1,8 +1,11 @@
+import os
+
 import pytest
 from PIL import Image
+from timm.data import create_dataset
 
 from timm_alignmix.data import open_source
-from timm_alignmix.data.sources import find_split_folder
+from timm_alignmix.data.folders import find_split_folder
 
 
 @pytest.fixture
@@ -63,11 +66,57 @@ def test_empty_class_folders_are_named(tree):
         open_source(str(root))
 
 
-def test_links_that_list_a_folder_twice_are_refused(tree):
-    root = tree('train/a/1.png', 'train/b/1.png')
-    (root / 'train' / 'a' / 'loop').symlink_to(root / 'train' / 'a')  # would become a class of its own
-    with pytest.raises(ValueError, match='a/loop and .*/a are the same folder, through a symbolic link'):
+def test_links_to_folders_that_are_listed_anyway_are_passed_over(tree, caplog):
+    """Followed, three links would list every image in 40 levels of 3 classes named after the links."""
+    root = tree('train/a/1.png', 'train/b/1.png', 'val/c/1.png')
+    (root / 'train' / 'a' / 'self').symlink_to(root / 'train' / 'a')
+    (root / 'train' / 'a' / 'up').symlink_to(root / 'train')
+    (root / 'train' / 'a' / 'all').symlink_to(root)  # also holds the other split
+    (root / 'train' / 'b' / 'across').symlink_to('../a')
+    source = open_source(str(root))
+    assert (source.num_samples, source.class_names) == (2, ['a', 'b'])
+    reasons = {os.path.relpath(name, root / 'train'): reason for name, reason in source.skipped}
+    assert reasons.keys() == {'a/self', 'a/up', 'a/all', 'b/across'}
+    assert 'the same folder as' in reasons['a/self'] and 'a folder that holds' in reasons['a/up']
+    assert '4 files or folders are not read' in caplog.text
+
+
+def test_a_class_that_is_a_link_to_another_is_refused(tree):
+    root = tree('train/a/1.png')
+    (root / 'train' / 'b').symlink_to('a')
+    with pytest.raises(ValueError, match='1 class folders .*: b; fill them or remove them .*b: the same folder as'):
         open_source(str(root))
+
+
+def test_links_to_other_folders_are_followed(tree, tmp_path):
+    root = tree('elsewhere/1.png', 'root/train/a/1.png')
+    (root / 'root' / 'train' / 'b').symlink_to(root / 'elsewhere')
+    source = open_source(str(root / 'root'))
+    assert (source.labels, source.class_names, list(source.skipped)) == ([0, 1], ['a', 'b'], [])
+
+
+def test_what_is_no_image_is_listed(tree):
+    root = tree('train/a/1.png')
+    (root / 'train' / 'a' / 'notes.txt').touch()
+    os.mkfifo(root / 'train' / 'a' / 'pipe.jpg')  # reading it would wait forever
+    (root / 'train' / 'a' / 'endless.jpg').symlink_to('/dev/zero')
+    source = open_source(str(root))
+    assert source.num_samples == 1
+    assert [reason for _, reason in source.skipped] == [
+        'not a regular file', "the extension '.txt' is not read", 'not a regular file']
+
+
+def test_order_is_timms(tree):
+    names = 'x10.png', 'X9.jpg', '10.jpeg'
+    root = tree(*(f'train/{folder}/{name}' for folder in ('c10', 'c9', 'B') for name in names))
+    theirs = create_dataset('', str(root / 'train'), search_split=False)
+    source = open_source(str(root))
+    assert source.dataset.reader.samples == theirs.reader.samples
+    assert source.class_to_idx == theirs.reader.class_to_idx
+
+
+def test_names_that_timm_cannot_sort(tree):
+    assert open_source(str(tree('train/a/1\u00b22.png', 'train/a/1a2.png', 'train/a/12.png'))).num_samples == 3
 
 
 def test_no_images_at_all(tmp_path):

@@ -1,7 +1,5 @@
 """The converter, against FFCV's own reader and Pillow."""
-import csv
 import io
-import json
 import os
 import resource
 
@@ -73,39 +71,17 @@ def test_the_file_does_not_depend_on_the_number_of_workers(tmp_path, numbered):
     assert (tmp_path / '0.beton').read_bytes() == (tmp_path / '2.beton').read_bytes()
 
 
-@pytest.fixture
-def hostile(tmp_path, crops):
-    """A folder of one class: two readable images of odd kinds, and every kind of unreadable file."""
+def test_images_left_out_are_said_and_counted(tmp_path, crops, caplog):
     folder = tmp_path / 'images' / 'train' / 'a'
     folder.mkdir(parents=True)
     crops[0].save(folder / 'good.jpg')
-    crops[1].convert('CMYK').save(folder / 'cmyk.jpg')
-    crops[2].save(folder / 'png inside.jpg', 'PNG')
-    crops[3].save(folder / '\u732b \U0001f408.png')
-    Image.new('RGB', (3, 3000)).save(folder / 'bad thin.png')
-    (folder / 'bad empty.jpg').touch()
-    (folder / 'bad text.png').write_text('not an image')
-    (folder / 'bad link.jpg').symlink_to('gone.jpg')
-    for name in ('good.jpg', '\u732b \U0001f408.png'):
-        content = (folder / name).read_bytes()
-        (folder / f'bad cut {name}').write_bytes(content[:len(content) * 2 // 3])
-    return tmp_path / 'images'
-
-
-def test_unreadable_images_are_listed_and_left_out(hostile, tmp_path, caplog):
-    output = tmp_path / 'out'
-    report, = convert(str(hostile), output, val_split='', workers=2, progress=False)
-    assert report.num_samples == 4
-    assert len(list(stored_images(output / 'train.beton'))) == 4
-    with open(output / 'train.beton.unreadable.csv', newline='', encoding='utf-8') as file:
-        listed = list(csv.DictReader(file))
-    assert sorted(os.path.basename(row['name']) for row in listed) == [
-        'bad cut good.jpg', 'bad cut \u732b \U0001f408.png', 'bad empty.jpg',
-        'bad link.jpg', 'bad text.png', 'bad thin.png',
-    ]
-    assert all(row['reason'] for row in listed)
-    assert '6 images could not be read and were left out' in caplog.text
-    assert json.loads((output / 'train.beton.json').read_text())['num_unreadable'] == 6
+    (folder / 'empty.jpg').touch()
+    (folder / 'notes.txt').touch()
+    report, = convert(str(tmp_path / 'images'), tmp_path / 'out', val_split='', workers=0, progress=False)
+    assert (report.num_samples, len(report.unreadable), len(report.skipped)) == (1, 1, 1)
+    assert '1 images could not be read and were left out' in caplog.text
+    assert f"'{folder}/empty.jpg': ValueError: not an image in any format that is read" in caplog.text
+    assert '1 files or folders are not read' in caplog.text
 
 
 def test_nothing_readable_is_an_error(tmp_path):

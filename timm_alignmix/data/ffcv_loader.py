@@ -41,12 +41,12 @@ class _Epoch(_ffcv.loader.epoch_iterator.EpochIterator):
 
     def run(self) -> None:
         import numba
-        numba.set_num_threads(self.loader.num_workers)  # a setting of this thread
-        slots = self.loader.batches_ahead + 2
-        decoder, = (node.id for node in self.loader.graph.root_nodes if isinstance(node.decoder, SeededDecoder))
-        _, keys, status = self.memory_allocations['operation'][decoder]
-        keys[:] = self._key
         try:
+            numba.set_num_threads(self.loader.num_workers)  # a setting of this thread
+            slots = self.loader.batches_ahead + 2
+            decoder, = (node.id for node in self.loader.graph.root_nodes if isinstance(node.decoder, SeededDecoder))
+            _, keys, status = self.memory_allocations['operation'][decoder]
+            keys[:] = self._key
             for batch, indices in enumerate(self.iter_ixes):
                 views = self.run_pipeline(batch, indices, batch % slots, None)
                 damaged = indices[status[batch % slots][:len(indices)] != 0]

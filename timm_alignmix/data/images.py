@@ -1,23 +1,34 @@
 """Decode any image file to 8-bit RGB (or grey), the same way for the converter and for timm's readers."""
+import functools
 import io
 import logging
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 _logger = logging.getLogger(__name__)
 
 # Pillow's own limit for an error (twice its limit for a warning): 0.5 GB once decoded to RGB.
 MAX_PIXELS = 2 * 89_478_485
+MAX_BYTES = 1 << 30  # of a file: more than MAX_PIXELS take
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """All that Pillow decodes itself. For EPS it would run Ghostscript on whatever calls itself a JPEG."""
+    Image.init()
+    return tuple(sorted(set(Image.ID) - {'EPS'}))
 
 
 def _open(source: BinaryIO | str | Path) -> Image.Image:
     """Pillow's open without its global pixel limit: decode_image() applies its own after the scaled JPEG decode."""
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
-        return Image.open(source)
+        return Image.open(source, formats=_formats())
+    except UnidentifiedImageError:
+        raise ValueError('not an image in any format that is read') from None
     finally:
         Image.MAX_IMAGE_PIXELS = limit
 
@@ -61,7 +72,7 @@ def decode_image(
         max_pixels: Refuse to decode more pixels than this.
 
     Raises:
-        ValueError: Too many pixels, or a pixel type without an 8-bit meaning.
+        ValueError: No image, too many pixels, or a pixel type without an 8-bit meaning.
         Exception: Whatever Pillow raises for a damaged file (OSError, SyntaxError, struct.error, ...).
     """
     image = source if isinstance(source, Image.Image) else _open(source)
@@ -79,6 +90,14 @@ def decode_image(
 
 
 def read_bytes(source: BinaryIO) -> io.BytesIO:
-    """Take the whole file into memory and close it: Pillow keeps lazily read files open."""
+    """Take the whole file into memory and close it: Pillow keeps lazily read files open.
+
+    Raises:
+        ValueError: It is larger than any image that decode_image() would take.
+    """
     with source:
+        size = source.seek(0, io.SEEK_END)
+        if size > MAX_BYTES:
+            raise ValueError(f'{size} bytes are more than the limit of {MAX_BYTES} for an image file')
+        source.seek(0)
         return io.BytesIO(source.read())

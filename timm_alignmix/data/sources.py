@@ -1,20 +1,18 @@
 """Find images and labels: ImageFolder roots and timm's dataset names, checked before any work starts."""
-import logging
-import os
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch.utils.data
-from timm.data import create_dataset
+from timm.data import ImageDataset, create_dataset
 from timm.data.readers.class_map import load_class_map
 
-_logger = logging.getLogger(__name__)
+from .folders import EVAL_FOLDERS as EVAL_FOLDERS
+from .folders import EXTENSIONS as EXTENSIONS
+from .folders import TRAIN_FOLDERS as TRAIN_FOLDERS
+from .folders import FolderReader, Skipped, check_folders, find_split_folder, log_skipped
 
 PREFIXES = ('torch', 'hfds', 'hfids', 'tfds', 'wds')
 STREAMS = ('hfids', 'tfds', 'wds')  # read in sequence only
-EXTENSIONS = ('.bmp', '.gif', '.jpeg', '.jpg', '.pgm', '.png', '.ppm', '.tif', '.tiff', '.webp')
-TRAIN_FOLDERS = ('train', 'training')
-EVAL_FOLDERS = ('validation', 'val', 'valid', 'eval', 'evaluation', 'test')
 
 
 class ImageSource:
@@ -25,6 +23,7 @@ class ImageSource:
         title: Name for messages.
         class_names: Names by label, where known.
         class_to_idx: Class map to hand on to the evaluation split, where the classes are folder names.
+        skipped: Files and folders that are not read.
     """
 
     def __init__(
@@ -33,11 +32,13 @@ class ImageSource:
             title: str,
             class_names: list[str] | None = None,
             class_to_idx: dict[str, int] | None = None,
+            skipped: Sequence[Skipped] = (),
     ):
         self.dataset = dataset
         self.title = title
         self.class_names = class_names
         self.class_to_idx = class_to_idx
+        self.skipped = skipped
 
     @property
     def is_stream(self) -> bool:
@@ -68,75 +69,24 @@ class ImageSource:
         return f'{self.title}[{index}]'
 
 
-def find_split_folder(root: str | Path, split: str) -> Path:
-    """The folder of a split in an ImageFolder root; the usual names of training and evaluation folders are synonyms.
-
-    Raises:
-        ValueError: The root or the folder is missing; the message lists what is there.
-    """
-    root = Path(root).expanduser()
-    if not root.is_dir():
-        raise ValueError(f'data folder {root} does not exist' if not root.exists() else f'{root} is not a folder')
-    names = [split]
-    for synonyms in (TRAIN_FOLDERS, EVAL_FOLDERS):
-        if split in synonyms:
-            names += synonyms
-    for name in names:
-        if name and (root / name).is_dir():
-            if name != split:
-                _logger.info(f'Split {split!r}: using the folder {root / name}')
-            return root / name
-    there = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
-    raise ValueError(
-        f'{root} has no folder for the split {split!r} (tried {", ".join(dict.fromkeys(names))}); it has: '
-        f'{", ".join(there[:20]) or "no folders"}. Expected {root}/train/<class>/ and {root}/validation/<class>/')
-
-
-def _check_folders(folder: Path, samples: list[tuple[str, int]]) -> None:
-    """Every folder in a split has images, none lie outside of the folders, and links do not list a folder twice."""
-    places = [os.path.relpath(os.path.dirname(name), folder).split(os.sep)[0] for name, _ in samples]
-    if '.' in places:
-        raise ValueError(f'images lie directly in {folder}, such as {samples[places.index(".")][0]}; '
-                         'expected one folder per class')
-    folders = {entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith('.')}
-    empty = sorted(folders - set(places))
-    if empty:
-        raise ValueError(
-            f'{len(empty)} class folders in {folder} have no images that can be listed ({", ".join(EXTENSIONS)}): '
-            f'{", ".join(empty[:20])}; fill them or remove them')
-    folder_of: dict[str, str] = {}
-    for place in sorted({os.path.dirname(name) for name, _ in samples}):
-        first = folder_of.setdefault(os.path.realpath(place), place)
-        if first != place:
-            raise ValueError(f'{place} and {first} are the same folder, through a symbolic link; remove the link')
-
-
 def _open_folder(root: str, split: str, class_map: str, class_to_idx: dict[str, int] | None) -> ImageSource:
-    folder = find_split_folder(root, split)
-
-    def scan(mapping: dict[str, int] | str) -> Any:
-        try:
-            return create_dataset(
-                '', root=str(folder), search_split=False, class_map=mapping, input_key=';'.join(EXTENSIONS))
-        except RuntimeError as error:  # timm's "Found 0 images"
-            raise ValueError(
-                f'no images in the class folders of {folder} (extensions {", ".join(EXTENSIONS)})') from error
-
+    folder = str(find_split_folder(root, split))
     if class_map:  # may leave classes out on purpose
         try:
-            dataset = scan(load_class_map(class_map, str(root)))
+            reader = FolderReader(folder, load_class_map(class_map, str(root)))
         except AssertionError as error:
             raise ValueError(f'class map {class_map!r}: {error}') from error
     else:
-        dataset = scan('')
-        _check_folders(folder, dataset.reader.samples)
+        reader = FolderReader(folder)
+        check_folders(reader)
         if class_to_idx is not None:
-            unknown = sorted(set(dataset.reader.class_to_idx) - set(class_to_idx))
+            unknown = sorted(set(reader.class_to_idx) - set(class_to_idx))
             if unknown:
                 raise ValueError(f'{folder} has classes that the training set lacks: {", ".join(unknown[:20])}')
-            dataset = scan(class_to_idx)
-    mapping = dataset.reader.class_to_idx
-    return ImageSource(dataset, str(folder), _names(mapping), mapping)
+            reader = FolderReader(folder, class_to_idx)
+    log_skipped(reader)
+    mapping = reader.class_to_idx
+    return ImageSource(ImageDataset(folder, reader=reader), folder, _names(mapping), mapping, reader.skipped)
 
 
 def _names(class_to_idx: dict[str, int]) -> list[str] | None:

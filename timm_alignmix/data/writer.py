@@ -1,15 +1,16 @@
 """Convert images to .beton files for FFCV. The command is in write.py.
 
 Every image is decoded in full, turned upright, made RGB and reduced to --max-resolution. An image that cannot be read
-is left out and listed in a CSV file beside the .beton; nothing else is left out, and any other error ends the run. The
-file is written under a temporary name and renamed when complete. Beside it, NAME.beton.json holds the class names, the
-source, the settings and the checksums that `python -m timm_alignmix.data.verify` compares with.
+is left out and listed in a CSV file beside the .beton, with the files and folders that are no images; nothing else is
+left out, and any other error ends the run. The file is written under a temporary name and renamed when complete. Beside
+it, NAME.beton.json holds the class names, the source, the settings and the checksums that `python -m
+timm_alignmix.data.verify` compares with.
 """
 import csv
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from tqdm import tqdm
 
 from .beton import BetonWriter, EncodedSample, encode_sample, page_size_for, sidecar_path
 from .ffcv_import import import_ffcv
+from .folders import Skipped
 from .images import MAX_PIXELS, decode_image, read_bytes
 from .order import shuffled
 from .sources import STREAMS, ImageSource, open_source
@@ -76,7 +78,8 @@ class WriteReport:
     """What write_beton() did."""
     path: Path
     num_samples: int
-    unreadable: list[Unreadable]
+    unreadable: list[Unreadable]  # images
+    skipped: Sequence[Skipped] = ()  # files and folders that are no images, or are elsewhere in the set
 
 
 def _encode(image: Any, label: int, index: int, name: str, settings: WriteSettings) -> EncodedSample | Unreadable:
@@ -192,11 +195,11 @@ def write_beton(
         temporary.unlink(missing_ok=True)
         raise
     _log_result(path, source, written, count, unreadable)
-    return WriteReport(path, len(written), unreadable)
+    return WriteReport(path, len(written), unreadable, source.skipped)
 
 
 def unreadable_path(path: Path) -> Path:
-    """The CSV file beside a .beton that lists the images left out."""
+    """The CSV file beside a .beton that lists what was left out."""
     return path.with_name(path.name + '.unreadable.csv')
 
 
@@ -211,15 +214,17 @@ def _write_reports(
 ) -> None:
     listing = unreadable_path(path)
     listing.unlink(missing_ok=True)
-    if unreadable:
+    if unreadable or source.skipped:
         with open(listing, 'w', newline='', encoding='utf-8', errors='surrogateescape') as file:
             table = csv.writer(file)
             table.writerow(Unreadable._fields)
             table.writerows(unreadable)
+            table.writerows(Unreadable(name, '', reason) for name, reason in source.skipped)
     description = {
         'class_names': source.class_names,
         'num_samples': num_samples,
         'num_unreadable': len(unreadable),
+        'num_skipped': len(source.skipped),
         'num_expected': num_expected,
         'source': source.title,
         'settings': asdict(settings),
@@ -233,7 +238,7 @@ def _log_result(path: Path, source: ImageSource, labels: np.ndarray, count: int,
     if unreadable:
         _logger.warning(f'{len(unreadable)} images could not be read and were left out; see {unreadable_path(path)}')
         for sample in unreadable[:5]:
-            _logger.warning(f'  {sample.name}: {sample.reason}')
+            _logger.warning(f'  {sample.name!r}: {sample.reason}')  # any bytes may be in a name
     missing = count - len(labels) - len(unreadable)
     if missing:
         _logger.warning(f'{missing} of the {count} samples that {source.title} announced were not delivered')
