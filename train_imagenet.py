@@ -36,6 +36,7 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, ImportError, OSError) as e:  # wrong options, data or environment: the message has the remedy
         sys.exit(f'train_imagenet.py: error: {e}')
     fit_and_export(run, saver)
+    run.accelerator.state.destroy_process_group()
 
 
 if __name__ == '__main__':

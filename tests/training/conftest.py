@@ -122,7 +122,7 @@ def make_config(digits) -> Callable[..., TrainConfig]:
         settings = dict(
             data_dir=str(digits), loader='timm', workers=0, model='test_resnet', img_size=SIZE, crop_pct=1.0,
             batch_size=16, validation_batch_size=8, epochs=2, warmup_epochs=0, opt='adamw', lr=3e-3, hflip=0.0,
-            scale=(0.6, 1.0), device='cpu', output=str(output), experiment='run', export='none',
+            scale=(0.6, 1.0), device='cpu', output=str(output), experiment='run', export='none', curves=False,
         )
         return TrainConfig(**{**settings, **options})
     return make
@@ -143,7 +143,7 @@ def finished(tmp_path_factory, make_config) -> Callable[[str], Finished]:
         'multimix': dict(mix_kwargs={'n': 12}, channels_last=True),
         'densemultimix': dict(
             mix_kwargs={'n': 12}, epochs=3, warmup_epochs=1, drop=0.1, model_ema=True, model_ema_decay=0.7,
-            color_jitter=0.2),
+            color_jitter=0.2, curves=True),
     }
 
     @functools.cache

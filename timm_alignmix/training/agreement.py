@@ -51,17 +51,6 @@ class StopSignals:
         self.received = self.received or signal.Signals(number)
 
 
-@contextmanager
-def signals_held_back() -> Iterator[None]:
-    """Hold the signals back in this thread. Processes that start in the meantime never see them: a loader's workers
-    must outlive a signal that is sent to the whole job, since the update under way needs their batches."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 class Agreement:
     """Whether the processes make an update, and whether they go on after it.
 

@@ -31,6 +31,7 @@ from .param_groups import classifier_parameters, scale_head_lr
 from .resolution import train_resolutions
 from .resolve import near_names
 from .totals import LossTotals, MixTotals
+from .watch import check_trackers
 
 _logger = logging.getLogger(__name__)
 
@@ -107,6 +108,7 @@ def create_accelerator(config: RunConfig) -> Accelerator:
     precision = {'float16': 'fp16', 'bfloat16': 'bf16'}[config.amp_dtype] if config.amp else None
     if config.opt.lower() not in list_optimizers():
         raise ValueError(f'--opt {config.opt}: timm has no such optimizer{near_names(config.opt, list_optimizers())}')
+    check_trackers(config.log_trackers)
     accelerator = Accelerator(
         cpu=config.device == 'cpu',
         mixed_precision=precision,  # None leaves it to accelerate launch --mixed_precision

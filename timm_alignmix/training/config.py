@@ -167,6 +167,7 @@ class RunConfig(Options):
     log_interval: int = _run(50, 'updates between log lines', int, low=1)
     log_trackers: list[str] = _run(
         [], 'also log to these, through Accelerate', choices=('tensorboard', 'wandb'), nargs='+')
+    curves: bool = _run(True, 'draw curves.png after each epoch', bool)
     progress: bool = _run(False, 'progress bar even where the output is no terminal', bool)
     dry_run: bool = _run(False, 'print the resolved configuration, steps and parameter groups, and stop', bool)
 

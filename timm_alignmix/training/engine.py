@@ -13,7 +13,7 @@ from timm.task import ClassificationEvaluator
 from timm.utils import dispatch_clip_grad, random_seed
 from torch import nn
 
-from .agreement import Agreement, StopRequested, signals_held_back
+from .agreement import Agreement, StopRequested
 from .logs import EpochLog, progress_bar
 from .totals import LossTotals
 
@@ -54,7 +54,7 @@ def train_one_epoch(run: 'Run', epoch: int, save: Callable[[int, LossTotals], No
     module.train()
     run.optimizer.zero_grad(set_to_none=True)
     agreement, log = Agreement(accelerator, module, run.stop), EpochLog(run, epoch, totals)
-    with progress_bar(run, f'Train {epoch}', updates, first) as bar, closing(_batches(loader)) as batches:
+    with progress_bar(run, f'Train {epoch}', updates, first) as bar, closing(iter(loader)) as batches:
         for update in range(first, updates):
             number = epoch * updates + update + 1  # of this update in the run
             results = _compute_gradients(run, epoch, update, batches, agreement, log)
@@ -84,16 +84,6 @@ def train_one_epoch(run: 'Run', epoch: int, save: Callable[[int, LossTotals], No
             if stop:
                 raise StopRequested
     return _summarize(run, epoch, totals)
-
-
-def _batches(loader: Any) -> Iterator[Any]:
-    """Batches of a loader, whose workers start while signals are held back."""
-    iterator = iter(loader)
-    with signals_held_back():
-        batch = next(iterator, None)
-    if batch is not None:
-        yield batch
-        yield from iterator
 
 
 def _compute_gradients(
@@ -197,7 +187,7 @@ def validate(run: 'Run', model: nn.Module, name: str = 'Test') -> OrderedDict[st
     evaluator = ClassificationEvaluator(device=run.accelerator.device)
     batches, start = len(loader), time.perf_counter()
     with progress_bar(run, name, batches) as bar:
-        for index, (images, target) in enumerate(_batches(loader)):
+        for index, (images, target) in enumerate(loader):
             with run.accelerator.autocast():
                 output = model(images)
             evaluator.update(output, target)

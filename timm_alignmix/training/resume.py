@@ -93,6 +93,8 @@ def load_run(run: 'Run', state: dict[str, Any], path: Path) -> None:
 
 
 def _load_progress(run: 'Run', progress: dict[str, Any], args: dict[str, Any]) -> None:
+    """Continue an epoch, on another layout at the same sample: batches of all processes together are stretches of one
+    order (but for FFCV files larger than memory, where each process reads a part of its own)."""
     run.resumed_totals, run.nonfinite, run.seconds_before = (
         progress[key] for key in ('totals', 'nonfinite', 'seconds'))
     if progress['layout'] == run.layout:
@@ -110,7 +112,7 @@ def _load_progress(run: 'Run', progress: dict[str, Any], args: dict[str, Any]) -
         run.start_update = min(-(-progress['samples'] // run.global_batch_size), run.updates_per_epoch)
         left_out = run.start_update * run.global_batch_size - progress['samples']
         message += (
-            f'; epoch {run.start_epoch} goes on in its order of samples, from {progress["updates"]} of '
+            f'; epoch {run.start_epoch} goes on from {progress["updates"]} of '
             f'{progress["updates_per_epoch"]} updates to {run.start_update} of {run.updates_per_epoch} (sample '
             f'{progress["samples"]}' + (f', {left_out} left out' if left_out > 0 else '') + ')')
     _logger.warning(message + '; the draws of mixing and dropout are others')

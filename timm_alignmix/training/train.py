@@ -1,6 +1,7 @@
 """A whole training run: build, resume, train, evaluate, save."""
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import yaml
 from timm.models import safe_model_name
 from timm.utils import distribute_bn, trim_summary
 from torch import nn
+from torch.distributed import DistError
 
 from timm_alignmix import weights
 
@@ -22,13 +24,14 @@ from .engine import train_one_epoch, validate
 from .logs import append_summary, mean_lr, result_json, write_args
 from .resume import checkpoint_state, load_run
 from .totals import LossTotals
+from .watch import draw_curves, start_trackers, track_epoch, write_report
 
 _logger = logging.getLogger(__name__)
 
 # Options that say how a run is watched or continued, not what it computes.
 _RUN_OPTIONS = ('resume', 'no_resume_opt', 'start_epoch', 'stop_epoch', 'progress', 'log_interval', 'dry_run',
                 'workers', 'pin_mem', 'output', 'checkpoint_hist', 'checkpoint_steps', 'max_nonfinite', 'dist_timeout',
-                'log_trackers', 'export')
+                'log_trackers', 'curves', 'export')
 
 
 def train(config: TrainConfig) -> dict[str, Any] | None:
@@ -96,6 +99,7 @@ def open_run(run: Run, name: str) -> CheckpointSaver:
     if run.accelerator.is_main_process:
         saver.forget_after((run.start_epoch, run.start_update))
         trim_summary(saver.folder / 'summary.csv', run.start_epoch)
+    start_trackers(run, saver.folder)
     return saver
 
 
@@ -175,25 +179,39 @@ def fit(
     if run.start_epoch >= stop:
         raise ValueError(f'nothing to train: epoch {run.start_epoch} of {stop} is already reached; raise --epochs')
     history = []
-    with run.stop.listening():
-        try:
-            for epoch in range(run.start_epoch, stop):
-                history.append(_run_epoch(run, saver, evaluate, epoch, epoch + 1 == stop))
-                if epoch + 1 < stop and _asked_to_stop(run):
-                    raise StopRequested
-        except StopRequested:
-            # A launcher ends all processes when the first one leaves: not before the checkpoint is written.
-            run.accelerator.wait_for_everyone()
-            _finish_trackers(run)
-            if run.accelerator.is_main_process:
-                name = run.stop.received.name if run.stop.received else 'a signal to another process'
-                _logger.warning(
-                    f'*** Stopped by {name}; all is saved in {saver.folder}. The same command with --resume auto '
-                    f'--experiment {saver.folder.name} continues. Exit code {EXIT_REQUEUE}')
-            raise SystemExit(EXIT_REQUEUE) from None
+    with run.stop.listening(), _explained_ends(run, saver):
+        for epoch in range(run.start_epoch, stop):
+            history.append(_run_epoch(run, saver, evaluate, epoch, epoch + 1 == stop))
+            if epoch + 1 < stop and _asked_to_stop(run):
+                raise StopRequested
     result = _report(run, saver, history)
     _finish_trackers(run)
     return result
+
+
+@contextmanager
+def _explained_ends(run: Run, saver: CheckpointSaver) -> Iterator[None]:
+    """Say why a run ends before its time, and how to go on."""
+    go_on = f'--resume auto --experiment {saver.folder.name}'
+    try:
+        yield
+    except StopRequested:
+        # A launcher ends all processes when the first one leaves: not before the checkpoint is written.
+        run.accelerator.wait_for_everyone()
+        _finish_trackers(run)
+        if run.accelerator.is_main_process:
+            name = run.stop.received.name if run.stop.received else 'a signal to another process'
+            _logger.warning(
+                f'*** Stopped by {name}; all is saved in {saver.folder}. The same command with {go_on} continues. '
+                f'Exit code {EXIT_REQUEUE}')
+        raise SystemExit(EXIT_REQUEUE) from None
+    except RuntimeError as e:
+        # gloo's errors have no type of their own; with NCCL its watchdog may end the process first.
+        if run.accelerator.num_processes == 1 or not (isinstance(e, DistError) or 'gloo' in str(e)):
+            raise
+        raise RuntimeError(
+            f'process {run.accelerator.process_index} lost contact with the others: one died, or one did not answer '
+            f'for --dist-timeout {run.config.dist_timeout} seconds. Start all of them again with {go_on}') from e
 
 
 def _asked_to_stop(run: Run) -> bool:
@@ -224,9 +242,13 @@ def _run_epoch(run: Run, saver: CheckpointSaver, evaluate: Callable, epoch: int,
         run.scheduler.step(epoch + 1, metrics and metrics[config.eval_metric])
     state = checkpoint_state(run, epoch + 1)
     if accelerator.is_main_process:
-        with saver.explained('summary.csv'):
-            append_summary(saver.folder / 'summary.csv', epoch, entry['train'], metrics, entry['lr'], config.metrics)
+        summary = saver.folder / 'summary.csv'
+        with saver.explained(summary.name):
+            append_summary(summary, epoch, entry['train'], metrics, entry['lr'], config.metrics)
+            if config.curves:
+                draw_curves(summary, saver.folder / 'curves.png')
         saver.save(state, epoch, metrics)
+    track_epoch(run, entry)
     return entry
 
 
@@ -252,6 +274,7 @@ def _report(run: Run, saver: CheckpointSaver, history: list[dict[str, Any]]) -> 
         for which, entry in (('last epoch', last), (f'best epoch by {metric}', best)):
             values = ', '.join(f'{key} {entry[key]:.4g}' for key in run.config.metrics)
             _logger.info(f'*** {which.capitalize()} ({entry["epoch"]}): {values}')
+        write_report(run, saver.folder, last, best, history[-1]['train'])
         print(result_json(history, metric), flush=True)
     return {'folder': saver.folder, 'last': last, 'best': best, 'history': history}
 
