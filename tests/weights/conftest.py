@@ -35,7 +35,7 @@ class Trained:
         self.args = TrainConfig(
             model=name, img_size=size, mix=mix, model_kwargs=model_kwargs, data_dir='/home/someone/Flower Photos',
             output='/home/someone/runs', crop_pct=0.9, mean=[0.4, 0.5, 0.6], std=[0.2, 0.2, 0.3],
-            interpolation='bilinear', epochs=3, lr=0.1).to_dict()
+            interpolation='bilinear', crop_mode='squash', epochs=3, lr=0.1).to_dict()
         self.checkpoint = folder / 'last.pth.tar'
         self.folder = folder / 'export'
         self.save(self.checkpoint)

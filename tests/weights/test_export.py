@@ -28,7 +28,8 @@ with torch.no_grad():
 save_file({{key: value.contiguous() for key, value in out.items()}}, {outputs!r})
 config = timm.data.resolve_model_data_config(model)
 assert list(config['mean']) == [0.4, 0.5, 0.6] and config['crop_pct'] == 0.9, config
-assert config['interpolation'] == 'bilinear' and config['input_size'][-1] == small.shape[-1], config
+assert config['interpolation'] == 'bilinear' and config['crop_mode'] == 'squash', config
+assert config['input_size'][-1] == small.shape[-1], config
 """
 
 UNKNOWN = """

@@ -29,12 +29,13 @@ _KEPT = (
 # Options that the network and its images depend on.
 _MODEL_OPTIONS = (
     'model', 'model_kwargs', 'mix', 'mix_kwargs', 'num_classes', 'gp', 'in_chans', 'drop', 'drop_path', 'drop_block',
-    'bn_momentum', 'bn_eps', 'img_size', 'input_size', 'crop_pct', 'mean', 'std', 'interpolation',
+    'bn_momentum', 'bn_eps', 'img_size', 'input_size', 'crop_pct', 'crop_mode', 'mean', 'std', 'interpolation',
 )
 # Options that say where and how a run was watched or stored, not what it computed.
 _RUN_OPTIONS = (
     'output', 'experiment', 'resume', 'no_resume_opt', 'start_epoch', 'stop_epoch', 'checkpoint_hist', 'val_interval',
     'log_interval', 'progress', 'dry_run', 'export', 'workers', 'pin_mem', 'dataset_download', 'device', 'config',
+    'dataset_size', 'num_processes',
 )
 
 
