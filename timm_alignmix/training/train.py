@@ -31,7 +31,7 @@ _logger = logging.getLogger(__name__)
 # Options that say how a run is watched or continued, not what it computes.
 _RUN_OPTIONS = ('resume', 'no_resume_opt', 'start_epoch', 'stop_epoch', 'progress', 'log_interval', 'dry_run',
                 'workers', 'pin_mem', 'output', 'checkpoint_hist', 'checkpoint_steps', 'max_nonfinite', 'dist_timeout',
-                'log_trackers', 'curves', 'export')
+                'log_trackers', 'curves', 'export', 'dataset_size', 'num_processes')
 
 
 def train(config: TrainConfig) -> dict[str, Any] | None:
