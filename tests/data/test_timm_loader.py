@@ -1,4 +1,8 @@
 """The loader around timm's datasets and transforms."""
+import multiprocessing
+import os
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -79,6 +83,22 @@ def test_an_unreadable_image_is_named(tmp_path, crops, workers):
     (folder / '2.jpg').write_bytes((folder / '2.jpg').read_bytes()[:500])
     with pytest.raises(RuntimeError, match=r'a/2.jpg cannot be read \(OSError.*repair or remove it, or convert'):
         read(make(tmp_path, batch_size=2, workers=workers))
+
+
+def test_a_worker_that_dies_ends_the_epoch(numbered, monkeypatch):
+    """As one does that the system kills for its memory."""
+    monkeypatch.setattr(ImageSource, 'read', lambda self, index: os._exit(9))
+    with pytest.raises(RuntimeError, match='exited unexpectedly'):
+        list(make(numbered, workers=1))
+
+
+def test_leaving_epochs_early_leaves_no_processes_or_threads(numbered):
+    batches = make(numbered, workers=1)
+    list(batches)
+    before = threading.active_count(), len(multiprocessing.active_children())
+    for _ in range(3):
+        next(iter(batches))
+    assert (threading.active_count(), len(multiprocessing.active_children())) == before
 
 
 def test_leaving_an_epoch_early_does_not_disturb_the_next(numbered):
