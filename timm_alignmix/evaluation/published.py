@@ -113,21 +113,24 @@ def network_name(arch: str) -> str:
     return NETWORKS.get(arch.partition('.')[0], arch)
 
 
-def differences(figure: Figure, dataset: str, network: str, epochs: int | None) -> list[str]:
-    """What a measurement differs in from the published setting, in words; empty where nothing is known to differ.
+def differences(figure: Figure, dataset: str, network: str, epochs: int | None) -> dict[str, str]:
+    """What a measurement differs in from the published setting; empty where nothing is known to differ.
 
     Args:
         figure: The published one.
         dataset: Data of the measurement, by :func:`dataset_name`.
         network: Its network, by :func:`network_name`.
         epochs: Epochs of its training, None where they are not known.
+
+    Returns:
+        For 'data', 'network' and 'epochs', as far as they differ, both sides in words.
     """
-    found = []
+    found = {}
     data = re.sub(r' \d+ epochs$', '', figure.dataset.partition(' vs ')[0])
     if dataset != data:
-        found.append(f'data ({dataset}, not {data})')
+        found['data'] = f'{dataset}, not {data}'
     if network != figure.network:
-        found.append(f'network ({network}, not {figure.network})')
+        found['network'] = f'{network}, not {figure.network}'
     if figure.epochs is not None and epochs != figure.epochs:
-        found.append(f'epochs ({"unknown" if epochs is None else epochs}, not {figure.epochs})')
+        found['epochs'] = f'{"unknown" if epochs is None else epochs}, not {figure.epochs}'
     return found

@@ -133,7 +133,8 @@ def _notes(
         notes.append(
             f'Published: {published.PAPERS[one.paper]}, {one.table}, {one.dataset}, {one.network}, {one.metric}, best '
             'epoch on the test images, one run. '
-            + ('Not a reproduction: these trainings differ in ' + ', '.join(differ) + '.' if differ else
+            + ('Not a reproduction: these trainings differ in ' + ', '.join(
+                f'{what} ({how})' for what, how in differ.items()) + '.' if differ else
                'These trainings have the same data, network and epochs.'))
     own = [run_name(cell, seed) for cell in study.cells for seed in plan.seeds]
     for name in own:

@@ -1,0 +1,4 @@
+"""python -m timm_alignmix.evaluation.report"""
+from .cli import main
+
+main()
