@@ -1,6 +1,5 @@
-"""What the comparisons of training runs share: runs that are finished stay finished, spreads and curves over seeds."""
+"""Comparisons of detectors: runs that are finished stay finished, spreads and curves over seeds."""
 import shlex
-import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -8,9 +7,9 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 
+from timm_alignmix.evaluation.ablation.outcome import draw_by_epoch, spread
+
 ROOT = Path(__file__).resolve().parent.parent
-STYLES = ('-', '--', '-.', ':', (0, (5, 1, 1, 1, 1, 1)))
-COLORS = ('#0072b2', '#e69f00', '#009e73', '#cc79a7', '#000000', '#56b4e9', '#d55e00')  # Okabe and Ito's
 
 
 def train_once(command: Sequence[str], folder: Path) -> Path:
@@ -35,8 +34,8 @@ def train_once(command: Sequence[str], folder: Path) -> Path:
 
 def mean_spread(values: Sequence[float], digits: int = 2) -> str:
     """Mean and standard deviation."""
-    spread = f' +- {statistics.stdev(values):.{digits}f}' if len(values) > 1 else ''
-    return f'{statistics.mean(values):.{digits}f}{spread}'
+    mean, std = spread(values)
+    return f'{mean:.{digits}f}' + ('' if std is None else f' +- {std:.{digits}f}')
 
 
 def draw_curves(ax: Axes, curves: dict[str, list[list[float]]]) -> None:
@@ -46,11 +45,5 @@ def draw_curves(ax: Axes, curves: dict[str, list[list[float]]]) -> None:
         ax: Where to draw.
         curves: For each name the values by epoch of every seed.
     """
-    for i, (name, runs) in enumerate(curves.items()):
-        columns = list(zip(*runs, strict=True))
-        epochs, color = range(1, len(columns) + 1), COLORS[i % len(COLORS)]
-        ax.plot(epochs, [statistics.mean(c) for c in columns], color=color, linestyle=STYLES[i % len(STYLES)],
-                linewidth=2, label=name)
-        ax.fill_between(epochs, [min(c) for c in columns], [max(c) for c in columns], color=color, alpha=0.12)
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    draw_by_epoch(ax, {name: [dict(enumerate(run)) for run in runs] for name, runs in curves.items()})
     ax.grid(alpha=0.3)

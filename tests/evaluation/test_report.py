@@ -167,7 +167,7 @@ def test_detectors_are_compared_by_the_weights_of_their_backbone(tmp_path):
                   dataset='voc', data_dir='/data/VOC07', weights=f'/runs/photos-{mix}-0/last.pth.tar')
     (comparison,) = compare_runs(find_sources([tmp_path]).runs)
     assert comparison.methods == ['baseline', 'Dense MultiMix'] and comparison.rows[0].values == [40.0, 50.0]
-    assert [76.7, 79.2] in [row.values for row in comparison.rows]
+    assert [row.values for row in comparison.rows if not row.ours] == [[76.7, 79.2]]  # not COCO's, another measure
 
 
 def test_page_shows_everything_and_runs_nothing(tmp_path):

@@ -26,6 +26,7 @@ class Measure:
         metrics: The published metrics.
         ours: Our value in the unit of the comparison.
         theirs: A published value in that unit, from its metric and value.
+        data: Start of the name of the data that the published metric means this on.
     """
     protocol: str
     key: str
@@ -33,6 +34,7 @@ class Measure:
     metrics: tuple[str, ...]
     ours: Callable[[float], float] = float
     theirs: Callable[[str, float], float] = lambda metric, value: value
+    data: str = ''
 
 
 def _accuracy(metric: str, value: float) -> float:
@@ -56,8 +58,8 @@ MEASURES = (
     Measure('intrusion', 'intrusion', 'intrusion distance', ('intrusion distance',)),
     Measure('cost', 'ms', 'ms per step', ('ms per batch, RTX 2080 Ti',)),
     Measure('cost', 'images_s', '1000 images/s', ('1000 images/s, V100',), ours=lambda value: value / 1000),
-    Measure('detection', 'eval_voc07_11pt', 'mAP, VOC07 11-point (%)', ('mAP %',)),
-    Measure('detection', 'eval_map', 'mAP, COCO (%)', ('mAP %',)),
+    Measure('detection', 'eval_voc07_11pt', 'mAP, VOC07 11-point (%)', ('mAP %',), data='VOC'),
+    Measure('detection', 'eval_map', 'mAP, COCO (%)', ('mAP %',), data='COCO'),
 )
 
 
@@ -232,7 +234,7 @@ def _published_rows(measure: Measure, ood: str, here: Value, methods: list[str])
     """Published lines of a quantity; where some share data or network with ours, only those."""
     settings: dict[tuple, list[published.Figure]] = {}
     for figure in published.find(metrics=measure.metrics, methods=methods):
-        if not ood or figure.dataset.endswith(f' vs {ood}'):
+        if figure.dataset.startswith(measure.data) and (not ood or figure.dataset.endswith(f' vs {ood}')):
             settings.setdefault((*figure.setting, figure.metric), []).append(figure)
     rows = []
     for own in settings.values():
