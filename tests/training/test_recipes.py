@@ -10,7 +10,7 @@ from PIL import Image
 
 from timm_alignmix.training import resolve_config
 from timm_alignmix.training.build import build_run
-from timm_alignmix.training.dry_run import learning_rates, plan_run
+from timm_alignmix.training.dry_run import dry_run, learning_rates, plan_run, step_cost
 from timm_alignmix.training.engine import train_one_epoch, validate
 from timm_alignmix.training.resolution import train_resolution
 from timm_alignmix.training.train import wrap_run
@@ -57,8 +57,22 @@ def test_a_recipe_is_planned_without_data(name):
     assert re.search(r'Published|No figure', flat) and 'Hardware and time:' in flat
     launch = f'--multi_gpu --num_processes {config.num_processes} ' if config.num_processes > 1 else ''
     assert f'accelerate launch {launch}train_imagenet.py -c recipes/{name}.yaml --data-dir ' in flat
+    if name.endswith('/none') or name.startswith('modern'):
+        cost = step_cost(run)
+        assert cost.optimizer and 0.01 < (4 * cost.parameters + cost.activations) / 2**30 < 80
     if os.path.dirname(name) != 'modern':
         assert config.mix == os.path.basename(name).replace('_release', '')
+
+
+@pytest.mark.filterwarnings('ignore:.*features aligned at.*')
+@pytest.mark.parametrize('name', RECIPES if ALL else [
+    f'cifar10/preactresnet18_2000ep/{mix}' for mix in ('none', 'manifold', 'alignmix_ae', 'densemultimix')])
+def test_a_recipe_dry_runs_with_its_real_model(name, tmp_path, capsys):
+    dry_run(config_of(name, output=str(tmp_path)))
+    (tmp_path / 'printed.yaml').write_text(capsys.readouterr().out)
+    again = resolve_config({}, str(tmp_path / 'printed.yaml'))
+    assert (again.mix, again.lr is not None) == (config_of(name).mix, True)
+    assert (tmp_path / 'learning_rate.png').stat().st_size > 5000
 
 
 @pytest.mark.parametrize('name, batch, rates', [
