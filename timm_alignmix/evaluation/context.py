@@ -110,9 +110,9 @@ class Evaluation:
         """
         own = {'index': _join(indices), **{name: _join(value) for name, value in values.items()}}
         parts = gather_object([own])
-        # A process without images has empty arrays, whose type and shape say nothing.
+        # A process without images has empty arrays, whose type and shape say nothing, or none.
         filled = [part for part in parts if len(part['index'])] or parts[:1]
-        merged = {name: np.concatenate([part[name] for part in filled]) for name in own}
+        merged = {name: np.concatenate([part[name] for part in filled]) for name in filled[0]}
         order = np.argsort(merged['index'], kind='stable')
         merged = {name: value[order] for name, value in merged.items()}
         if len(np.unique(merged['index'])) != len(order):

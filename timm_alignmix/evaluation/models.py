@@ -183,6 +183,9 @@ def _open_name(name: str, config: EvalConfig) -> tuple[nn.Module, list[str] | No
         raise ValueError(
             f'--model {name}: no file or folder of this name, and no timm model'
             f'{near_names(name, timm.list_models())}')
+    if config.pretrained and ':' not in name and not timm.is_model_pretrained(name):
+        raise ValueError(
+            f'--model {name}: timm has no weights for it; pass --checkpoint FILE, or --no-pretrained for random ones')
     kwargs = {'num_classes': config.num_classes, **config.model_kwargs}
     kwargs = {key: value for key, value in kwargs.items() if value is not None}
     network = _create(name, pretrained=config.pretrained, **kwargs)

@@ -53,7 +53,7 @@ def summarize(logits: torch.Tensor, labels: torch.Tensor, where: str) -> dict[st
     Raises:
         ValueError: Logits that are not finite.
     """
-    logits, labels = logits.double().cpu(), labels.cpu()
+    logits, labels = logits.cpu().double(), labels.cpu()
     check_finite(logits, where)
     log_probs = logits.log_softmax(dim=1)
     probs = log_probs.exp()
