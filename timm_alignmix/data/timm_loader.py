@@ -22,6 +22,7 @@ from .order import eval_shard, shuffled, train_batches, train_shard
 from .seeding import generators_kept, seed_generators
 from .sources import ImageSource
 from .transforms import Size
+from .worker_signals import end_with_parent, iterate
 
 MakeTransform = Callable[[Size], Callable]  # as SizedTransform does
 
@@ -115,6 +116,7 @@ class TimmBatches:
             pin_memory=pin_memory,
             persistent_workers=workers > 0,
             generator=torch.Generator(),  # not torch's global one, which would lose a number to every epoch
+            worker_init_fn=end_with_parent,
         )
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
@@ -142,7 +144,7 @@ class TimmBatches:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        return iter(self._loader)
+        return iterate(self._loader)
 
 
 class _Keys(torch.utils.data.Sampler):
@@ -253,6 +255,7 @@ class StreamBatches:
             drop_last=train,
             persistent_workers=workers > 0,
             generator=torch.Generator(),
+            worker_init_fn=end_with_parent,
         )
         self._length = len(self._loader) if train else -(-self.num_samples // (batch_size * world_size))
 
