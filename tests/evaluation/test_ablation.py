@@ -4,8 +4,8 @@ import importlib.util
 import json
 import math
 import shlex
+import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -105,7 +105,7 @@ def test_options_of_the_method_go_with_the_method(tmp_path):
 
 def test_wrong_options_stop_before_anything_is_trained(plan):
     study = Study('s', 'S', [{'mix': ['none', 'mixup'], 'epohs': 3}])
-    with pytest.raises(ValueError, match=r'study s, none epohs=3: .*epohs'):
+    with pytest.raises(ValueError, match=r'study s, none epohs=3: .*epohs; did you mean epochs'):
         plan.jobs([study])
     with pytest.raises(ValueError, match='there is none; did you mean iterations'):
         load_studies(['iteration'])
@@ -179,7 +179,6 @@ def test_an_interruption_lets_the_training_save_and_the_next_call_goes_on(tmp_pa
 
 
 def test_a_run_that_someone_else_trains_is_left_alone(tmp_path):
-    import subprocess
     job = fake_job(tmp_path / 'a')
     holder = subprocess.Popen([sys.executable, '-c', (
         'import fcntl, sys, time\n'
@@ -275,12 +274,11 @@ def test_lines_over_a_log_axis_and_the_range_as_a_level():
 
 
 def test_a_training_of_the_sample_from_the_command_to_the_picture(tmp_path):
-    start = time.time()
     options = AblationOptions(
         grid=['mix_kwargs.n=5'], seeds=[3], output=str(tmp_path), set=[
             'mix=multimix', 'model=test_resnet', 'img_size=32', 'epochs=1', 'batch_size=256', 'export=none',
             'workers=1'])
-    assert ablate(options, '') == {}, f'after {time.time() - start:.0f} s'
+    assert ablate(options, '') == {}
     (row,) = json.loads((tmp_path / 'ablation.json').read_text())['rows']
     with (tmp_path / 'runs' / 'n5-seed3' / 'summary.csv').open() as file:
         (epoch,) = csv.DictReader(file)

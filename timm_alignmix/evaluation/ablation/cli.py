@@ -1,4 +1,5 @@
 """The command line of ablations."""
+import io
 import logging
 import shlex
 import signal
@@ -16,10 +17,10 @@ from timm_alignmix.timing import hardware
 from timm_alignmix.training import cli
 from timm_alignmix.training.config import Options, config_option
 
-from ..results import environment, table, write_result
+from ..results import environment, table, write_result, write_whole
 from .grid import STUDIES, Study, grid_study, load_studies, parse_grid, parse_settings
 from .jobs import Job, run_jobs, write_queue
-from .outcome import make_result
+from .outcome import draw_together, make_result
 from .runs import Plan
 
 _logger = logging.getLogger(__name__)
@@ -126,6 +127,11 @@ def ablate(options: AblationOptions, command: str) -> dict[str, str]:
             failed = run_jobs(list(jobs.values()), options.progress)
     for study in studies:
         write_study(study, plan, jobs, failed, output, command)
+    with_lines = [study for study in studies if study.x]
+    if len(with_lines) > 1 and any(job.finished for job in jobs.values()):
+        buffer = io.BytesIO()
+        draw_together(with_lines, plan, jobs).savefig(buffer, format='png', dpi=150)
+        write_whole(output / 'ablation-together.png', buffer.getvalue())
     return failed
 
 

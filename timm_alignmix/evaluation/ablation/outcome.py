@@ -158,17 +158,27 @@ def draw(study: Study, outcomes: list[Outcome]) -> Figure:
     if study.x is None:
         known = [outcome for outcome in outcomes if outcome.curves]
         fig, axes = figure(size=(6.4, 1.0 + 0.32 * len(known)))
-        spreads = [spread(outcome.last) for outcome in known]
-        bars(axes[0, 0], [o.cell.name for o in known], [mean for mean, _ in spreads], '.2f',
-             [std or 0 for _, std in spreads])
-        low, high = min(mean for mean, _ in spreads), max(mean for mean, _ in spreads)
-        axes[0, 0].set_xlim(max(0, low - max(high - low, 1)), high + 0.35 * max(high - low, 1))
+        spreads = [(mean, std or 0) for mean, std in (spread(outcome.last) for outcome in known)]
+        means, stds = zip(*spreads, strict=True)
+        bars(axes[0, 0], [outcome.cell.name for outcome in known], means, '.2f', stds if any(stds) else None)
+        low, high = (edge(mean + sign * std for mean, std in spreads) for edge, sign in ((min, -1), (max, 1)))
+        room = max(high - low, 1)
+        axes[0, 0].set_xlim(max(0, low - 0.5 * room), high + 0.3 * room)
         axes[0, 0].set_xlabel('top-1, last epoch (%): mean, std over seeds (axis not from 0)', fontsize='small')
         axes[0, 0].set_title(study.title)
         return fig
     fig, axes = figure(size=(6.4, 4.2))
     draw_axis(axes[0, 0], study, outcomes)
     axes[0, 0].legend(fontsize='small')
+    return fig
+
+
+def draw_together(studies: Sequence[Study], plan: Plan, jobs: dict[str, Job]) -> Figure:
+    """The lines of several studies, a panel for each, such as the MultiMix paper's Figure 4."""
+    fig, axes = panels(len(studies), most_columns=2, size=(5.6, 4.0))
+    for ax, study in zip(axes, studies, strict=True):
+        draw_axis(ax, study, collect(study, plan, jobs))
+        ax.legend(fontsize='x-small')
     return fig
 
 
@@ -213,7 +223,8 @@ def groups(study: Study, outcomes: list[Outcome]) -> dict[str, list[Outcome]]:
     found: dict[str, list[Outcome]] = {}
     for outcome in outcomes:
         settings = {key: outcome.cell.settings[key] for key in keys if key in outcome.cell.settings}
-        found.setdefault(Cell(settings).name or 'all', []).append(outcome)
+        name = Cell(settings).name or str(outcome.cell.settings.get('mix', 'top-1'))
+        found.setdefault(name, []).append(outcome)
     return found
 
 

@@ -12,7 +12,7 @@ import yaml
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
 import timm_alignmix
-from timm_alignmix.training import TrainConfig, flag, resolve_config
+from timm_alignmix.training import TrainConfig, flag, near_names, resolve_config
 from timm_alignmix.training.train import _RUN_OPTIONS
 
 from .grid import Cell, Study, short
@@ -43,6 +43,11 @@ class Plan:
     def flags(self, cell: Cell, seed: int) -> dict[str, Any]:
         """Options of a training over the recipe."""
         settings = {**self.settings, **cell.settings, 'seed': seed}
+        known = [option.name for option in fields(TrainConfig)]
+        unknown = [key for key in settings if key.partition('.')[0] not in known]
+        if unknown:
+            raise ValueError('train_imagenet.py has no option ' + ', '.join(
+                f'{key}{near_names(key, known)}' for key in unknown))
         flags = {key: value for key, value in settings.items() if '.' not in key}
         base = resolve_config(flags, self.recipe)
         own_mix = resolve_config({key: v for key, v in flags.items() if key != 'mix'}, self.recipe).mix == base.mix
