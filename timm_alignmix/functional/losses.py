@@ -242,14 +242,15 @@ def loss_and_grads(
             logits_RBC = logits_BRC[:, chunk].transpose(0, 1).to(dtype)
             mixed_RNB, share_RN, total_R1 = _mixing(
                 weights_RNB[chunk].to(dtype), None if attention_BR is None else attention_BR[:, chunk])
-            ce_RN, probs_RNC = _mixed_cross_entropy(logits_RBC, target, mixed_RNB, smoothing)
+            ce_RN, exps_RNC, sums_RN1 = _mixed_cross_entropy(logits_RBC, target, mixed_RNB, smoothing)
             losses_R[chunk] = (share_RN * ce_RN).sum(dim=1)
             if attention_grad:
                 grad_BR[:, chunk] = _attention_gradient(
-                    logits_RBC, target, weights_RNB[chunk].to(dtype), mixed_RNB, share_RN, total_R1, ce_RN, probs_RNC,
-                    losses_R[chunk], smoothing).mul_(scale).t()
+                    logits_RBC, target, weights_RNB[chunk].to(dtype), mixed_RNB, share_RN, total_R1, ce_RN, exps_RNC,
+                    sums_RN1, losses_R[chunk], smoothing).mul_(scale).t()
             if logits_grad:
-                grad_RBC = _logits_gradient(target, mixed_RNB, share_RN.mul_(scale), probs_RNC, smoothing)
+                grad_RBC = _logits_gradient(
+                    target, mixed_RNB, share_RN.mul_(scale), exps_RNC, sums_RN1, smoothing)
                 grad_BRC[:, chunk] = grad_RBC.transpose(0, 1)
     return losses_R.sum() * scale, grad_BRC, grad_BR
 
@@ -309,27 +310,51 @@ def _mixed_cross_entropy(
         target: torch.Tensor,
         mixed_RNB: torch.Tensor,
         smoothing: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cross-entropy of every mixed example (R, N) and its softmax (R, N, C), made in place of the mixed logits."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Cross-entropy of every mixed example (R, N), and its softmax as exponentials (R, N, C) over their sums (R, N, 1).
+
+    Passes over (R, N, C) are most of the cost: exponentials are made in place, and what uses them divides something
+    smaller by the sums.
+    """
     dots_RBB = target_logits(logits_RBC, target, smoothing)
     target_RN = (mixed_RNB @ dots_RBB).mul_(mixed_RNB).sum(dim=2)
-    probs_RNC = mixed_RNB @ logits_RBC
-    peak_RN1 = probs_RNC.amax(dim=2, keepdim=True)
-    sums_RN1 = probs_RNC.sub_(peak_RN1).exp_().sum(dim=2, keepdim=True)
-    probs_RNC.div_(sums_RN1)
-    return sums_RN1.log_().add_(peak_RN1).squeeze(2).sub_(target_RN), probs_RNC
+    shift_R11 = _common_shift(logits_RBC)
+    if shift_R11 is not None:
+        peak_RN1 = mixed_RNB.sum(dim=2, keepdim=True).mul_(shift_R11)
+        exps_RNC = (mixed_RNB @ (logits_RBC - shift_R11)).exp_()
+    else:
+        exps_RNC = mixed_RNB @ logits_RBC
+        peak_RN1 = exps_RNC.amax(dim=2, keepdim=True)
+        exps_RNC.sub_(peak_RN1).exp_()
+    sums_RN1 = exps_RNC.sum(dim=2, keepdim=True)
+    return (sums_RN1.log() + peak_RN1).squeeze(2).sub_(target_RN), exps_RNC, sums_RN1
+
+
+def _common_shift(logits_RBC: torch.Tensor) -> torch.Tensor | None:
+    """What can be subtracted from all logits of a position in place of each mixture's peak; None: nothing, or unknown.
+
+    Mixtures lie between the least and the largest logit. Where these are close enough for no exponential to underflow,
+    subtracting the largest before mixing saves two passes over the mixtures. Only a CPU tells without a wait.
+    """
+    if logits_RBC.device.type != 'cpu':
+        return None
+    least, most = logits_RBC.amin(dim=(1, 2), keepdim=True), logits_RBC.amax(dim=(1, 2), keepdim=True)
+    return most if (most - least).max().item() < 60 else None
 
 
 def _logits_gradient(
         target: torch.Tensor,
         mixed_RNB: torch.Tensor,
         share_RN: torch.Tensor,
-        probs_RNC: torch.Tensor,
+        exps_RNC: torch.Tensor,
+        sums_RN1: torch.Tensor,
         smoothing: float,
 ) -> torch.Tensor:
     """M^T diag(share) (softmax - M Y) of each position, (R, B, C)."""
-    shared_RBN = (mixed_RNB * share_RN.unsqueeze(2)).transpose(1, 2)
-    return subtract_target_gradient(shared_RBN @ probs_RNC, shared_RBN @ mixed_RNB, target, smoothing)
+    shared_RNB = mixed_RNB * share_RN.unsqueeze(2)
+    pairs_RBB = shared_RNB.transpose(1, 2) @ mixed_RNB
+    grad_RBC = shared_RNB.div_(sums_RN1).transpose(1, 2) @ exps_RNC
+    return subtract_target_gradient(grad_RBC, pairs_RBB, target, smoothing)
 
 
 def subtract_target_gradient(
@@ -356,7 +381,8 @@ def _attention_gradient(
         share_RN: torch.Tensor,
         total_R1: torch.Tensor,
         ce_RN: torch.Tensor,
-        probs_RNC: torch.Tensor,
+        exps_RNC: torch.Tensor,
+        sums_RN1: torch.Tensor,
         losses_R: torch.Tensor,
         smoothing: float,
 ) -> torch.Tensor:
@@ -365,7 +391,8 @@ def _attention_gradient(
     With u = M before normalisation: d(loss)/du_kb = (CE_k - loss + g_kb - g_k . m_k) / sum(s), g_k = d(CE_k)/d(m_k).
     """
     dots_RBB = target_logits(logits_RBC, target, smoothing)
-    grad_RNB = probs_RNC @ logits_RBC.transpose(1, 2) - mixed_RNB @ (dots_RBB + dots_RBB.transpose(1, 2))
+    grad_RNB = (exps_RNC @ logits_RBC.transpose(1, 2)).div_(sums_RN1)
+    grad_RNB -= mixed_RNB @ (dots_RBB + dots_RBB.transpose(1, 2))
     grad_RNB -= (grad_RNB * mixed_RNB).sum(dim=2, keepdim=True)
     grad_RNB += (ce_RN - losses_R.unsqueeze(1)).unsqueeze(2)
     # A vector without attention is a corner of max(0, .): its gradient is taken as 0, as its value is.
