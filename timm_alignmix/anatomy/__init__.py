@@ -1,7 +1,7 @@
 """The only part of the package that knows how timm models are built."""
 from .dense_head import DenseHead
 from .examine import Anatomy, dense_model_kwargs
-from .layers import FeatureLayer, Layout
+from .layers import FeatureLayer, Layout, feature_map
 from .watch import UnsupportedModel
 
-__all__ = ['Anatomy', 'DenseHead', 'FeatureLayer', 'Layout', 'UnsupportedModel', 'dense_model_kwargs']
+__all__ = ['Anatomy', 'DenseHead', 'FeatureLayer', 'Layout', 'UnsupportedModel', 'dense_model_kwargs', 'feature_map']

@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from .layers import Layout
+from .layers import Layout, feature_map
 
 NORMS = (nn.modules.batchnorm._BatchNorm,)
 DROPOUTS = (nn.modules.dropout._DropoutNd,)
@@ -54,20 +54,9 @@ class DenseHead:
             self._positions[size] = self.layout.positions(self.feature_map(images[:1])).shape[2]
         return self._positions[size]
 
-    @torch.no_grad()
     def feature_map(self, images: torch.Tensor) -> torch.Tensor:
         """Output of the module for clean images, in evaluation mode and without gradient."""
-        found = []
-        training = [module for module in self._model.modules() if module.training]
-        module = self._model.get_submodule(self.name)
-        handle = module.register_forward_hook(lambda module, inputs, output: found.append(output))
-        try:
-            self._model.eval()(images)
-        finally:
-            handle.remove()
-            for module in training:
-                module.training = True
-        return found[0]
+        return feature_map(self._model, self.name, images)
 
     def __call__(self, feature_map: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Dense logits and embeddings of a feature map.

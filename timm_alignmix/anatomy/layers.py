@@ -5,6 +5,7 @@ Shape suffixes: B batch, C classes, D channels, R spatial positions.
 from dataclasses import dataclass
 
 import torch
+import torch.nn as nn
 
 
 @dataclass(frozen=True)
@@ -47,3 +48,18 @@ class FeatureLayer:
     layout: Layout
     num_positions: int
     before_pool: bool
+
+
+@torch.no_grad()
+def feature_map(model: nn.Module, name: str, images: torch.Tensor) -> torch.Tensor:
+    """Output of a model's module for images, in evaluation mode and without gradient; modes are put back."""
+    found = []
+    training = [module for module in model.modules() if module.training]
+    handle = model.get_submodule(name).register_forward_hook(lambda module, inputs, output: found.append(output))
+    try:
+        model.eval()(images)
+    finally:
+        handle.remove()
+        for module in training:
+            module.training = True
+    return found[0]
