@@ -31,10 +31,11 @@ _run = partial(config_option, 'Run, logs and checkpoints')
 HELP = """Train a recipe with every value of a grid and several seeds, and compare.
 
     python evaluate.py ablation --recipe FILE --grid mix_kwargs.n=1,10,100,1000 --seeds 0 1 2
-    python evaluate.py ablation --recipe FILE --study n m alpha      (those of the papers: {studies})
+    python evaluate.py ablation --recipe FILE --study n m alpha
     python evaluate.py ablation --recipe FILE --study iterations --launch 'accelerate launch --num_processes 8'
     python evaluate.py ablation --recipe FILE --study mixes --queue jobs.txt, and after they ran --collect
 
+Studies of the papers: {studies}.
 Trainings go through train_imagenet.py. Those that are finished are kept, those that were cut are resumed, those that
 fail are reported and the rest goes on. Without --recipe the options are those of train_imagenet.py, on the sample."""
 
@@ -44,10 +45,11 @@ class AblationOptions(Options):
     """Options of evaluate.py ablation."""
 
     recipe: str = _what('', 'YAML file of train_imagenet.py that all trainings start from')
-    study: list[str] = _what([], 'studies of the papers, or YAML files of studies', nargs='+')
-    grid: list[str] = _what(
-        [], 'values of options, all combinations: mix_kwargs.n=1,10,100 mix=multimix,densemultimix', nargs='+')
-    set: list[str] = _what([], 'options of every training over the recipe: data_dir=DIR epochs=10', nargs='+')
+    study: list[str] | None = _what(None, 'studies of the papers, or YAML files of studies', nargs='+')
+    grid: list[str] | None = _what(
+        None, 'values of options, all combinations: mix_kwargs.n=1,10,100 mix=multimix,densemultimix', nargs='+')
+    set: list[str] | None = _what(
+        None, 'options of every training over the recipe: data_dir=DIR epochs=10', nargs='+')
     seeds: list[int] = _what([0, 1, 2], 'seeds of every case', int, nargs='+', low=0)
 
     launch: str = _how('python', "what starts train_imagenet.py, e.g. 'accelerate launch --num_processes 8'")
@@ -109,7 +111,7 @@ def ablate(options: AblationOptions, command: str) -> dict[str, str]:
     logging.getLogger('timm_alignmix.training.resolve').setLevel(logging.WARNING)  # says the sample's every time
     studies = load_studies(options.study) if options.study else [grid_study(parse_grid(options.grid))]
     output = Path(options.output)
-    plan = Plan(options.recipe or None, parse_settings(options.set), options.seeds,
+    plan = Plan(options.recipe or None, parse_settings(options.set or []), options.seeds,
                 Path(options.runs) if options.runs else output / 'runs', options.launch)
     jobs = plan.jobs(studies)
     done = sum(job.finished for job in jobs.values())

@@ -47,7 +47,7 @@ class Plan:
         unknown = [key for key in settings if key.partition('.')[0] not in known]
         if unknown:
             raise ValueError('train_imagenet.py has no option ' + ', '.join(
-                f'{key}{near_names(key, known)}' for key in unknown))
+                f'{key}{near_names(key, known)}' for key in unknown) + ' (those of a mix are mix_kwargs.NAME)')
         flags = {key: value for key, value in settings.items() if '.' not in key}
         base = resolve_config(flags, self.recipe)
         own_mix = resolve_config({key: v for key, v in flags.items() if key != 'mix'}, self.recipe).mix == base.mix
