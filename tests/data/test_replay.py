@@ -179,3 +179,13 @@ def test_timms_loader_changes_size_between_epochs(numbered, workers):
     assert all(torch.equal(a, b) for a, b in zip(read(loader, 0), before, strict=True))
     with pytest.raises(ValueError, match='images cannot have 0 pixels a side'):
         loader.set_size(0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')
+def test_random_erasing_repeats_on_cuda(numbered):
+    before = torch.cuda.get_rng_state()
+    images, _ = read(through_timm(numbered, device='cuda'), 3)
+    late, _ = read(through_timm(numbered, device='cuda'), 3, start=5)
+    assert torch.equal(images[20:], late)
+    assert torch.equal(torch.cuda.get_rng_state(), before)
