@@ -338,6 +338,24 @@ def test_losses_compute_in_float32_at_least(dtype, grad_tol, autocast):
         assert error <= grad_tol * exact.grad.abs().max()
 
 
+@pytest.mark.parametrize('spread', (59.0, 61.0, 500.0))
+@pytest.mark.parametrize('offset', (0.0, -300.0))
+def test_losses_do_not_depend_on_how_peaks_are_taken(spread, offset):
+    """Logits just close enough for one shift of a position, just not, and far apart; some examples far below others."""
+    (Z, W, b), target, weights_RNB, attention_BR = dense_case(seed=21)
+    logits_BRC = classify(Z, W, b).detach()
+    logits_BRC[0] -= 10
+    logits_BRC -= logits_BRC.amin((0, 2), keepdim=True)
+    logits_BRC = offset + spread * logits_BRC / logits_BRC.amax((0, 2), keepdim=True)
+    eye = torch.eye(logits_BRC.shape[2], dtype=torch.float64)
+    zero = torch.zeros(len(eye), dtype=torch.float64)
+    expected = dense_textbook((logits_BRC.transpose(1, 2), eye, zero), target, weights_RNB, attention_BR)
+    actual = dense_multimix_loss(logits_BRC, target, weights_RNB, attention_BR)
+    torch.testing.assert_close(actual, expected, **EXACT)
+    low = dense_multimix_loss(logits_BRC.float(), target, weights_RNB.float(), attention_BR.float())
+    assert low.item() == pytest.approx(expected.item(), rel=1e-5, abs=1e-4)
+
+
 def test_losses_survive_huge_logits():
     target, weights_RNB = torch.tensor([0, 1, 2]), torch.full((2, 4, 3), 1 / 3)
     logits_BRC = torch.zeros(3, 2, 3)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from timm_alignmix.functional import align, sinkhorn_plan, transport_cost
+from timm_alignmix.functional import align, sinkhorn_plan, transport, transport_cost
 
 from . import textbook
 from .memory import largest_allocation
@@ -311,6 +311,35 @@ def test_plan_never_waits_for_the_device(tolerance):
     finally:
         torch.cuda.set_sync_debug_mode('default')
     torch.testing.assert_close(plan_BRR.cpu(), sinkhorn_plan(cost_BRR.cpu(), tolerance=tolerance), **EXACT)
+
+
+def test_large_batches_are_taken_in_parts(monkeypatch):
+    """A CPU works on as many samples at a time as its cache holds: here 2, 2 and 1."""
+    cost_BRR = costs(B=5, R=9, scale=30.0)
+    expected = sinkhorn_plan(cost_BRR)
+    monkeypatch.setattr(transport, '_CPU_CHUNK', 2 * 81 + 1)
+    torch.testing.assert_close(sinkhorn_plan(cost_BRR), expected, **EXACT)
+
+
+@pytest.mark.parametrize('bad', (float('nan'), float('inf')))
+def test_a_cost_that_is_not_finite_spoils_its_sample_alone(bad):
+    cost_BRR = costs(B=3, R=9, scale=350.0)
+    expected = sinkhorn_plan(cost_BRR)
+    cost_BRR[1] = bad
+    plan_BRR = sinkhorn_plan(cost_BRR)
+    assert plan_BRR[1].isnan().all()
+    torch.testing.assert_close(plan_BRR[::2], expected[::2], **EXACT)
+
+
+@pytest.mark.parametrize('eps, scale', ((0.1, 350.0), (0.01, 350.0), (0.001, 1e4)))
+def test_scaling_agrees_with_the_log_domain_where_potentials_keep_moving(eps, scale):
+    """Costs that no hundred iterations converge on; a tolerance of 0 never stops and stays in the log domain."""
+    cost_BRR = costs(B=4, R=25, scale=scale) * torch.rand(4, 25, 1, dtype=torch.float64).pow(3)
+    scaled, logs = (sinkhorn_plan(cost_BRR, eps=eps, tolerance=tolerance) for tolerance in (None, 0.0))
+    torch.testing.assert_close(scaled, logs, rtol=1e-7, atol=1e-13)
+    low = sinkhorn_plan(cost_BRR.float(), eps=eps).double()
+    exact = sinkhorn_plan(cost_BRR.float().double(), eps=eps)
+    assert (low - exact).abs().max() / exact.max() <= scale / eps * 2 ** -24
 
 
 # --------------------------------------------------------------------------------------------------------- alignment

@@ -142,7 +142,7 @@ def _scaled_plan(kernel_BRR: torch.Tensor, first: torch.Tensor, iterations: int,
     while iterations > 0:
         first = _neg_logsumexp(kernel_BRR, second, first_dim, buffer_BRR)
         update = _neg_logsumexp(kernel_BRR, first, last, buffer_BRR)
-        moved = (update - second).abs_().max().item()
+        moved = (update - second).abs_().nan_to_num_(0).max().item()  # NaN stays in its sample
         second = update
         iterations -= 1
         steps = min(iterations, int(limit / max(moved, limit / 1e6)))

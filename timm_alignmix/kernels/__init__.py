@@ -4,6 +4,7 @@ They take the place of the PyTorch forms inside the custom operators of function
 do not cover runs on in PyTorch, and so does everything where Triton is absent. Set TIMM_ALIGNMIX_TRITON=0 to leave them
 out. Triton is imported when the first of them runs.
 """
+import functools
 import importlib.util
 import os
 
@@ -27,9 +28,15 @@ def usable(device: torch.device) -> bool:
     return (
         os.environ.get('TIMM_ALIGNMIX_TRITON', '1') != '0'
         and torch.version.cuda is not None
-        and importlib.util.find_spec('triton') is not None
+        and triton_installed()
         and torch.cuda.get_device_capability(device) >= (8, 0)
     )
+
+
+@functools.cache
+def triton_installed() -> bool:
+    """Whether Triton can be imported; looked up once."""
+    return importlib.util.find_spec('triton') is not None
 
 
 def cost_matrix(feat_a_BDR: torch.Tensor, feat_b_BDR: torch.Tensor) -> torch.Tensor:
