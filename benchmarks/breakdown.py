@@ -101,7 +101,7 @@ def draw(shares: dict[tuple[str, str], Spread], path: Path, where: str) -> None:
     axes.invert_yaxis()
     axes.margins(x=0.12)
     axes.set_xlabel(f'percent of a step without mixing ({where})')
-    axes.legend(fontsize=7, loc='lower right')
+    axes.legend(fontsize=7, loc='upper right')
     figure.savefig(path, dpi=120)
 
 
