@@ -118,10 +118,12 @@ def run_name(cell: Cell, seed: int) -> str:
 
 
 def _slug(value: Any) -> str:
+    """A value in the name of a folder."""
     if isinstance(value, (list, tuple)):
         return '_'.join(map(_slug, value))
-    return re.sub(r'[^A-Za-z0-9.]+', '_', str({None: 'all', True: 'on', False: 'off'}.get(value, value)
-                                              if value is None or isinstance(value, bool) else value))
+    if isinstance(value, bool):
+        return 'on' if value else 'off'
+    return 'all' if value is None else re.sub(r'[^A-Za-z0-9.]+', '_', str(value))
 
 
 def option_words(name: str, value: Any) -> list[str]:
