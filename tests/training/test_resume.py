@@ -1,5 +1,6 @@
 """Checkpoints: kept files, damaged and hostile ones, and runs that continue where they stopped."""
 import csv
+import resource
 import shutil
 from pathlib import Path
 
@@ -188,6 +189,70 @@ def test_the_saver_keeps_the_best(tmp_path, metric, kept, best):
     for epoch in kept:
         assert read_checkpoint(tmp_path / f'checkpoint-{epoch}.pth.tar')['epoch'] == epoch
     assert find_checkpoint(tmp_path)[1]['epoch'] == 4
+
+
+def test_a_changed_byte_is_noticed_or_harmless(tmp_path):
+    """One bit in every seventh byte of a file."""
+    path = tmp_path / 'x.pth.tar'
+    state = {'state_dict': {'weight': torch.arange(300.0)}, 'optimizer': {}, 'epoch': 3}
+    torch.save(state, path)
+    content, noticed = path.read_bytes(), 0
+    tensor = content.index(state['state_dict']['weight'].numpy().tobytes())
+    for place in range(0, len(content), 7):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 16]) + content[place + 1:])
+        try:
+            found = read_checkpoint(path)
+        except ValueError as e:
+            assert 'is damaged or no checkpoint' in str(e)
+            noticed += tensor <= place < tensor + 1200
+        else:
+            assert torch.equal(found['state_dict']['weight'], state['state_dict']['weight']), place
+            assert found['epoch'] == 3
+    assert noticed >= 1200 // 7
+
+
+def test_a_full_disk_keeps_the_checkpoints_before(tmp_path):
+    saver = CheckpointSaver(tmp_path)
+    saver.save({'state_dict': {}, 'optimizer': {}}, 0, None)
+    large = {'state_dict': {'weight': torch.zeros(100_000)}, 'optimizer': {}}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # larger files cannot be written
+    try:
+        for save in (lambda: saver.save(large, 1, None), lambda: saver.save_recovery(large, 1, 5)):
+            with pytest.raises(RuntimeError, match='could not be written: File too large. The checkpoints before it'):
+                save()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert find_checkpoint(tmp_path)[1]['epoch'] == 0
+    assert {path.name for path in tmp_path.iterdir()} == {'last.pth.tar', 'previous.pth.tar'}
+    saver.save(large, 1, None)
+    assert find_checkpoint(tmp_path)[1]['epoch'] == 1
+
+
+def test_the_newest_whole_checkpoint_is_found_and_the_newest_two_within_epochs_are_kept(tmp_path, caplog):
+    saver, state = CheckpointSaver(tmp_path), {'state_dict': {}, 'optimizer': {}}
+
+    def within(epoch, updates):
+        progress = {'epoch': epoch, 'updates': updates}
+        return saver.save_recovery({**state, 'progress': progress}, epoch, updates)
+
+    saver.save(state, 8, None)
+    for updates in (5, 50, 100):
+        within(9, updates)
+    found = [path.name for path in sorted(tmp_path.glob('recovery*'))]
+    assert found == ['recovery-9-100.pth.tar', 'recovery-9-50.pth.tar']
+    assert find_checkpoint(tmp_path)[0].name == 'recovery-9-100.pth.tar'
+    truncate(tmp_path / 'recovery-9-100.pth.tar')
+    assert find_checkpoint(tmp_path)[0].name == 'recovery-9-50.pth.tar'
+    assert 'recovery-9-100.pth.tar is damaged' in caplog.text and 'trying the one before' in caplog.text
+    saver.save(state, 9, None)
+    assert find_checkpoint(tmp_path)[0].name == 'last.pth.tar'
+    truncate(tmp_path / 'last.pth.tar')
+    assert find_checkpoint(tmp_path)[0].name == 'recovery-9-50.pth.tar'
+    saver.forget_after((9, 0))
+    assert find_checkpoint(tmp_path)[0].name == 'previous.pth.tar'
+    within(10, 1)
+    assert find_checkpoint(tmp_path)[0].name == 'recovery-10-1.pth.tar'
 
 
 def test_an_epoch_without_evaluation_leaves_gaps(make_config, run_training, tmp_path):

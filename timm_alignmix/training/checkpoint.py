@@ -6,7 +6,7 @@ import re
 import shutil
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +98,8 @@ class CheckpointSaver:
                 f'{self.folder / name} could not be written: {cause.strerror or cause}. The checkpoints before it are '
                 'whole; make room or make the folder writable, and continue with --resume auto') from e
         finally:
-            self._temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                self._temporary.unlink(missing_ok=True)
 
     def restore(self, state: dict[str, Any], source: Path) -> None:
         """Continue the ranking by the same metric, in its own folder or, with its best file, in a new one."""

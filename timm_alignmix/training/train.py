@@ -207,7 +207,8 @@ def _explained_ends(run: Run, saver: CheckpointSaver) -> Iterator[None]:
         raise SystemExit(EXIT_REQUEUE) from None
     except RuntimeError as e:
         # gloo's errors have no type of their own; with NCCL its watchdog may end the process first.
-        if run.accelerator.num_processes == 1 or not (isinstance(e, DistError) or 'gloo' in str(e)):
+        is_lost = isinstance(e, DistError) or any(words in str(e) for words in ('gloo', 'pair closure', 'Connection '))
+        if run.accelerator.num_processes == 1 or not is_lost:
             raise
         raise RuntimeError(
             f'process {run.accelerator.process_index} lost contact with the others: one died, or one did not answer '
