@@ -11,8 +11,16 @@ from timm_alignmix import create_mix
 from .. import published
 from .sources import EvaluationResult, TrainingRun
 
-# The papers' names of OOD sets, by ours.
-OOD_SETS = {'uniform': 'uniform noise', 'gaussian': 'Gaussian noise'}
+# The papers' names of OOD sets, by ours, and by those of the folders that ODIN's authors published.
+OOD_SETS = {
+    'uniform': 'uniform noise',
+    'gaussian': 'Gaussian noise',
+    'lsun': 'LSUN (crop)',
+    'lsun_resize': 'LSUN (resize)',
+    'isun': 'iSUN',
+    'tinyimagenet_crop': 'TinyImageNet (crop)',
+    'imagenet_resize': 'TinyImageNet (resize)',
+}
 
 
 @dataclass(frozen=True)
@@ -157,13 +165,14 @@ def _row_values(measure: Measure, row: dict[str, Any], model: dict[str, Any]) ->
         found = {method_name(training['mix'], training.get('mix_options', {})): row.get(measure.key)}
     else:
         return []
-    if measure.protocol == 'ood' and row.get('set') not in OOD_SETS:
+    ood = OOD_SETS.get(str(row.get('set')).lower(), '')
+    if measure.protocol == 'ood' and not ood:
         return []
     return [
         Value(
             measure, method, measure.ours(value), published.dataset_name(training.get('dataset', 'unknown data')),
             published.network_name(model.get('arch') or row['model']), training.get('epochs'),
-            training.get('accuracy', {}).get('exported', ''), OOD_SETS.get(row.get('set'), ''))
+            training.get('accuracy', {}).get('exported', ''), ood)
         for method, value in found.items() if isinstance(value, (int, float))]
 
 
