@@ -1,16 +1,21 @@
 """Several processes on the CPU, and the threads of one that accelerate launch starts."""
 import csv
-import json
+import importlib
+import multiprocessing.forkserver
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
 from accelerate import Accelerator
+from PIL import Image
+from sklearn.datasets import load_digits
 from timm.models import load_checkpoint
 
 from timm_alignmix.training.build import _use_all_cores
@@ -37,44 +42,156 @@ def launch(*words: str, **variables: str) -> str:
 
 
 @pytest.fixture(scope='module')
-def two(make_config, tmp_path_factory):
-    """Folder of two jobs trained on two processes, and callable: what a job's processes saved, by rank."""
+def on_processes():
+    """Callable: run a function of workers.py on so many processes, connected as a launcher would.
+
+    They are forks of one process that has imported everything once.
+    """
+    folder = str(Path(__file__).parent)
+    sys.path.insert(0, folder)
+    workers = importlib.import_module('workers')
+    context = multiprocessing.get_context('forkserver')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('PYTHONPATH', os.pathsep.join([folder, str(ROOT)]))
+        context.set_forkserver_preload(['workers'])
+        multiprocessing.forkserver.ensure_running()
+
+    def run(count: int, target: str, *args) -> None:
+        with socket.socket() as free:
+            free.bind(('127.0.0.1', 0))
+            port = free.getsockname()[1]
+        processes = [
+            context.Process(target=workers.begin, args=(rank, count, port, getattr(workers, target), *args))
+            for rank in range(count)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(200)
+        codes = [process.exitcode for process in processes]
+        for process in processes:
+            process.kill()
+        assert codes == [0] * count
+    yield run
+    sys.path.remove(folder)
+
+
+@pytest.fixture(scope='module')
+def two(make_config, on_processes, tmp_path_factory):
+    """Folder of jobs trained on two processes, and callable: what a job's processes saved, by rank."""
     folder = tmp_path_factory.mktemp('two')
     torch.manual_seed(3)
     torch.save(timm.create_model('test_vit', num_classes=10).state_dict(), folder / 'start.pth')
     dense = dict(mix='densemultimix', mix_kwargs={'n': 12}, model_ema=True, model_ema_decay=0.7, drop=0.1)
+    # 84 images are 5 batches of 8 on each of two processes: 3 updates of 2, 2 and 1.
+    align = dict(
+        mix='alignmix', mix_kwargs={'mode_probs': (0.3, 0.3, 0.4)}, batch_size=8, grad_accum_steps=2, model_ema=True,
+        model_ema_decay=0.7, dist_bn='broadcast', dist_timeout=60)
     jobs = {
-        'dense': make_config(folder / 'dense', batch_size=8, validation_batch_size=4, **dense),
-        'plain': make_config(folder / 'plain', batch_size=8, initial_checkpoint=str(folder / 'start.pth'), **PLAIN),
+        'dense': (dict(batch_size=8, validation_batch_size=4, **dense), {}),
+        'plain': (dict(batch_size=8, initial_checkpoint=str(folder / 'start.pth'), **PLAIN), {}),
+        'whole': (align, {}),
+        'died': (dict(align, checkpoint_steps=1), {'at': (7, 'die')}),
+        'died-on': (dict(align, checkpoint_steps=1, resume='auto', output=folder / 'died'), {}),
+        'asked': (align, {'at': (2, 'signal')}),
+        'asked-on': (dict(align, resume='auto', output=folder / 'asked'), {}),
+        'spoilt': (dict(align, epochs=1), {'at': (3, 'spoil')}),
     }
-    (folder / 'jobs.json').write_text(json.dumps({name: config.to_dict() for name, config in jobs.items()}))
-    launch('--multi_gpu', '--num_processes', '2', '--main_process_port', '0', str(Path(__file__).with_name(
-        'two_processes.py')), str(folder / 'jobs.json'), str(folder), ACCELERATE_USE_CPU='1')
+    on_processes(2, 'train_all', {
+        name: {**make_config(options.pop('output', folder / name), **options).to_dict(), **extra}
+        for name, (options, extra) in jobs.items()}, folder)
     return folder, lambda name: [torch.load(folder / f'{name}-{rank}.pt', weights_only=True) for rank in (0, 1)]
 
 
-def test_two_processes_evaluate_each_image_once(two, val_pixels):
-    images, _ = val_pixels
-    for saved in two[1]('dense'), two[1]('plain'):
-        assert [part['processes'] for part in saved] == [2, 2]
-        assert sorted(len(part['val']) for part in saved) == [13, 14]
-        assert len(set(saved[0]['val']) | set(saved[1]['val'])) == 27 == len(images.flatten(1).unique(dim=0))
-
-
 def test_two_processes_train_on_different_images(two):
-    first, second = (part['train'] for part in two[1]('plain'))
-    assert len(first) == len(second) == 40
-    assert len(set(first) | set(second)) == 80
+    first, second = ({image for _, _, image in part['steps']} for part in two[1]('plain'))
+    assert len(first) == len(second) == 5 and not first & second
 
 
-@pytest.mark.parametrize('name', ['dense', 'plain'])
+def test_modes_are_shared_and_draws_are_not(two):
+    first, second = (part['steps'] for part in two[1]('whole'))
+    assert [mode for mode, _, _ in first] == [mode for mode, _, _ in second]
+    assert len({mode for mode, _, _ in first}) == 3
+    lams = [(one[1], other[1]) for one, other in zip(first, second, strict=True) if one[1] is not None]
+    assert lams and all(one != other for one, other in lams)
+
+
+def test_gradients_are_reduced_once_an_update(two):
+    """Two epochs of 3 updates from 5 batches; without accumulation one of 5."""
+    assert [part['reductions'] for part in two[1]('whole')] == [6, 6]
+    assert [part['reductions'] for part in two[1]('plain')] == [5, 5]
+
+
+@pytest.mark.parametrize('name', ['dense', 'plain', 'whole', 'spoilt'])
 def test_both_processes_end_with_the_same_model(two, name):
-    """Parameters, running statistics and averages; all ranks report the same history."""
+    """Parameters, running statistics (averaged, or those of the first) and averages; all report the same history."""
     first, second = two[1](name)
-    assert first['history'] == second['history']
+    assert first['processes'] == 2 and first['history'] == second['history']
     for which in ('state_dict', 'state_dict_ema'):
         for key, value in (first[which] or {}).items():
             assert torch.equal(value, second[which][key]), (which, key)
+
+
+def test_two_processes_that_die_within_an_epoch_end_as_if_they_had_not(two):
+    """Each process has running statistics of its own within an epoch; the second job finds the first's files."""
+    folder, saved = two
+    assert [part['code'] for part in saved('died')] == ['died', 'died']
+    assert [part['history'] for part in saved('died-on')] == [part['history'][1:] for part in saved('whole')]
+    for found, expected in zip(saved('died-on'), saved('whole'), strict=True):
+        assert found['steps'] == expected['steps'][-3:]  # after the first of three updates
+        for which in ('state_dict', 'state_dict_ema'):
+            for key, value in expected[which].items():
+                assert torch.equal(found[which][key], value), (which, key)
+
+
+def test_a_signal_to_one_process_stops_both_after_the_same_update(two):
+    folder, saved = two
+    assert [part['code'] for part in saved('asked')] == [75, 75]
+    assert [len(part['steps']) for part in saved('asked')] == [4, 4]
+    names = {path.name for path in (folder / 'asked' / 'run').glob('*.pth.tar')}
+    assert 'recovery-0-2.pth.tar' in names
+    assert [part['history'] for part in saved('asked-on')] == [part['history'] for part in saved('whole')]
+
+
+def test_a_loss_that_is_not_finite_on_one_process_is_left_out_on_both(two):
+    for part in two[1]('spoilt'):
+        assert part['history'][0]['train']['skipped'] == 1
+        assert all(value.isfinite().all() for value in part['state_dict'].values())
+
+
+@pytest.fixture(scope='module')
+def thousand_and_one(tmp_path_factory):
+    """An ImageFolder with 1,001 validation images of 32 x 32 pixels."""
+    root = tmp_path_factory.mktemp('thousand')
+    pixels, labels = load_digits(return_X_y=True)
+    for index in range(1001):
+        grey = (pixels[index].reshape(8, 8) * (255 / 16)).astype(np.uint8).repeat(4, 0).repeat(4, 1)
+        for split in ('train', 'validation') if index < 32 else ('validation',):
+            folder = root / split / str(labels[index])
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(grey).save(folder / f'{index}.png')
+    return root
+
+
+def test_any_number_of_processes_evaluates_1001_images_alike(thousand_and_one, make_config, on_processes, tmp_path):
+    torch.save(timm.create_model('test_resnet', num_classes=10).state_dict(), tmp_path / 'weights.pth')
+    found = {}
+    for count, batch in ((1, 100), (2, 64), (3, 37)):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        config = make_config(
+            folder, data_dir=str(thousand_and_one), img_size=32, batch_size=8, validation_batch_size=batch)
+        on_processes(count, 'evaluate', config.to_dict(), tmp_path / 'weights.pth', folder)
+        found[count] = [torch.load(folder / f'{rank}.pt', weights_only=True) for rank in range(count)]
+    (one,) = found[1]
+    assert len(one['seen']) == 1001 and 0 < one['metrics']['top1'] < 100
+    for count in (2, 3):
+        parts = found[count]
+        assert sorted(image for part in parts for image in part['seen']) == sorted(one['seen'])
+        for part in parts:
+            assert part['metrics'] == parts[0]['metrics']
+            assert part['metrics']['top1'] == one['metrics']['top1']
+            assert part['metrics']['top5'] == one['metrics']['top5']
+            assert part['metrics']['loss'] == pytest.approx(one['metrics']['loss'], rel=1e-6)
 
 
 def test_metrics_of_two_processes_are_those_of_one(two, new_model, evaluate):
