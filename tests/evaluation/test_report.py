@@ -144,13 +144,18 @@ def test_comparison_by_hand(tmp_path):
 def test_ood_sets_intrusion_and_cost_are_told_apart(tmp_path):
     rows = [{'model': 'a', 'set': name, 'auroc': value} for name, value in (('uniform', 60.0), ('textures', 70.0))]
     write_evaluation(tmp_path / '1', 'ood', rows, [model('a', 'alignmix')])
-    write_evaluation(tmp_path / '2', 'intrusion', [{'model': 'a', 'mixup': 0.5, 'multimix': None}],
-                     [model('a', 'none')])
+    write_evaluation(tmp_path / '2', 'intrusion', [
+        {'model': 'a', 'mixup': 0.5, 'multimix': None}, {'model': 'b', 'mixup': 0.7, 'multimix': None}],
+        [model('a', 'none'), model('b', 'mixup')])
     write_evaluation(tmp_path / '3', 'cost', [{'model': 'x', 'mix': 'none', 'images_s': 1500.0, 'ms': 10.0}],
                      [{'label': 'x', 'arch': 'resnet50.a1_in1k'}])
     ood, intrusion, cost = (compare_result(result)[0] for result in find_sources([tmp_path]).results)
     assert [row.values for row in ood.rows] == [[60.0], [89.1]]
-    assert (intrusion.methods, intrusion.rows[0].values, intrusion.rows[1].values) == (['input mixup'], [0.5], [0.46])
+    # Networks trained with different methods are no repetitions of one measurement.
+    assert [(row.setting.rpartition(', ')[2], row.values) for row in intrusion.rows if row.ours] == [
+        ('trained with none', [0.5]), ('trained with mixup', [0.7])]
+    assert (intrusion.methods, intrusion.rows[2].values) == (['input mixup'], [0.46])
+    assert 'scale of the embeddings' in intrusion.rows[2].differs and not intrusion.reproduces
     speeds = [row.values for row in cost.rows if row.quantity == '1000 images/s']
     assert speeds == [[1.5], [1.17]] and 'hardware' in cost.rows[-1].differs
 

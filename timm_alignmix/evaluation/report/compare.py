@@ -35,6 +35,7 @@ class Measure:
         ours: Our value in the unit of the comparison.
         theirs: A published value in that unit, from its metric and value.
         data: Start of the name of the data that the published metric means this on.
+        left_open: What the paper does not state and the figure depends on.
     """
     protocol: str
     key: str
@@ -43,6 +44,7 @@ class Measure:
     ours: Callable[[float], float] = float
     theirs: Callable[[str, float], float] = lambda metric, value: value
     data: str = ''
+    left_open: str = ''
 
 
 def _accuracy(metric: str, value: float) -> float:
@@ -61,9 +63,10 @@ MEASURES = (
     Measure('ood', 'aupr_out', 'AUPR, OOD positive (%)', ('AUPR (OOD) %',)),
     Measure('localization', 'top1_loc', 'Top-1 Loc (%)', ('Top-1 localization %',)),
     Measure('localization', 'maxboxacc_v2', 'MaxBoxAccV2 (%)', ('MaxBoxAccV2 %',)),
-    Measure('embedding', 'alignment', 'alignment', ('alignment',)),
-    Measure('embedding', 'uniformity', 'uniformity', ('uniformity',)),
-    Measure('intrusion', 'intrusion', 'intrusion distance', ('intrusion distance',)),
+    Measure('embedding', 'alignment', 'alignment', ('alignment',), left_open='scale of the embeddings'),
+    Measure('embedding', 'uniformity', 'uniformity', ('uniformity',), left_open='scale of the embeddings'),
+    Measure('intrusion', 'intrusion', 'intrusion distance', ('intrusion distance',),
+            left_open='scale of the embeddings'),
     Measure('cost', 'ms', 'ms per step', ('ms per batch, RTX 2080 Ti',)),
     Measure('cost', 'images_s', '1000 images/s', ('1000 images/s, V100',), ours=lambda value: value / 1000),
     Measure('detection', 'eval_voc07_11pt', 'mAP, VOC07 11-point (%)', ('mAP %',), data='VOC'),
@@ -80,7 +83,7 @@ class Value:
         method: The papers' name of the method, with the options that are not its defaults.
         value: The figure.
         dataset, network, epochs: The training.
-        which: Which weights of it, 'last' or 'best'.
+        which: Which weights of it, such as 'last epoch'.
         ood: The papers' name of the OOD set.
     """
     measure: Measure
@@ -168,11 +171,15 @@ def _row_values(measure: Measure, row: dict[str, Any], model: dict[str, Any]) ->
     ood = OOD_SETS.get(str(row.get('set')).lower(), '')
     if measure.protocol == 'ood' and not ood:
         return []
+    exported = training.get('accuracy', {}).get('exported')
+    which = [f'{exported} epoch'] if exported else []
+    if measure.protocol == 'intrusion' and training.get('mix'):
+        which.append(f'trained with {training["mix"]}')
     return [
         Value(
             measure, method, measure.ours(value), published.dataset_name(training.get('dataset', 'unknown data')),
             published.network_name(model.get('arch') or row['model']), training.get('epochs'),
-            training.get('accuracy', {}).get('exported', ''), ood)
+            ', '.join(which), ood)
         for method, value in found.items() if isinstance(value, (int, float))]
 
 
@@ -190,7 +197,7 @@ def compare_runs(runs: Iterable[TrainingRun]) -> list[Comparison]:
                 value = row and row.get(measure.key if run.is_detector else 'eval_top1')
                 if value is not None:
                     values.append(Value(
-                        measure, method, value, run.dataset, run.network, run.args.get('epochs'), which))
+                        measure, method, value, run.dataset, run.network, run.args.get('epochs'), f'{which} epoch'))
     return _compare(values)
 
 
@@ -230,7 +237,7 @@ def _own_row(values: list[Value], which: str, methods: list[str]) -> Row:
     """Our line of a quantity, means where a method was measured several times."""
     found = [[v.value for v in values if v.which == which and v.method == method] for method in methods]
     most = max(map(len, found))
-    words = ['here', which and f'{which} epoch', f'means of up to {most}' if most > 1 else '']
+    words = ['here', which, f'means of up to {most}' if most > 1 else '']
     return Row(_quantity(values[0].measure, values[0].ood), ', '.join(filter(None, words)),
                [statistics.mean(entry) if entry else None for entry in found], True, {})
 
@@ -254,6 +261,8 @@ def _published_rows(measure: Measure, ood: str, here: Value, methods: list[str])
         differs = published.differences(one, here.dataset, here.network, here.epochs)
         if hardware:
             differs['hardware'] = ''
+        if measure.left_open:
+            differs[measure.left_open] = 'not stated'
         rows.append(Row(
             _quantity(measure, ood),
             f'{published.PAPERS[one.paper].partition(" (")[0]}, {one.table}: {one.dataset}, {one.network}{hardware}'

@@ -205,7 +205,8 @@ def _comparison(comparison: Comparison) -> tuple[Table, str, bool]:
     rows, above = [], ''
     for row in comparison.rows:
         # Both data and networks can be read in the table.
-        notes = [f'{what} ({how})' if what == 'epochs' else what for what, how in row.differs.items()]
+        notes = [what if what in ('data', 'network') or not how else f'{what} ({how})'
+                 for what, how in row.differs.items()]
         rows.append([
             row.quantity if row.quantity != above else '', row.setting, *(_cell(v, '.2f') for v in row.values),
             '' if row.ours else ', '.join(notes) or 'nothing known'])
