@@ -87,6 +87,7 @@ def test_cub_format(birds):
     assert source.class_names == ['001.Auk', '002.Wren']
     assert source.dataset[0].boxes['001.Auk'].tolist() == [[9, 10, 29, 20]]  # x + width is the last column
     assert len(open_boxes(str(birds), 'train').dataset) == 4
+    assert localization.whole_image(source) == 0  # 20x10 of 50x40 pixels
     (birds / 'bounding_boxes.txt').write_text('1 0 0 5 5\n')
     with pytest.raises(ValueError, match='other ids than images.txt: 2, 3'):
         open_boxes(str(birds), 'train')
@@ -111,6 +112,7 @@ def test_voc_format(tmp_path):
     source = open_boxes(str(tmp_path), 'validation')
     assert source.class_names == ['cat', 'dog'] and len(source.dataset) == 1  # b shows nothing
     boxes = source.dataset[0].boxes
+    assert localization.whole_image(source) == 0  # 10x10 of 20x20
     assert boxes['cat'].tolist() == [[0, 1, 9, 11], [6, 6, 8, 8]] and boxes['dog'].tolist() == [[2, 2, 4, 4]]
     with pytest.raises(ValueError, match='no list for --split extra; it has: val'):
         open_boxes(str(tmp_path), 'extra')
