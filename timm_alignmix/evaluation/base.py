@@ -119,13 +119,16 @@ def register_protocol(
     Raises:
         ValueError: The name, or that of an option, is taken.
     """
+    owners = {option.name: 'every protocol' for option in fields(EvalConfig)}
+    for other in _protocols.values():
+        owners.update({option.name: other.name for option in fields(other.options)})
+    taken = [f'option {option.name} of {owners[option.name]}' for option in fields(options) if option.name in owners]
+    if name in ('all', *_protocols):
+        taken.append(f'name {name}')
+    if taken:
+        raise ValueError(f'protocol {name!r}: taken already: {", ".join(taken)}')
+
     def register(run: Callable[['Evaluation'], Result]) -> Callable[['Evaluation'], Result]:
-        owners = {option.name: 'every protocol' for option in fields(EvalConfig)}
-        for other in _protocols.values():
-            owners.update({option.name: other.name for option in fields(other.options)})
-        taken = [f'{option.name} ({owners[option.name]})' for option in fields(options) if option.name in owners]
-        if name in ('all', *_protocols) or taken:
-            raise ValueError(f'protocol {name!r}: the name or an option is taken: {name}, {", ".join(taken)}')
         _protocols[name] = Protocol(name, options, run, in_all, needs_models)
         return run
     return register
