@@ -33,6 +33,22 @@ def _load_lines(lines, p, q, R):
 
 
 @triton.jit
+def _lines(resident, sample_ptr, p, q, R, BLOCKS: tl.constexpr):
+    """A block of lines: the one in registers where it is the only one."""
+    lines = resident
+    if BLOCKS > 1:
+        lines = _load_lines(sample_ptr, p, q, R)
+    return lines
+
+
+@triton.jit
+def _line_potential(shifted):
+    """Minus the log-sum-exp of each line."""
+    peak = tl.max(shifted, axis=1)
+    return -(peak + tl.log(tl.sum(tl.exp(shifted - peak[:, None]), axis=1)))
+
+
+@triton.jit
 def _potentials_kernel(
         lines_ptr,
         first_ptr,
@@ -48,8 +64,7 @@ def _potentials_kernel(
     p_block = tl.arange(0, BLOCK_P)
     q = tl.arange(0, BLOCK_Q)
     second = tl.zeros([BLOCK_Q], dtype=tl.float32)
-    if BLOCKS == 1:
-        resident = _load_lines(sample_ptr, p_block, q, R)
+    resident = _load_lines(sample_ptr, p_block, q, R)
 
     iteration = 0
     moved = float('inf')
@@ -58,14 +73,8 @@ def _potentials_kernel(
         total = tl.zeros([BLOCK_Q], dtype=tl.float32)
         for block in range(BLOCKS):
             p = block * BLOCK_P + p_block
-            if BLOCKS == 1:
-                lines = resident
-            else:
-                lines = _load_lines(sample_ptr, p, q, R)
-            shifted = lines + second[None, :]
-            line_peak = tl.max(shifted, axis=1)
-            line_sum = tl.sum(tl.exp(shifted - line_peak[:, None]), axis=1)
-            first = -(line_peak + tl.log(line_sum))
+            lines = _lines(resident, sample_ptr, p, q, R, BLOCKS)
+            first = _line_potential(lines + second[None, :])
             lines = tl.where(p[:, None] < R, lines + first[:, None], OUTSIDE)
             block_peak = tl.maximum(peak, tl.max(lines, axis=0))
             total = total * tl.exp(peak - block_peak) + tl.sum(tl.exp(lines - block_peak[None, :]), axis=0)
@@ -79,10 +88,7 @@ def _potentials_kernel(
         total = tl.zeros([BLOCK_Q], dtype=tl.float32)
         for block in range(BLOCKS):
             p = block * BLOCK_P + p_block
-            if BLOCKS == 1:
-                lines = resident
-            else:
-                lines = _load_lines(sample_ptr, p, q, R)
+            lines = _lines(resident, sample_ptr, p, q, R, BLOCKS)
             shifted = lines + second[None, :]
             exps = tl.exp(shifted - tl.max(shifted, axis=1)[:, None])
             share = tl.where(p < R, 1.0 / tl.sum(exps, axis=1), 0.0)
@@ -93,14 +99,8 @@ def _potentials_kernel(
 
     for block in range(BLOCKS):
         p = block * BLOCK_P + p_block
-        if BLOCKS == 1:
-            lines = resident
-        else:
-            lines = _load_lines(sample_ptr, p, q, R)
-        shifted = lines + second[None, :]
-        line_peak = tl.max(shifted, axis=1)
-        line_sum = tl.sum(tl.exp(shifted - line_peak[:, None]), axis=1)
-        tl.store(first_ptr + sample * R + p, -(line_peak + tl.log(line_sum)), mask=p < R)
+        first = _line_potential(_lines(resident, sample_ptr, p, q, R, BLOCKS) + second[None, :])
+        tl.store(first_ptr + sample * R + p, first, mask=p < R)
 
 
 def fits(cost_BRR: torch.Tensor) -> bool:
