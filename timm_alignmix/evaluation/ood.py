@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from timm_alignmix.data.sources import ImageSource
 from timm_alignmix.training.config import Options, config_option
 
 from .base import Column, Result, register_protocol
-from .data import Batch, open_unlabelled
+from .data import Batch, EvalLoader, open_unlabelled
 from .ood_sets import NOISES, fit, noise_batches, open_set
 from .predictions import check_finite
 
@@ -125,13 +126,11 @@ def ood(ev: 'Evaluation') -> Result:
         raise ValueError(f'--ood and --ood-noise must name at least one set, each by its own name; got: {names}')
     rows: list[dict[str, Any]] = []
     score: dict[str, dict[str, np.ndarray]] = {}
+    loaders: dict[Any, EvalLoader] = {}
     for model in ev.models:
         own = score[model.label] = {'ID': ev.predictions(model).confidence}
-        transform = fit(options.ood_fit, model.data_config)
         for source in sources:
-            loader = open_unlabelled(source, transform, options, model.data_config['input_size'], ev.device,
-                                     ev.accelerator.process_index, ev.accelerator.num_processes)
-            ev.used[loader.description] = None
+            loader = _loader(ev, model, source, loaders)
             own[source.title] = scores(ev, model, iter(loader), source.title, len(loader))
         for name in noises:
             own[NOISES[name]] = scores(ev, model, noise_batches(ev, model, name), name, len(ev.loader(model)))
@@ -160,6 +159,18 @@ def ood(ev: 'Evaluation') -> Result:
         details={'histograms': histograms(score)},
         figures={'': draw_histograms(score, rows), 'auroc': draw_auroc(rows, names)},
     )
+
+
+def _loader(ev: 'Evaluation', model: 'EvalModel', source: ImageSource, loaders: dict[Any, EvalLoader]) -> EvalLoader:
+    """Images of a set as a model takes them; models that take the same share one loader and its workers."""
+    size = tuple(model.data_config['input_size'])
+    key = source.title, size, model.data_config['interpolation']
+    if key not in loaders:
+        loaders[key] = open_unlabelled(
+            source, fit(ev.config.ood_fit, model.data_config), ev.config, size, ev.device,
+            ev.accelerator.process_index, ev.accelerator.num_processes)
+    ev.used[loaders[key].description] = None
+    return loaders[key]
 
 
 def _row(label: str, name: str, id_scores: np.ndarray, ood_scores: np.ndarray) -> dict[str, Any]:
