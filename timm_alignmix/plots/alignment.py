@@ -66,7 +66,7 @@ def alignment(
                 weight_HW = plans[i, r].view(height, width)
                 ax = fig.add_subplot(grid[i, k + 1])
                 spotlight(ax, pixels[1 - i], weight_HW, f'{name}{k + 1} goes to', _MARKS[k % len(_MARKS)])
-                ax.set_xlabel(f'up to {100 * weight_HW.max():.0f} % in one place', fontsize=8, labelpad=3)
+                ax.set_xlabel(f'up to {100 * weight_HW.max():.0f} %', fontsize=8, labelpad=3)
         _matrix(fig.add_subplot(grid[:, -2:]), plans[0], chosen[0], found.name, height, width)
     return fig
 

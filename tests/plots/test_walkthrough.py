@@ -1,0 +1,38 @@
+"""The notebook runs from top to bottom, as a reader would run it, and what it stores is of such a run."""
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip('accelerate')
+matplotlib = pytest.importorskip('matplotlib')
+
+DOCS = Path(__file__).resolve().parents[2] / 'docs'
+
+
+@pytest.fixture
+def one_thread():
+    """Its tensors are tiny: on a busy machine two threads spend their time waiting for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_walkthrough_runs_from_top_to_bottom(monkeypatch, capsys, one_thread):
+    """In one namespace, without a kernel: the cells are plain Python."""
+    monkeypatch.chdir(DOCS)
+    matplotlib.use('Agg')
+    cells = json.loads((DOCS / 'walkthrough.ipynb').read_text(encoding='utf-8'))['cells']
+    code = [cell for cell in cells if cell['cell_type'] == 'code']
+    namespace = {}
+    for i, cell in enumerate(code):
+        exec(compile(''.join(cell['source']), f'cell {i}', 'exec'), namespace)
+        stored = [output for output in cell['outputs'] if output['output_type'] == 'error']
+        assert not stored, f'cell {i} stores an error'
+    assert len(code) > 10 and any(cell['outputs'] for cell in code)
+    printed = capsys.readouterr().out
+    assert all(f'{name} ' in printed for name in namespace['timm_alignmix'].list_mixes())
+    clean = namespace['modes']['clean']
+    assert clean[-1] < clean[0] / 2  # the decoder learns the photos
