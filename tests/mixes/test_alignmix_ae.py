@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from timm.optim import create_optimizer_v2
 
 from timm_alignmix import MixTask, create_mix, create_mixup
+from timm_alignmix.models import PreActResNet
 from timm_alignmix.models.decoder import ResidualDecoder
 from timm_alignmix.rng import StepRandom
 
@@ -185,6 +186,16 @@ def test_every_row_of_table_6_trains(layers, decoder, variational, resolution):
         optimizer.step()
         assert result['mode'] == mode and result['loss'].isfinite() and (result['lam'] is None) == (mode == 'clean')
         assert all(p.grad is not None and p.grad.isfinite().all() for p in task.trainable_module.parameters())
+
+
+def test_8x8_by_stride_1_in_the_last_stage():
+    """The paper's row for its own network, in small: three stages at 16 px instead of four at 32."""
+    for last_stride, side in ((2, 4), (1, 8)):
+        model = PreActResNet((1, 1, 1), (4, 8, 8), 4, last_stride=last_stride, num_classes=5)
+        assert model(torch.zeros(2, 3, 16, 16)).shape == (2, 5)
+        assert model.feature_info[-1]['reduction'] == 16 // side
+        task = MixTask(model, 'alignmix_ae', dict(SMALL, resolution=side), img_size=16, verbose=False)
+        assert task.mix.extra.embed.weight.shape == (16, 8 * side ** 2)
 
 
 @pytest.mark.parametrize('options,expected', [

@@ -74,9 +74,10 @@ class PreActResNet(nn.Module):
 
     Args:
         layers: Blocks of each stage.
-        channels: Channels of each stage. Every stage but the first halves the resolution.
+        channels: Channels of each stage. Every stage but the first halves the resolution (see last_stride).
         stem_chs: Channels of the stem.
         stem_stride: Stride of the stem.
+        last_stride: Stride of the last stage; 1 doubles its resolution (8x8 at 32 px, AlignMixup's Table 6).
         stem_norm: Put a norm and an activation after the stem's convolution.
         skip_preact: See PreActBlock.
         final_norm: Put a norm and an activation after the last stage.
@@ -94,6 +95,7 @@ class PreActResNet(nn.Module):
             channels: tuple[int, ...] = (64, 128, 256, 512),
             stem_chs: int = 64,
             stem_stride: int = 1,
+            last_stride: int = 2,
             stem_norm: bool = False,
             skip_preact: bool = False,
             final_norm: bool = False,
@@ -121,7 +123,7 @@ class PreActResNet(nn.Module):
         self.stage_names = []
         prev_chs, reduction = stem_chs, stem_stride
         for i, (depth, chs) in enumerate(zip(layers, channels, strict=True)):
-            stride = 1 if i == 0 else 2
+            stride = 1 if i == 0 else last_stride if i == len(layers) - 1 else 2
             reduction *= stride
             blocks = []
             for j in range(depth):
