@@ -157,7 +157,9 @@ def test_ood_sets_intrusion_and_cost_are_told_apart(tmp_path):
     assert (intrusion.methods, intrusion.rows[2].values) == (['input mixup'], [0.46])
     assert 'scale of the embeddings' in intrusion.rows[2].differs and not intrusion.reproduces
     speeds = [row.values for row in cost.rows if row.quantity == '1000 images/s']
-    assert speeds == [[1.5], [1.17]] and 'hardware' in cost.rows[-1].differs
+    assert speeds == [[1.5], [1.17], [1.01]]  # of ResNet-50 and of ViT-S/16
+    assert [set(row.differs) for row in cost.rows if row.quantity == '1000 images/s'] == [
+        set(), {'hardware'}, {'hardware', 'network'}]
 
 
 def test_runs_that_are_not_finished_are_not_compared(tmp_path):
@@ -172,12 +174,13 @@ def test_runs_that_are_not_finished_are_not_compared(tmp_path):
 
 
 def test_detectors_are_compared_by_the_weights_of_their_backbone(tmp_path):
-    for mix, value in (('none', 40.0), ('densemultimix', 50.0)):
+    for mix, value in (('none', 40.0), ('densemultimix', 50.0), ('alignmix_ae', 60.0)):
         write_run(tmp_path / mix, [value], eval_metric='voc07_11pt', detector='ssd', backbone='resnet50',
                   dataset='voc', data_dir='/data/VOC07', weights=f'/runs/photos-{mix}-0/last.pth.tar')
     (comparison,) = compare_runs(find_sources([tmp_path]).runs)
-    assert comparison.methods == ['baseline', 'Dense MultiMix'] and comparison.rows[0].values == [40.0, 50.0]
-    assert [row.values for row in comparison.rows if not row.ours] == [[76.7, 79.2]]  # not COCO's, another measure
+    assert comparison.methods == ['baseline', 'AlignMixup/AE', 'Dense MultiMix']
+    assert comparison.rows[0].values == [40.0, 60.0, 50.0]
+    assert [row.values for row in comparison.rows if not row.ours] == [[76.7, None, 79.2]]  # not that of COCO
 
 
 def test_page_shows_everything_and_runs_nothing(tmp_path):

@@ -206,8 +206,8 @@ def _backbone_method(run: TrainingRun) -> str:
     weights = run.args.get('weights')
     if not weights:
         return 'random weights'
-    words = re.split(r'[^a-z0-9]+', weights.lower())
-    found = [mix for mix in published.METHODS if mix in words]
+    names = '|'.join(sorted(published.METHODS, key=len, reverse=True))  # alignmix_ae before alignmix
+    found = re.findall(rf'(?<![a-z0-9])({names})(?![a-z0-9])', weights.lower())
     return published.METHODS[found[-1]] if found else weights.rstrip('/').rpartition('/')[2]
 
 
@@ -230,7 +230,8 @@ def _comparison(values: list[Value]) -> Comparison | None:
         if theirs:
             rows += [_own_row(own, which, methods) for which in dict.fromkeys(value.which for value in own)] + theirs
     epochs = f'{first.epochs} epochs' if first.epochs else 'unknown epochs'
-    return Comparison(f'{first.dataset}, {first.network}, {epochs}', methods, rows) if rows else None
+    title = first.network if first.measure.protocol == 'cost' else f'{first.dataset}, {first.network}, {epochs}'
+    return Comparison(title, methods, rows) if rows else None
 
 
 def _own_row(values: list[Value], which: str, methods: list[str]) -> Row:
@@ -259,8 +260,8 @@ def _published_rows(measure: Measure, ood: str, here: Value, methods: list[str])
         printed = ' (100 - error)' if measure.theirs(one.metric, one.value) != one.value else ''
         hardware = f' on {one.metric.rpartition(", ")[2]}' if ', ' in one.metric else ''
         differs = published.differences(one, here.dataset, here.network, here.epochs)
-        if hardware:
-            differs['hardware'] = ''
+        if measure.protocol == 'cost':  # the same steps, whatever the images show and however often
+            differs = {'hardware': ''} | {key: how for key, how in differs.items() if key == 'network'}
         if measure.left_open:
             differs[measure.left_open] = 'not stated'
         rows.append(Row(
