@@ -10,7 +10,6 @@ none), syncs (what makes the host wait in a step), timm (a step of none against 
 matrix peak).
 """
 import argparse
-import copy
 import time
 from argparse import Namespace
 from collections.abc import Callable
@@ -242,7 +241,7 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     start = time.perf_counter()
     torch.backends.cudnn.benchmark = True
-    rates = ceilings(copy.copy(args))
+    rates = ceilings(args)
     for part in args.parts:
         if part in ('accuracy', 'kernels', 'steps', 'syncs'):
             dict(accuracy=accuracy, kernels=kernels, steps=steps, syncs=syncs)[part](args)
