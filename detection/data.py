@@ -11,6 +11,8 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision import tv_tensors
 from torchvision.transforms.v2.functional import pil_to_tensor
 
+from timm_alignmix.data.worker_signals import end_with_parent, iterate
+
 from .annotations import VOC_CLASSES, Annotations, Record, clean, coco_file, read_coco, read_voc
 from .batches import TrainBatches, aspect_ratio_groups
 
@@ -183,7 +185,7 @@ class DetectionLoader:
             aspect_ratio_group_factor: int = 0,
     ):
         self.dataset, self.device, self.num_samples = dataset, device, len(dataset)
-        shared = dict(num_workers=workers, collate_fn=_collate, pin_memory=pin_mem)
+        shared = dict(num_workers=workers, collate_fn=_collate, pin_memory=pin_mem, worker_init_fn=end_with_parent)
         if training:
             groups = aspect_ratio_groups(dataset.records, aspect_ratio_group_factor)
             self.batches = TrainBatches(groups, batch_size, seed, rank, world_size)
@@ -201,7 +203,7 @@ class DetectionLoader:
         self.batches.start = start
 
     def __iter__(self) -> Iterator[Batch]:
-        for images, targets in self.loader:
+        for images, targets in iterate(self.loader):
             images = [image.to(self.device, non_blocking=True).float() / 255 for image in images]
             yield images, [
                 {**target, 'boxes': target['boxes'].to(self.device, non_blocking=True),

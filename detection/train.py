@@ -130,6 +130,7 @@ def main(argv: list[str] | None = None) -> None:
         print(yaml.safe_dump(config.to_dict(), default_flow_style=False))
         return
     fit(run, saver, partial(evaluate, folder=saver.folder))
+    run.accelerator.state.destroy_process_group()
 
 
 if __name__ == '__main__':

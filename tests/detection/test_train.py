@@ -22,7 +22,7 @@ from detection.train import parse_config, train
 ROOT = Path(__file__).resolve().parents[2]
 TINY = dict(
     detector='ssd', backbone='test_resnet', img_size=96, batch_size=4, workers=0, device='cpu', pictures=2,
-    opt='adamw', lr=2e-3, sched='constant', warmup_epochs=0, augment='hflip', freeze_bn=True)
+    opt='adamw', lr=2e-3, sched='constant', warmup_epochs=0, augment='hflip', freeze_bn=True, curves=False)
 
 
 def run(data, output, name, **options):
