@@ -18,9 +18,10 @@ Which form of them:
 """
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
-from timm.layers import BatchNormAct2d, LayerType, create_classifier, get_norm_act_layer
+from timm.layers import BatchNormAct2d, LayerType, get_norm_act_layer
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
+
+from .pooled_classifier import PooledClassifier
 
 __all__ = ['PreActBlock', 'PreActResNet']
 
@@ -69,7 +70,7 @@ class PreActBlock(nn.Module):
         return self.conv2(self.norm2(self.conv1(pre))) + skip
 
 
-class PreActResNet(nn.Module):
+class PreActResNet(PooledClassifier):
     """A 3x3 stem, stages of pre-activation blocks, pooling and a linear classifier.
 
     Args:
@@ -111,9 +112,7 @@ class PreActResNet(nn.Module):
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
         norm_act_layer = get_norm_act_layer(norm_layer, act_layer)
-        self.num_classes = num_classes
         self.in_chans = in_chans
-        self.drop_rate = drop_rate
         self.grad_checkpointing = False
 
         self.conv1 = nn.Conv2d(in_chans, stem_chs, 3, stride=stem_stride, padding=1, bias=False, **dd)
@@ -138,9 +137,7 @@ class PreActResNet(nn.Module):
         if final_norm:
             self.feature_info[-1]['module'] = 'norm'  # the last features are those that the head sees
 
-        self.num_features = prev_chs
-        self.global_pool, self.fc = create_classifier(self.num_features, num_classes, pool_type=global_pool, **dd)
-        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
+        self.create_head(prev_chs, num_classes, global_pool, drop_rate, **dd)
 
         for m in self.modules():
             if isinstance(m, nn.Conv2d):
@@ -164,26 +161,6 @@ class PreActResNet(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.grad_checkpointing = enable
 
-    @torch.jit.ignore
-    def get_classifier(self, name_only: bool = False) -> str | nn.Module:
-        return 'fc' if name_only else self.fc
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier.
-
-        Args:
-            num_classes: Classes of the new classifier, 0 for none.
-            global_pool: Pooling before it, the present one if None.
-        """
-        self.num_classes = num_classes
-        if global_pool is None:
-            global_pool = self.global_pool.pool_type
-        dd = {'device': self.conv1.weight.device, 'dtype': self.conv1.weight.dtype}
-        self.global_pool, self.fc = create_classifier(self.num_features, num_classes, pool_type=global_pool, **dd)
-        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
-        self.global_pool.train(self.training)
-        self.fc.train(self.training)
-
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         x = self.bn1(self.conv1(x))
         stages = [getattr(self, name) for name in self.stage_names]
@@ -193,15 +170,6 @@ class PreActResNet(nn.Module):
             for stage in stages:
                 x = stage(x)
         return self.norm(x)
-
-    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        x = self.global_pool(x)
-        if self.drop_rate:
-            x = F.dropout(x, p=self.drop_rate, training=self.training)
-        return x if pre_logits else self.fc(x)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.forward_head(self.forward_features(x))
 
 
 def _create_preact_resnet(variant: str, pretrained: bool = False, **kwargs) -> PreActResNet:

@@ -13,17 +13,17 @@ classifier start at random, at 1000 classes too: no ImageNet accuracy comes with
 """
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import create_classifier
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+
+from .pooled_classifier import PooledClassifier
 
 __all__ = ['VggGap']
 
 VGG16_STAGES = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))
 
 
-class VggGap(nn.Module):
+class VggGap(PooledClassifier):
     """VGG features without the last pooling, a 3x3 convolution, global average pooling and a linear classifier.
 
     Parameters are named as in timm's and torchvision's VGG (`features.*`) and public code of VGG-GAP (`conv6`, `fc`).
@@ -50,9 +50,7 @@ class VggGap(nn.Module):
     ):
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
-        self.num_classes = num_classes
         self.in_chans = in_chans
-        self.drop_rate = drop_rate
 
         layers: list[nn.Module] = []
         self.feature_info = []
@@ -70,9 +68,7 @@ class VggGap(nn.Module):
         self.act6 = nn.ReLU()
         self.feature_info.append(dict(num_chs=gap_chs, reduction=reduction, module='act6'))
 
-        self.num_features = gap_chs
-        self.global_pool, self.fc = create_classifier(gap_chs, num_classes, pool_type=global_pool, **dd)
-        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
+        self.create_head(gap_chs, num_classes, global_pool, drop_rate, **dd)
 
         for m in self.modules():
             if isinstance(m, nn.Conv2d):
@@ -87,37 +83,8 @@ class VggGap(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         assert not enable, 'gradient checkpointing not supported'
 
-    @torch.jit.ignore
-    def get_classifier(self, name_only: bool = False) -> str | nn.Module:
-        return 'fc' if name_only else self.fc
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier.
-
-        Args:
-            num_classes: Classes of the new classifier, 0 for none.
-            global_pool: Pooling before it, the present one if None.
-        """
-        self.num_classes = num_classes
-        if global_pool is None:
-            global_pool = self.global_pool.pool_type
-        dd = {'device': self.conv6.weight.device, 'dtype': self.conv6.weight.dtype}
-        self.global_pool, self.fc = create_classifier(self.num_features, num_classes, pool_type=global_pool, **dd)
-        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
-        self.global_pool.train(self.training)
-        self.fc.train(self.training)
-
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         return self.act6(self.conv6(self.features(x)))
-
-    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        x = self.global_pool(x)
-        if self.drop_rate:
-            x = F.dropout(x, p=self.drop_rate, training=self.training)
-        return x if pre_logits else self.fc(x)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.forward_head(self.forward_features(x))
 
 
 def _fill_added_layers(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
