@@ -10,6 +10,8 @@ import torch
 from timm_alignmix.evaluation import embedding
 from timm_alignmix.evaluation.embedding import ClassifierInput, alignment, choose, uniformity
 
+MEAN, STD = torch.tensor([[0.4, 0.5, 0.6], [0.2, 0.25, 0.3]]).view(2, 1, 3, 1, 1)  # of the shared models
+
 
 def by_loop(embed, labels, power, t, normalize):
     """Both numbers pair by pair."""
@@ -89,3 +91,17 @@ class Fake:
 def test_without_umap_there_is_no_map(monkeypatch):
     monkeypatch.setitem(sys.modules, 'umap', None)
     assert embedding.draw_maps(Fake(), {'a': (np.zeros((2, 2)), np.zeros(2))}) is None
+
+
+def test_a_whole_run(run, networks, pixels, monkeypatch):
+    """Against the loop over embeddings of the network itself; where umap-learn is missing the page says so."""
+    monkeypatch.setitem(sys.modules, 'umap', None)
+    found = run('embedding')
+    images = (torch.from_numpy(pixels[0]).permute(0, 3, 1, 2).float() / 255 - MEAN) / STD
+    for row, network in zip(found['rows'], networks, strict=True):
+        with torch.no_grad():
+            embed = network.float().forward_head(network.float().forward_features(images), pre_logits=True)
+        expected = by_loop(embed, pixels[1].tolist(), 1.0, 2.0, True)
+        assert (row['alignment'], row['uniformity']) == (
+            pytest.approx(expected[0], rel=1e-4), pytest.approx(expected[1], rel=1e-4))
+    assert embedding.NO_UMAP in found['notes'] and found['pictures'] == []

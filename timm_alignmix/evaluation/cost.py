@@ -1,6 +1,7 @@
 """Time and memory of a training step with each mix, in one run: Table 3 of the MultiMix paper, 2 of AlignMixup's."""
 import copy
 import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -156,7 +157,7 @@ def measure_steps(
     """
     device = next(iter(steps.values())).images.device
     cases = {name: lambda step=step: (step(), tick()) for name, step in steps.items()}
-    timings = time_interleaved(cases, device, rounds, warmup)
+    timings = time_interleaved(cases, device, rounds, warmup, clock=clock_for(device))
     for step in steps.values():
         step.free_gradients()
     costs = {}
@@ -167,6 +168,12 @@ def measure_steps(
         seconds = [value / len(step.modes) for value in timings[name].seconds]
         costs[name] = StepCost(Timing(seconds), step.state_bytes(), step_bytes)
     return costs
+
+
+def clock_for(device: torch.device) -> Callable[[], float]:
+    """Seconds of the process where it is one thread on a CPU, so that other programs do not count; else of the wall."""
+    is_alone = device.type == 'cpu' and torch.get_num_threads() == 1
+    return time.process_time if is_alone else time.perf_counter
 
 
 @dataclass
@@ -205,12 +212,12 @@ def cost(ev: 'Evaluation') -> Result:
     return Result(
         columns={
             'mix': Column('mix'),
-            'images_s': Column('images/s', '.1f', 'higher'),
-            'ms': Column('ms/step', '.1f', 'lower'),
+            'images_s': Column('images/s', '.1f'),
+            'ms': Column('ms/step', '.1f'),
             'overhead': Column('time vs none (%)', '+.1f'),
-            'low': Column('quartile', '+.1f'),
-            'high': Column('quartile', '+.1f'),
-            'mib': Column('memory (MiB)', '.0f', 'lower'),
+            'low': Column('lower quartile', '+.1f'),
+            'high': Column('upper quartile', '+.1f'),
+            'mib': Column('memory (MiB)', '.0f'),
             'more_mib': Column('memory vs none (MiB)', '+.0f'),
         },
         rows=rows,
@@ -219,6 +226,8 @@ def cost(ev: 'Evaluation') -> Result:
             'A step is drawing, forward, loss, backward and SGD update on images that are already on the device; no '
             f'data loading. Each of {config.cost_rounds} rounds times {CYCLE} steps of every mix, with the modes of a '
             'mix in their proportions; ms/step and images/s are medians over rounds.',
+            *(['Seconds are those of the process (one thread), not of the clock on the wall.']
+              if clock_for(ev.device) is time.process_time else []),
             'Time vs none: median and quartiles of the ratio within a round, so that drifts of the machine cancel.',
             'Memory: parameters, buffers and momentum, plus the peak of tensors within a step.',
             *notes,

@@ -37,6 +37,7 @@ _logger = logging.getLogger(__name__)
 
 CLEAN = 'none'
 DENSE = 'densemultimix'
+CLEAN_MODE = 'clean'
 CHUNK = 8192  # embeddings of the bank compared at a time
 
 
@@ -135,8 +136,8 @@ def mix_embeddings(
         both_MX = both_MX[share_MX.sum(1) > 0]  # positions without attention take no part in the loss
         return both_MX[:, :-len(images)], both_MX[:, -len(images):]
     weights_MB = mix.target(eye_BB, draw)
-    if draw['mode'] == 'embedding' and draw['layer'] is None:
-        embed_BD = weights_MB @ embed_BD
+    if draw['mode'] not in ('input', CLEAN_MODE) and draw['layer'] not in mix.layers:
+        embed_BD = weights_MB @ embed_BD  # not mixed on the way: the method mixes what the classifier sees
     return embed_BD, weights_MB
 
 
@@ -189,8 +190,8 @@ def intrusion(ev: 'Evaluation') -> Result:
             f'chosen at random. Mixed: {config.intrusion_batches} batches of {config.intrusion_batch} images of it, by '
             'every mix with its default options; the network is in evaluation mode.',
             'none: the clean images themselves. Methods that mix features: those of their modes that do; their input '
-            'mode is input mixup. densemultimix: embeddings of single positions, mixed and clean, on the scale of the '
-            'squared norm of positions.',
+            'mode is input mixup. alignmix_ae: what its plain classifier sees. densemultimix: embeddings of single '
+            'positions, mixed and clean, on the scale of the squared norm of positions.',
             'undefined: some mixed embedding holds every class there is, so it cannot intrude on another. multimix and '
             'densemultimix mix a whole batch: with few classes take a smaller --intrusion-batch.',
             *(f'{mix}: left out. {reason}' for mix, reason in reasons.items()),
@@ -242,7 +243,7 @@ def _of_mix(
         batches: list[tuple[torch.Tensor, torch.Tensor]],
 ) -> Intrusion:
     mix, random, distances = module.mix, StepRandom(ev.config.seed), []
-    features = {mode: p for mode, p in getattr(mix, 'probs', {}).items() if mode not in ('input', 'clean') and p > 0}
+    features = {mode: p for mode, p in getattr(mix, 'probs', {}).items() if mode not in ('input', CLEAN_MODE) and p > 0}
     shares = {mode: p / sum(features.values()) for mode, p in features.items()}
     with ev.progress(f'intrusion {model.label} {mix.name}', len(batches)) as bar:
         for step, (mode, (pixels, labels)) in enumerate(
@@ -354,7 +355,7 @@ def _draw(details: dict[str, dict[str, dict[str, Any]]], normalized: bool) -> 'F
         ax.bar_label(drawn, labels=shown, padding=3)
         ax.set_yticks(range(len(found)), found)
         ax.set_ylim(len(found) - 0.5, -0.5)
-        ax.margins(x=0.2)
+        ax.margins(x=0.28)
         ax.grid(visible=False, axis='y')
         ax.set_title(f'network {label}')
     fig.supxlabel(
