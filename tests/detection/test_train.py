@@ -1,5 +1,6 @@
 """Whole runs on coloured rectangles: training, resuming, averaging, exporting, predicting, several processes."""
 import csv
+import itertools
 import json
 import os
 import subprocess
@@ -17,6 +18,7 @@ from detection.config import DetectConfig, resolve_detect_config
 from detection.evaluate import collect
 from detection.export import export_detector, load_detector
 from detection.predict import predict
+from detection.task import DetectionTask
 from detection.train import parse_config, train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,9 +59,23 @@ def test_a_run_leaves_its_files(whole):
     assert (picture == 255).all(-1).any()  # the true box
 
 
-def test_a_resumed_run_equals_one_that_never_stopped(whole, rectangles, tmp_path):
+@pytest.mark.parametrize('within', [False, True])
+def test_a_resumed_run_equals_one_that_never_stopped(whole, rectangles, tmp_path, monkeypatch, within):
+    """Stopped between the two epochs, or by an error in the second of the three updates of the second one."""
     ema = dict(epochs=2, model_ema=True, model_ema_decay=0.5)
-    run(rectangles, tmp_path, 'parts', stop_epoch=1, **ema)
+    if within:
+        forward, calls = DetectionTask.forward, itertools.count()
+
+        def failing(task, *batch):
+            if next(calls) == 4:
+                raise MemoryError
+            return forward(task, *batch)
+        with monkeypatch.context() as patched, pytest.raises(MemoryError):
+            patched.setattr(DetectionTask, 'forward', failing)
+            run(rectangles, tmp_path, 'parts', checkpoint_steps=1, **ema)
+        assert (tmp_path / 'parts' / 'recovery-1-1.pth.tar').exists()
+    else:
+        run(rectangles, tmp_path, 'parts', stop_epoch=1, **ema)
     resumed = run(rectangles, tmp_path, 'parts', resume='auto', **ema)
     for key in ('state_dict', 'state_dict_ema'):
         expected, found = weights(whole['folder'], key), weights(resumed['folder'], key)
