@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Install timm-alignmix from this clone into its own environment, .venv, with all that training needs.
+# Install timm-alignmix from this clone into its own environment, .venv, with all that its programs need.
 #
-#   bash install.sh         to train
-#   bash install.sh test    to train and to run the tests
+#   bash install.sh         to train and to evaluate
+#   bash install.sh test    the same, and to run the tests
 #
 # Run again at will: what is there already is left alone. PYTHON=python3.12 bash install.sh picks another Python.
 # System packages are installed only on Debian and Ubuntu, only where something is missing, with sudo only where not root.
@@ -17,7 +17,7 @@ say() { printf 'install.sh: %s\n' "$*"; }
 fail() { printf '\ninstall.sh: ERROR: %s\n' "$*" >&2; exit 1; }
 
 case $mode in
-    train) extras=train; covers=(train) ;;
+    train) extras=train,evaluate,detection; covers=(train) ;;
     test) extras=train,test,dev; covers=(train test) ;;
     *) fail "unknown argument '$mode': use 'bash install.sh' or 'bash install.sh test'." ;;
 esac

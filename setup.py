@@ -9,10 +9,19 @@ exec((here / 'timm_alignmix' / 'version.py').read_text(encoding='utf-8'), versio
 
 train = [
     'accelerate>=1.0',
+    'matplotlib>=3.8',
     'pyyaml',
     'scikit-learn>=1.3',  # carries the built-in sample
     'torchvision',
     'tqdm',
+]
+evaluate = [
+    *train,
+    'jinja2',
+    'opencv-python-headless',
+    'scipy>=1.11',
+    'torchmetrics>=1.4',
+    'umap-learn>=0.5.6',
 ]
 detection = [
     *train,
@@ -24,11 +33,12 @@ ffcv = [
     'setuptools; python_version >= "3.12"',  # ffcv imports distutils, which Python dropped
 ]
 test = [
+    'foolbox==3.3.4',  # the attacks are compared with this release
     'hypothesis>=6.100',
     'POT>=0.9.4',
     'pycocotools>=2.0.8',
     'pytest>=8.0',
-    'scipy>=1.11',
+    'tensorboard',
 ]
 dev = [
     'pre-commit',
@@ -43,6 +53,7 @@ setup(
     long_description_content_type='text/markdown',
     license='Apache-2.0',
     packages=find_packages(include=['timm_alignmix', 'timm_alignmix.*']),
+    package_data={'timm_alignmix.evaluation': ['published.csv', 'ablation/studies.yaml', 'report/page.html']},
     python_requires='>=3.10',
     install_requires=[
         'numpy>=1.26',
@@ -52,8 +63,9 @@ setup(
     extras_require={
         'train': train,
         'detection': detection,
+        'evaluate': evaluate,
         'ffcv': ffcv,
-        'test': detection + test,
+        'test': detection + evaluate + test,
         'dev': dev,
     },
     classifiers=[
