@@ -140,12 +140,14 @@ class MixTask(ClassificationTask):
         Raises:
             ValueError: The checkpoint has no such layers.
         """
+        extra = self._extra(ema)
         if not state:
+            if ema and extra is not None:  # a checkpoint without an average: it starts from the layers just loaded
+                extra.load_state_dict(self._extra(False).state_dict())
             return
         if not ema:
             self.step, self.seed = state['step'], state['seed']
             self._random = StepRandom(self.seed, self.rank)
-        extra = self._extra(ema)
         if extra is None:
             return
         if 'extra' not in state:

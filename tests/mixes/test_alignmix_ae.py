@@ -257,6 +257,9 @@ def test_resume_is_bit_exact_and_the_model_stays_plain(tmp_path):
         assert all(torch.equal(v, b[f'state_dict{key}'][k]) for k, v in a[f'state_dict{key}'].items())
     ema, own = (t.get_task_state(ema=e)['extra']['embed.weight'] for t, e in ((task, True), (task, False)))
     assert not torch.equal(ema, own)
+    resumed.load_task_state(None, ema=True)
+    ema, own = (resumed.get_task_state(ema=e)['extra'] for e in (True, False))
+    assert all(torch.equal(ema[key], own[key]) for key in own)
     with pytest.raises(ValueError, match='no weights for the layers of mix .alignmix_ae.'):
         resumed.load_task_state(dict(step=1, seed=0))
 
