@@ -204,8 +204,8 @@ class TrainConfig(RunConfig):
     dataset_size: list[int] | None = _data(
         None, 'training and validation images, for --dry-run where the data is not at hand', int, nargs=2, low=1)
 
-    mix: str = _mix('none', 'mixing method, see timm_alignmix.list_mixes(): alignmix, cutmix, densemultimix, manifold, '
-                    "mixup, multimix, none; matched without case, '-' and '_'")
+    mix: str = _mix('none', 'mixing method, see timm_alignmix.list_mixes(): alignmix, alignmix_ae, cutmix, '
+                    "densemultimix, manifold, mixup, multimix, none; matched without case, '-' and '_'")
     mix_kwargs: dict = _mix({}, 'options of the method, e.g. --mix-kwargs alpha=1.0 align_at=layer3', dict)
 
     model: str = _model('resnet50', 'timm model name')
