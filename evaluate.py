@@ -4,10 +4,13 @@
 One model:       python evaluate.py accuracy --model resnet50.a1_in1k --data-dir /data/imagenet
 Side by side:    python evaluate.py calibration --model runs/none runs/alignmix/last.pth.tar local-dir:exported ...
 Everything:      python evaluate.py all --model ... --data-dir ... --output results
+Ablations:       python evaluate.py ablation --recipe FILE --study n m alpha
+One page:        python evaluate.py report results runs -o report.html
 Eight GPUs:      accelerate launch --multi_gpu --num_processes 8 evaluate.py robustness ...
 
 Writes PROTOCOL.json, .csv, .md and .png to --output. What was interrupted goes on where it was.
 """
+import importlib
 import logging
 import sys
 
@@ -16,11 +19,18 @@ from timm.utils import setup_default_logging
 from timm_alignmix import evaluation
 from timm_alignmix.training import cli
 
+# Sub-commands that evaluate no model; each is a package with a main() of its own.
+COMMANDS = {
+    'ablation': 'Trainings over a grid of options, or the studies of the papers.',
+    'report': 'One HTML page from the outputs of several runs.',
+}
+
 
 def usage() -> str:
     """The protocols and how to see their options."""
     lines = [f'  {name:<14}{evaluation.get_protocol(name).help}' for name in evaluation.list_protocols()]
     lines.append(f'  {"all":<14}All of them that fit the data.')
+    lines += [f'  {name:<14}{help}' for name, help in COMMANDS.items()]
     return '\n'.join([(__doc__ or '').strip(), '', 'Protocols (options: evaluate.py PROTOCOL --help):', '', *lines])
 
 
@@ -32,6 +42,8 @@ def main(argv: list[str] | None = None) -> None:
         print(usage())
         sys.exit(0 if words and words[0] in ('-h', '--help') else 2)
     name = words[0]
+    if name in COMMANDS:
+        return importlib.import_module(f'timm_alignmix.evaluation.{name}').main(words[1:])
     try:
         config_class = evaluation.options_class(name)
     except ValueError as e:

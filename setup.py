@@ -53,7 +53,11 @@ setup(
     long_description_content_type='text/markdown',
     license='Apache-2.0',
     packages=find_packages(include=['timm_alignmix', 'timm_alignmix.*']),
-    package_data={'timm_alignmix.evaluation': ['published.csv', 'ablation/studies.yaml', 'report/page.html']},
+    package_data={
+        'timm_alignmix.evaluation': ['published.csv'],
+        'timm_alignmix.evaluation.ablation': ['studies.yaml'],
+        'timm_alignmix.evaluation.report': ['page.html'],
+    },
     python_requires='>=3.10',
     install_requires=[
         'numpy>=1.26',

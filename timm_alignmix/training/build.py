@@ -113,7 +113,9 @@ def create_accelerator(config: RunConfig) -> Accelerator:
         cpu=config.device == 'cpu',
         mixed_precision=precision,  # None leaves it to accelerate launch --mixed_precision
         kwargs_handlers=[
-            DistributedDataParallelKwargs(broadcast_buffers=not config.no_ddp_bb),
+            # Gradients live in the buckets that are reduced: one copy of them less. The graph is never static: modes
+            # of a mix and accumulation change it.
+            DistributedDataParallelKwargs(broadcast_buffers=not config.no_ddp_bb, gradient_as_bucket_view=True),
             InitProcessGroupKwargs(timeout=timedelta(seconds=config.dist_timeout)),
         ],
     )
