@@ -105,4 +105,5 @@ def test_leaving_epochs_early_leaves_nothing_behind(make):
     for _ in range(5):
         for _batch in loader:
             break
-    assert held() == before
+    # Not more: what earlier tests left may go away meanwhile.
+    assert all(now <= then for now, then in zip(held(), before, strict=True))
