@@ -1,6 +1,10 @@
 """Fixtures shared by the whole suite."""
 import copy
 import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault('HF_HUB_OFFLINE', '1')  # before timm is imported: no test may reach for the network
@@ -16,6 +20,37 @@ DATA_DIR = Path(__file__).resolve().parents[2] / 'shared' / 'data'
 def fixed_seed():
     """Start every test from the same state of torch's global generator, whatever ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """Accelerate keeps one state per process; every test starts and ends without."""
+    def reset():
+        if state := sys.modules.get('accelerate.state'):
+            state.AcceleratorState._reset_state(reset_partial_state=True)
+    reset()
+    yield
+    reset()
+
+
+@pytest.fixture(scope='session')
+def launch() -> Callable[..., str]:
+    """Callable: run `accelerate launch` with some words and environment variables, on the CPU; its output."""
+    def run(*words: str, **variables: str) -> str:
+        command = [sys.executable, '-m', 'accelerate.commands.launch', '--num_machines', '1', '--mixed_precision', 'no',
+                   '--dynamo_backend', 'no', *words]
+        env = {key: value for key, value in os.environ.items() if key not in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS')}
+        env.update(PYTHONPATH=str(Path(__file__).resolve().parents[1]), CUDA_VISIBLE_DEVICES='', **variables)
+        process = subprocess.Popen(
+            command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+        try:
+            output, _ = process.communicate(timeout=200)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGTERM)  # the launcher, which ends what it started
+            output = 'timed out\n' + process.communicate()[0]
+        assert process.returncode == 0, output[-6000:]
+        return output
+    return run
 
 
 @pytest.fixture(scope='session', autouse=True)

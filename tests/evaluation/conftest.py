@@ -1,6 +1,6 @@
 """A small folder of images, exported models for it, and the evaluation of them in this process."""
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import timm
 import torch
-from accelerate.state import AcceleratorState
 from PIL import Image
 from torch import nn
 
@@ -18,14 +17,6 @@ from timm_alignmix.evaluation import evaluate, options_class
 CLASSES = ('blob', 'cross', 'stripe')
 PER_CLASS, SIDE = 5, 32
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate() -> Iterator[None]:
-    """Accelerate keeps one state per process; every test starts without."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope='session')

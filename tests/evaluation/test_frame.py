@@ -2,12 +2,8 @@
 import csv
 import importlib.util
 import json
-import os
 import shlex
 import shutil
-import signal
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -284,7 +280,7 @@ def test_command_line(script, models, folder, tmp_path, capsys):
     assert json.loads((tmp_path / 'calibration.json').read_text())['options'] == {'bins': 6}
 
 
-def test_two_processes_equal_one(run, models, folder, tmp_path):
+def test_two_processes_equal_one(launch, run, models, folder, tmp_path):
     """Each image once, by whichever process; sets that are smaller than a batch, and one image for two processes."""
     rng = np.random.default_rng(1)
     np.savez(tmp_path / 'few.npz', x=rng.integers(0, 256, (1, 32, 32, 3), dtype=np.uint8))
@@ -303,18 +299,9 @@ def test_two_processes_equal_one(run, models, folder, tmp_path):
         'torch.distributed.destroy_process_group()\n')
     (tmp_path / 'two.py').write_text(code)
     todo = {name: {**options, **own, 'output': str(tmp_path / 'two')} for name, own in jobs.items()}
-    env = {**os.environ, 'PYTHONPATH': str(ROOT), 'CUDA_VISIBLE_DEVICES': '', 'ACCELERATE_USE_CPU': '1'}
-    launch = ['--num_machines', '1', '--mixed_precision', 'no', '--dynamo_backend', 'no', '--multi_gpu',
-              '--num_processes', '2', '--main_process_port', '0']
-    process = subprocess.Popen(
-        [sys.executable, '-m', 'accelerate.commands.launch', *launch, str(tmp_path / 'two.py'), json.dumps(todo)],
-        env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
-    try:
-        output, _ = process.communicate(timeout=200)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGTERM)  # the launcher, which ends what it started
-        output = 'timed out\n' + process.communicate()[0]
-    assert process.returncode == 0, output[-6000:]
+    launch(
+        '--multi_gpu', '--num_processes', '2', '--main_process_port', '0', str(tmp_path / 'two.py'), json.dumps(todo),
+        ACCELERATE_USE_CPU='1')
     for name, own in jobs.items():
         one, two = run(name, **own), json.loads((tmp_path / 'two' / f'{name}.json').read_text())
         assert (one['environment']['processes'], two['environment']['processes']) == (1, 2)

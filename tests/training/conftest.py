@@ -68,14 +68,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerate() -> Iterator[None]:
-    """Accelerate keeps one state per process; every test starts without."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
 @pytest.fixture(scope='session')
 def digits(tmp_path_factory) -> Path:
     """An ImageFolder of scikit-learn's digits, 10 classes of 64 x 64 pixels."""

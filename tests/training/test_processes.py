@@ -3,9 +3,7 @@ import csv
 import importlib
 import multiprocessing.forkserver
 import os
-import signal
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -21,24 +19,7 @@ from timm.models import load_checkpoint
 from timm_alignmix.training.build import _use_all_cores
 
 ROOT = Path(__file__).resolve().parents[2]
-LAUNCH = [sys.executable, '-m', 'accelerate.commands.launch', '--num_machines', '1', '--mixed_precision', 'no',
-          '--dynamo_backend', 'no']
 PLAIN = dict(model='test_vit', no_aug=True, opt='sgd', lr=0.03, weight_decay=0.0, sched='none', epochs=1)
-
-
-def launch(*words: str, **variables: str) -> str:
-    """Run a command with ours importable; its output."""
-    env = {key: value for key, value in os.environ.items() if key not in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS')}
-    env.update(PYTHONPATH=str(ROOT), CUDA_VISIBLE_DEVICES='', **variables)
-    process = subprocess.Popen(
-        [*LAUNCH, *words], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
-    try:
-        output, _ = process.communicate(timeout=200)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGTERM)  # the launcher, which ends what it started
-        output = 'timed out\n' + process.communicate()[0]
-    assert process.returncode == 0, output[-6000:]
-    return output
 
 
 @pytest.fixture(scope='module')
@@ -219,7 +200,7 @@ def test_two_processes_train_as_one_on_the_whole_batch(two, make_config, run_tra
         torch.testing.assert_close(found['state_dict'][key], value, atol=2e-6, rtol=0, msg=key)
 
 
-def test_accelerate_launch_uses_all_cores_on_a_cpu(tmp_path):
+def test_accelerate_launch_uses_all_cores_on_a_cpu(launch, tmp_path):
     """accelerate launch sets OMP_NUM_THREADS=1 where nothing is said."""
     script = tmp_path / 'threads.py'
     script.write_text(
