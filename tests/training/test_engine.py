@@ -2,10 +2,12 @@
 import pytest
 import timm
 import torch
+from timm.optim import create_optimizer_v2
 from torch.nn import functional as F
 
 from timm_alignmix.data import create_loaders
 from timm_alignmix.training import TrainConfig
+from timm_alignmix.training.build import fused_update
 
 VIT = dict(model='test_vit', model_kwargs={'img_size': 64})
 
@@ -81,3 +83,15 @@ def test_the_moving_average_is_timms(make_config, run_training, tmp_path):
     for key, value in weights[1]['state_dict_ema'].items():
         if value.is_floating_point():
             torch.testing.assert_close(value, 0.75 * first[key] + 0.25 * second[key], atol=1e-6, rtol=1e-5, msg=key)
+
+
+@pytest.mark.parametrize('opt', ['sgd', 'momentum', 'adam', 'adamw'])
+def test_updates_on_a_gpu_are_fused(opt):
+    """timm passes the argument on to an optimizer that takes it, and nothing else is chosen for the user."""
+    chosen = fused_update(TrainConfig(opt=opt), torch.device('cuda'))
+    optimizer = create_optimizer_v2([torch.nn.Parameter(torch.ones(2))], opt, lr=0.1, **chosen)
+    assert optimizer.defaults['fused'] is True
+    assert fused_update(TrainConfig(opt=opt), torch.device('cpu')) == {}
+    assert fused_update(TrainConfig(opt=opt, opt_foreach=True), torch.device('cuda')) == {}
+    assert fused_update(TrainConfig(opt=opt, opt_kwargs={'fused': False}), torch.device('cuda')) == {}
+    assert fused_update(TrainConfig(opt='lamb'), torch.device('cuda')) == {}

@@ -34,6 +34,8 @@ from .totals import LossTotals, MixTotals
 from .watch import check_trackers
 
 _logger = logging.getLogger(__name__)
+# timm's names of torch's own classes that have such an update.
+_FUSED_OPTIMIZERS = ('sgd', 'nesterov', 'momentum', 'adam', 'adamw')
 
 
 @dataclass
@@ -361,12 +363,20 @@ def add_optimizer(run: Run, parameters: Any = None, head: list[nn.Parameter] | N
     run.optimizer = create_optimizer_v2(
         run.task.get_trainable_module() if parameters is None else parameters,
         **optimizer_kwargs(config),
+        **fused_update(config, run.accelerator.device),
         **config.opt_kwargs,
     )
     if head and config.head_lr_scale != 1:
         scale_head_lr(run.optimizer, head, config.head_lr_scale)
     run.scheduler, run.num_epochs = create_scheduler_v2(
         run.optimizer, **scheduler_kwargs(config), updates_per_epoch=run.updates_per_epoch)
+
+
+def fused_update(config: RunConfig, device: torch.device) -> dict[str, bool]:
+    """Argument of torch's own optimizers that makes an update one kernel per type of tensor, on GPUs, unless
+    --opt-foreach or --opt-kwargs choose otherwise."""
+    chosen = config.opt_foreach is not None or {'fused', 'foreach'} & config.opt_kwargs.keys()
+    return {'fused': True} if device.type == 'cuda' and config.opt in _FUSED_OPTIMIZERS and not chosen else {}
 
 
 def describe_run(run: Run) -> str:

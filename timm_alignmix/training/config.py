@@ -99,7 +99,8 @@ class RunConfig(Options):
     layer_decay: float | None = _opt(None, 'layer-wise learning rate decay', float, low=0)
     layer_decay_min_scale: float = _opt(0.0, 'smallest layer-wise scale', float, low=0)
     layer_decay_no_opt_scale: float | None = _opt(None, 'freeze layers whose scale is smaller', float, low=0)
-    opt_foreach: bool | None = _opt(None, "multi-tensor updates; default: the optimizer's", bool)
+    opt_foreach: bool | None = _opt(
+        None, "multi-tensor updates; default: the optimizer's, fused for SGD, Adam and AdamW on GPUs", bool)
     opt_kwargs: dict = _opt({}, 'further arguments of the optimizer, e.g. --opt-kwargs fused=True', dict)
 
     sched: str = _sched('cosine', 'schedule', choices=SCHEDULERS)
