@@ -59,6 +59,15 @@ def torch_threads():
     torch.set_num_threads(min(2, os.cpu_count() or 1))
 
 
+@pytest.fixture(scope='module')
+def one_thread():
+    """For modules whose tensors are so small that a second thread only waits; put back at their end."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope='session')
 def real_data():
     """Callable: the path of a file of real data, or a skip that says which file is missing."""

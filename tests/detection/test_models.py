@@ -24,13 +24,7 @@ FAMILIES = {
 }
 
 
-@pytest.fixture(scope='module', autouse=True)
-def one_thread():
-    """The tensors here are so small that a second thread only waits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 def build(detector: str, name: str, **kwargs):

@@ -3,21 +3,11 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
 pytest.importorskip('accelerate')
 matplotlib = pytest.importorskip('matplotlib')
 
 DOCS = Path(__file__).resolve().parents[2] / 'docs'
-
-
-@pytest.fixture
-def one_thread():
-    """Its tensors are tiny: on a busy machine two threads spend their time waiting for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def test_walkthrough_runs_from_top_to_bottom(monkeypatch, capsys, one_thread):
