@@ -10,6 +10,7 @@ chunk of (N, C) mixed logits instead of (R, N, C) kept for the backward pass.
 
 Shape suffixes: B batch, C classes, N generated examples, R spatial positions. _RBC etc. as stored inside a chunk.
 """
+import math
 
 import torch
 import torch.nn.functional as F
@@ -228,6 +229,7 @@ def loss_and_grads(
     """Loss, d(loss)/d(logits) and d(loss)/d(attention); a gradient that is not wanted is an empty tensor."""
     dtype = at_least_fp32(logits_BRC).dtype
     B, R, C = logits_BRC.shape
+    N = weights_RNB.shape[1]
     losses_R = logits_BRC.new_zeros(R, dtype=dtype)
     grad_BRC = logits_BRC.new_empty((B, R, C) if logits_grad else (0,), dtype=dtype)
     grad_BR = logits_BRC.new_empty((B, R) if attention_grad else (0,), dtype=dtype)
@@ -236,22 +238,28 @@ def loss_and_grads(
         attention_BR = attention_BR.to(dtype)
         scale = 1 / attended_positions(attention_BR).to(dtype)
     target = target.to(dtype if target.is_floating_point() else torch.int64)
+    # What is smaller than mixed logits is made for several chunks at once, up to the size of one chunk of those.
+    block = chunk_size * max(1, min(N, C) // B)
     with full_precision(logits_BRC.device):
-        for start in range(0, R, chunk_size):
-            chunk = slice(start, min(start + chunk_size, R))
-            logits_RBC = logits_BRC[:, chunk].transpose(0, 1).to(dtype)
+        for start in range(0, R, block):
+            here = slice(start, min(start + block, R))
+            logits_RBC = logits_BRC[:, here].transpose(0, 1).to(dtype)
+            weights_rNB = weights_RNB[here].to(dtype)
             mixed_RNB, share_RN, total_R1 = _mixing(
-                weights_RNB[chunk].to(dtype), None if attention_BR is None else attention_BR[:, chunk])
-            ce_RN, exps_RNC, sums_RN1 = _mixed_cross_entropy(logits_RBC, target, mixed_RNB, smoothing)
-            losses_R[chunk] = (share_RN * ce_RN).sum(dim=1)
+                weights_rNB, None if attention_BR is None else attention_BR[:, here])
+            shared_RNB = mixed_RNB * share_RN.unsqueeze(2)
+            pairs_RBB = shared_RNB.transpose(1, 2) @ mixed_RNB
+            dots_RBB = target_logits(logits_RBC, target, smoothing)
+            lse_RN, sums_RBC, means_RNB = _mixed_softmax(
+                logits_RBC, mixed_RNB, shared_RNB, chunk_size, logits_grad, attention_grad)
+            losses_R[here] = (share_RN * lse_RN).sum(dim=1) - (dots_RBB * pairs_RBB).sum(dim=(1, 2))
             if attention_grad:
-                grad_BR[:, chunk] = _attention_gradient(
-                    logits_RBC, target, weights_RNB[chunk].to(dtype), mixed_RNB, share_RN, total_R1, ce_RN, exps_RNC,
-                    sums_RN1, losses_R[chunk], smoothing).mul_(scale).t()
+                grad_BR[:, here] = _attention_gradient(
+                    dots_RBB, weights_rNB, mixed_RNB, share_RN, total_R1, lse_RN, means_RNB, losses_R[here],
+                ).mul_(scale).t()
             if logits_grad:
-                grad_RBC = _logits_gradient(
-                    target, mixed_RNB, share_RN.mul_(scale), exps_RNC, sums_RN1, smoothing)
-                grad_BRC[:, chunk] = grad_RBC.transpose(0, 1)
+                grad_RBC = subtract_target_gradient(sums_RBC, pairs_RBB, target, smoothing)
+                torch.mul(grad_RBC.transpose(0, 1), scale, out=grad_BRC[:, here])
     return losses_R.sum() * scale, grad_BRC, grad_BR
 
 
@@ -305,29 +313,48 @@ def target_logits(logits_RBC: torch.Tensor, target: torch.Tensor, smoothing: flo
     return dots_RBB
 
 
-def _mixed_cross_entropy(
+def _mixed_softmax(
         logits_RBC: torch.Tensor,
-        target: torch.Tensor,
         mixed_RNB: torch.Tensor,
-        smoothing: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Cross-entropy of every mixed example (R, N), and its softmax as exponentials (R, N, C) over their sums (R, N, 1).
+        shared_RNB: torch.Tensor,
+        chunk_size: int,
+        want_sums: bool,
+        want_means: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """What the loss and its gradients need of the mixed logits S = M^ L of each position.
 
-    Passes over (R, N, C) are most of the cost: exponentials are made in place, and what uses them divides something
-    smaller by the sums.
+    Passes over (R, N, C) are most of the cost: one buffer is used again and again, exponentials are made in place, and
+    what uses them divides something smaller by their sums. They are powers of two, which processors make faster than
+    those of e; the clean logits take up the factor.
+
+    Returns:
+        lse_RN, the logsumexp over classes; (shared^T softmax(S)) (R, B, C); softmax(S) L^T (R, N, B).
     """
-    dots_RBB = target_logits(logits_RBC, target, smoothing)
-    target_RN = (mixed_RNB @ dots_RBB).mul_(mixed_RNB).sum(dim=2)
+    R, B, C = logits_RBC.shape
+    N = mixed_RNB.shape[1]
     shift_R11 = _common_shift(logits_RBC)
+    scaled_RBC = (logits_RBC if shift_R11 is None else logits_RBC - shift_R11) * math.log2(math.e)
+    buffer_RNC = scaled_RBC.new_empty(min(chunk_size, R), N, C)
+    lse_RN1 = scaled_RBC.new_empty(R, N, 1)
+    sums_RBC = torch.empty_like(scaled_RBC) if want_sums else None
+    means_RNB = torch.empty_like(mixed_RNB) if want_means else None
+    for start in range(0, R, chunk_size):
+        here = slice(start, min(start + chunk_size, R))
+        exps_RNC = torch.bmm(mixed_RNB[here], scaled_RBC[here], out=buffer_RNC[:here.stop - start])
+        if shift_R11 is None:
+            peak_RN1 = exps_RNC.amax(dim=2, keepdim=True)
+            exps_RNC.sub_(peak_RN1)
+        total_RN1 = exps_RNC.exp2_().sum(dim=2, keepdim=True)
+        lse_RN1[here] = total_RN1.log()
+        if shift_R11 is None:
+            lse_RN1[here] += peak_RN1 * math.log(2)
+        if want_sums:
+            torch.bmm((shared_RNB[here] / total_RN1).transpose(1, 2), exps_RNC, out=sums_RBC[here])
+        if want_means:
+            means_RNB[here] = exps_RNC @ logits_RBC[here].transpose(1, 2) / total_RN1
     if shift_R11 is not None:
-        peak_RN1 = mixed_RNB.sum(dim=2, keepdim=True).mul_(shift_R11)
-        exps_RNC = (mixed_RNB @ (logits_RBC - shift_R11)).exp_()
-    else:
-        exps_RNC = mixed_RNB @ logits_RBC
-        peak_RN1 = exps_RNC.amax(dim=2, keepdim=True)
-        exps_RNC.sub_(peak_RN1).exp_()
-    sums_RN1 = exps_RNC.sum(dim=2, keepdim=True)
-    return (sums_RN1.log() + peak_RN1).squeeze(2).sub_(target_RN), exps_RNC, sums_RN1
+        lse_RN1 += mixed_RNB.sum(dim=2, keepdim=True) * shift_R11
+    return lse_RN1.squeeze(2), sums_RBC, means_RNB
 
 
 def _common_shift(logits_RBC: torch.Tensor) -> torch.Tensor | None:
@@ -340,21 +367,6 @@ def _common_shift(logits_RBC: torch.Tensor) -> torch.Tensor | None:
         return None
     least, most = logits_RBC.amin(dim=(1, 2), keepdim=True), logits_RBC.amax(dim=(1, 2), keepdim=True)
     return most if (most - least).max().item() < 60 else None
-
-
-def _logits_gradient(
-        target: torch.Tensor,
-        mixed_RNB: torch.Tensor,
-        share_RN: torch.Tensor,
-        exps_RNC: torch.Tensor,
-        sums_RN1: torch.Tensor,
-        smoothing: float,
-) -> torch.Tensor:
-    """M^T diag(share) (softmax - M Y) of each position, (R, B, C)."""
-    shared_RNB = mixed_RNB * share_RN.unsqueeze(2)
-    pairs_RBB = shared_RNB.transpose(1, 2) @ mixed_RNB
-    grad_RBC = shared_RNB.div_(sums_RN1).transpose(1, 2) @ exps_RNC
-    return subtract_target_gradient(grad_RBC, pairs_RBB, target, smoothing)
 
 
 def subtract_target_gradient(
@@ -374,25 +386,21 @@ def subtract_target_gradient(
 
 
 def _attention_gradient(
-        logits_RBC: torch.Tensor,
-        target: torch.Tensor,
+        dots_RBB: torch.Tensor,
         weights_RNB: torch.Tensor,
         mixed_RNB: torch.Tensor,
         share_RN: torch.Tensor,
         total_R1: torch.Tensor,
-        ce_RN: torch.Tensor,
-        exps_RNC: torch.Tensor,
-        sums_RN1: torch.Tensor,
+        lse_RN: torch.Tensor,
+        means_RNB: torch.Tensor,
         losses_R: torch.Tensor,
-        smoothing: float,
 ) -> torch.Tensor:
     """d(position's loss) / d(attention), (R, B).
 
     With u = M before normalisation: d(loss)/du_kb = (CE_k - loss + g_kb - g_k . m_k) / sum(s), g_k = d(CE_k)/d(m_k).
     """
-    dots_RBB = target_logits(logits_RBC, target, smoothing)
-    grad_RNB = (exps_RNC @ logits_RBC.transpose(1, 2)).div_(sums_RN1)
-    grad_RNB -= mixed_RNB @ (dots_RBB + dots_RBB.transpose(1, 2))
+    ce_RN = lse_RN - (mixed_RNB @ dots_RBB).mul_(mixed_RNB).sum(dim=2)
+    grad_RNB = means_RNB - mixed_RNB @ (dots_RBB + dots_RBB.transpose(1, 2))
     grad_RNB -= (grad_RNB * mixed_RNB).sum(dim=2, keepdim=True)
     grad_RNB += (ce_RN - losses_R.unsqueeze(1)).unsqueeze(2)
     # A vector without attention is a corner of max(0, .): its gradient is taken as 0, as its value is.
