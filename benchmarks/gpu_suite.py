@@ -74,19 +74,20 @@ def accuracy(args: Namespace) -> None:
                 f'plan, R={R}, {"columns" if last == 1 else "rows"} last',
                 lambda c, last=last: (transport.sinkhorn_plan_op(c, 0.1, 100, last, None),),
                 lambda c, last=last: (transport.plan_matrix(c, 0.1, 100, last, None),), [cost], [cost.double()])
-    B, R, N, C = (8, 2, 20, 10) if args.quick else (128, 4, 500, 1000)
-    logits = 4 * torch.randn(B, R, C, generator=generator)
-    target = torch.randint(C, (B,), generator=generator).to(args.device)
-    weights = convex_weights(N, B, generator=generator, positions=R).to(args.device)
-    attention = torch.rand(B, R, generator=generator).to(args.device)
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        inputs = [logits.to(args.device, dtype), target, weights, attention]
-        exact = [x.double() if x.is_floating_point() else x for x in inputs]
-        for i, what in enumerate(('loss', 'gradient')):
-            compare(
-                f'dense {what}, {str(dtype)[6:]} logits',
-                lambda *x, i=i: losses.dense_loss_op(*x, 0.0, 1, True, False)[i:],
-                lambda *x, i=i: losses.loss_and_grads(*x, 0.0, 1, True, False)[i:], inputs, exact)
+    # Half-precision logits are multiplied otherwise where examples are many.
+    for B, R, N, C in [(8, 2, 20, 10)] if args.quick else [(128, 4, 500, 1000), (128, 49, 1000, 1000)]:
+        logits = 4 * torch.randn(B, R, C, generator=generator)
+        target = torch.randint(C, (B,), generator=generator).to(args.device)
+        weights = convex_weights(N, B, generator=generator, positions=R).to(args.device)
+        attention = torch.rand(B, R, generator=generator).to(args.device)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            inputs = [logits.to(args.device, dtype), target, weights, attention]
+            exact = [x.double() if x.is_floating_point() else x for x in inputs]
+            for i, what in enumerate(('loss', 'gradient')):
+                compare(
+                    f'dense {what}, {str(dtype)[6:]} logits, {R * N} examples',
+                    lambda *x, i=i: losses.dense_loss_op(*x, 0.0, 1, True, False)[i:],
+                    lambda *x, i=i: losses.loss_and_grads(*x, 0.0, 1, True, False)[i:], inputs, exact)
     report(
         'accuracy', 'Accuracy against float64', ['what', 'as run', 'PyTorch form'], rows,
         ['Largest error relative to the largest value; costs up to some hundred, eps 0.1, 100 iterations.'], args)

@@ -51,8 +51,9 @@ def test_cost_uses_tensor_cores(tmp_path):
     assert 'wgmma.mma_async' in ptx and spilled <= FEW and shared <= 227 * 1024
 
 
+@pytest.mark.parametrize('operands', ('half', 'split'))
 @pytest.mark.parametrize('B, attended', ((128, True), (256, True), (128, False)))
-def test_mixed_logits_use_tensor_cores(B, attended, tmp_path):
+def test_mixed_logits_use_tensor_cores(B, attended, operands, tmp_path):
     from timm_alignmix.kernels.mixed_logits import _logsumexp_kernel, _weighted_sum_kernel, launch_config
 
     pointers = dict.fromkeys(
@@ -61,16 +62,17 @@ def test_mixed_logits_use_tensor_cores(B, attended, tmp_path):
     constants = dict(HAS_ATTENTION=attended)
     if not attended:
         constants['attention_ptr'] = None
-    for kernel, more, total, dtype in (
-            (_logsumexp_kernel, {}, False, torch.bfloat16),
-            (_weighted_sum_kernel, dict(PAIRS=False), True, torch.bfloat16),
-            (_weighted_sum_kernel, dict(PAIRS=True), True, torch.float32),
+    pair_operands = 'half' if operands == 'half' else 'float32'
+    for kernel, more, chosen in (
+            (_logsumexp_kernel, {}, operands),
+            (_weighted_sum_kernel, dict(PAIRS=False), operands),
+            (_weighted_sum_kernel, dict(PAIRS=True), pair_operands),
     ):
         mine = {name: kind for name, kind in pointers.items() if name in kernel.arg_names and name not in constants}
-        ptx, shared, spilled = compiled(
-            kernel, launch_config(B, dtype, total, hopper=True), tmp_path, mine, constants | more)
+        config = launch_config(B, chosen, total=bool(more), hopper=True)
+        ptx, shared, spilled = compiled(kernel, config, tmp_path, mine, {**constants, **more, 'OPERANDS': chosen})
         assert spilled <= FEW and shared <= 227 * 1024
-        assert 'wgmma.mma_async' in ptx or dtype == torch.float32
+        assert 'wgmma.mma_async' in ptx or chosen == 'float32'
 
 
 def test_float32_logits_compile_up_to_their_largest_batch(tmp_path):
@@ -78,6 +80,7 @@ def test_float32_logits_compile_up_to_their_largest_batch(tmp_path):
 
     for kernel, constants, total in ((_logsumexp_kernel, {}, False), (_weighted_sum_kernel, dict(PAIRS=False), True)):
         pointers = {name: '*fp32' for name in kernel.arg_names if name.endswith('_ptr')}
-        config = launch_config(MAX_BATCH[torch.float32], torch.float32, total, hopper=True)
-        _, shared, spilled = compiled(kernel, config, tmp_path, pointers, dict(constants, HAS_ATTENTION=True))
+        config = launch_config(MAX_BATCH[torch.float32], 'float32', total, hopper=True)
+        _, shared, spilled = compiled(
+            kernel, config, tmp_path, pointers, dict(constants, HAS_ATTENTION=True, OPERANDS='float32'))
         assert spilled <= FEW and shared <= 227 * 1024
