@@ -37,6 +37,28 @@ def test_fixed_alpha_has_beta_marginals(alpha):
     assert stats.kstest(weights_NB[:, 1] + weights_NB[:, 4], pair).pvalue > ACCEPTED
 
 
+@pytest.mark.parametrize('alpha', (0.5, 2.0, 20.0))
+def test_marginals_of_many_draws(alpha):
+    """Enough to see the few that a proposal gets wrong, and over several blocks of draws."""
+    B = 4
+    weights_NB = convex_weights(300_000, B, alpha=alpha, generator=seeded(6)).double().numpy()
+    law = stats.beta(alpha, (B - 1) * alpha)
+    for i in range(B):
+        assert stats.kstest(weights_NB[:, i], law.cdf).pvalue > ACCEPTED
+    for probability in (1e-4, 1 - 1e-4):  # the tails, which that test hardly sees
+        below = (weights_NB < law.ppf(probability)).sum(0)
+        assert (abs(below - 300_000 * probability) < 5 * 30 ** 0.5).all()
+
+
+@pytest.mark.parametrize('alpha', (0.5, 2.0))
+def test_second_moment_of_millions_of_draws(alpha):
+    """E sum_i w_i^2 = (alpha + 1) / (B alpha + 1) of Dir(alpha), to a few parts in ten thousand."""
+    B = 4
+    squares_N = dispersion(convex_weights(2_000_000, B, alpha=alpha, generator=seeded(7)))
+    error = squares_N.std() / len(squares_N) ** 0.5
+    assert abs(squares_N.mean() - (alpha + 1) / (B * alpha + 1)) < 3.5 * error
+
+
 def test_a_pair_of_equal_alphas_is_that_alpha():
     weights_NB = convex_weights(4000, 5, alpha=(0.7, 0.7), generator=seeded(1)).numpy()
     assert stats.kstest(weights_NB[:, 2], stats.beta(0.7, 4 * 0.7).cdf).pvalue > ACCEPTED

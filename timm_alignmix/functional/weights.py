@@ -2,8 +2,11 @@
 
 Shape suffixes: B batch, N generated examples, R spatial positions.
 """
+import math
 
 import torch
+
+_BLOCK = 2 ** 17  # variates a CPU works on at a time, in its cache
 
 
 def convex_weights(
@@ -53,11 +56,45 @@ def convex_weights(
         device = generator.device if generator is not None else torch.device('cpu')
     options = dict(generator=generator, device=device)
     rows = (n,) if positions is None else (positions, n)
-    alpha_rows = torch.rand(*rows, 1, dtype=dtype, **options).mul_(high - low).add_(low)
-    # The one sampler of torch that takes a generator; torch.distributions.Dirichlet draws from the global state.
-    gamma = torch._standard_gamma(alpha_rows.expand(*rows, m).contiguous(), generator=generator)
-    weights = gamma.div_(gamma.sum(dim=-1, keepdim=True))
+    alpha_rows = torch.rand(*rows, dtype=dtype, **options).mul_(high - low).add_(low)
+    if device.type == 'cpu':
+        weights = _dirichlet_cpu(alpha_rows.flatten(), m, generator).view(*rows, m)
+    else:
+        # The one sampler of torch that takes a generator; torch.distributions.Dirichlet draws from the global state.
+        gamma = torch._standard_gamma(alpha_rows.unsqueeze(-1).expand(*rows, m).contiguous(), generator=generator)
+        weights = gamma.div_(gamma.sum(dim=-1, keepdim=True))
     if m == batch:
         return weights
     chosen = torch.rand(*rows, batch, **options).topk(m, dim=-1).indices
     return weights.new_zeros(*rows, batch).scatter_(-1, chosen, weights)
+
+
+def _dirichlet_cpu(alpha_N: torch.Tensor, m: int, generator: torch.Generator | None) -> torch.Tensor:
+    """(N, m) rows of Dir(alpha), several times faster than torch._standard_gamma, which draws one variate at a time.
+
+    Marsaglia and Tsang, A Simple Method for Generating Gamma Variables (2000), for Gamma(alpha + 1), over whole
+    tensors. A proposal is accepted with probability t, where a uniform u is below t; u / t is then uniform in its turn
+    and independent of the proposal, so (u / t)^(1 / alpha) makes it Gamma(alpha). Some 2 % are rejected: torch draws
+    those. Logarithms and powers are of base 2, which processors make faster. Variates of a row are strided, so that
+    what is the same along a row broadcasts over adjacent memory.
+    """
+    N = len(alpha_N)
+    result_NM = alpha_N.new_empty(N, m)
+    block = max(1, min(N, _BLOCK // m))
+    buffers = alpha_N.new_empty(4, m * block)  # a new one for each result would cost more than some results
+    for start in range(0, N, block):
+        alpha = alpha_N[start:start + block]
+        normal, root, log_t, u = buffers[:, :m * len(alpha)].view(4, m, len(alpha))
+        d = alpha + (1 - 1 / 3)
+        normal.normal_(generator=generator)
+        torch.mul(normal, (9 * d).rsqrt(), out=root).add_(1).clamp_(min=1e-12)  # of what is below 0, t is as good as 0
+        # With v = root^3: log t = normal^2 / 2 + d - d v + d log v.
+        torch.log2(root, out=log_t).mul_(3 * d).addcmul_(normal, normal, value=math.log2(math.e) / 2)
+        log_t.addcmul_(root.pow_(3), d, value=-math.log2(math.e)).add_(d * math.log2(math.e)).clamp_(max=0)
+        log_u = u.uniform_(generator=generator).neg_().add_(1).log2_().sub_(log_t)
+        rejected = (log_u > 0).nonzero(as_tuple=True)
+        gamma = log_u.div_(alpha).exp2_().mul_(root).mul_(d)
+        gamma[rejected] = torch._standard_gamma(alpha[rejected[1]], generator=generator)
+        gamma.clamp_(min=torch.finfo(gamma.dtype).tiny)  # a row of zeros would have no direction
+        torch.div(gamma.t(), gamma.sum(dim=0).unsqueeze(1), out=result_NM[start:start + block])
+    return result_NM
