@@ -238,8 +238,8 @@ def loss_and_grads(
         attention_BR = attention_BR.to(dtype)
         scale = 1 / attended_positions(attention_BR).to(dtype)
     target = target.to(dtype if target.is_floating_point() else torch.int64)
-    # What is smaller than mixed logits is made for several chunks at once, up to the size of one chunk of those.
-    block = chunk_size * max(1, min(N, C) // B)
+    # What is smaller than mixed logits is made for several chunks at once, up to a quarter of the size of one of those.
+    block = chunk_size * max(1, min(N, C) // (4 * B))
     with full_precision(logits_BRC.device):
         for start in range(0, R, block):
             here = slice(start, min(start + block, R))
@@ -335,26 +335,24 @@ def _mixed_softmax(
     shift_R11 = _common_shift(logits_RBC)
     scaled_RBC = (logits_RBC if shift_R11 is None else logits_RBC - shift_R11) * math.log2(math.e)
     buffer_RNC = scaled_RBC.new_empty(min(chunk_size, R), N, C)
-    lse_RN1 = scaled_RBC.new_empty(R, N, 1)
+    total_RN1 = scaled_RBC.new_empty(R, N, 1)
+    peak_RN1 = torch.empty_like(total_RN1) if shift_R11 is None else mixed_RNB.sum(dim=2, keepdim=True) * shift_R11
     sums_RBC = torch.empty_like(scaled_RBC) if want_sums else None
     means_RNB = torch.empty_like(mixed_RNB) if want_means else None
     for start in range(0, R, chunk_size):
         here = slice(start, min(start + chunk_size, R))
-        exps_RNC = torch.bmm(mixed_RNB[here], scaled_RBC[here], out=buffer_RNC[:here.stop - start])
+        total = total_RN1[here]
+        exps_RNC = torch.bmm(mixed_RNB[here], scaled_RBC[here], out=buffer_RNC[:len(total)])
         if shift_R11 is None:
-            peak_RN1 = exps_RNC.amax(dim=2, keepdim=True)
-            exps_RNC.sub_(peak_RN1)
-        total_RN1 = exps_RNC.exp2_().sum(dim=2, keepdim=True)
-        lse_RN1[here] = total_RN1.log()
-        if shift_R11 is None:
-            lse_RN1[here] += peak_RN1 * math.log(2)
+            peak = exps_RNC.amax(dim=2, keepdim=True)
+            exps_RNC.sub_(peak)
+            torch.mul(peak, math.log(2), out=peak_RN1[here])
+        torch.sum(exps_RNC.exp2_(), dim=2, keepdim=True, out=total)
         if want_sums:
-            torch.bmm((shared_RNB[here] / total_RN1).transpose(1, 2), exps_RNC, out=sums_RBC[here])
+            torch.bmm((shared_RNB[here] / total).transpose(1, 2), exps_RNC, out=sums_RBC[here])
         if want_means:
-            means_RNB[here] = exps_RNC @ logits_RBC[here].transpose(1, 2) / total_RN1
-    if shift_R11 is not None:
-        lse_RN1 += mixed_RNB.sum(dim=2, keepdim=True) * shift_R11
-    return lse_RN1.squeeze(2), sums_RBC, means_RNB
+            torch.bmm(exps_RNC, logits_RBC[here].transpose(1, 2), out=means_RNB[here]).div_(total)
+    return (total_RN1.log() + peak_RN1).squeeze(2), sums_RBC, means_RNB
 
 
 def _common_shift(logits_RBC: torch.Tensor) -> torch.Tensor | None:
