@@ -13,7 +13,7 @@ from pathlib import Path
 import step_cost
 import torch
 import torch.nn.functional as F
-from report import add_arguments, report
+from report import add_arguments, prepare, report
 
 from timm_alignmix.functional import (
     attention_map,
@@ -126,8 +126,7 @@ def main() -> None:
     parser.add_argument('--calls', type=int, default=1)
     parser.add_argument('--figure', type=Path, help='PNG or SVG to draw')
     args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    prepare(args)
     if args.quick:
         args.batch, args.rounds = 2, 1
     run(args)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from report import add_arguments, milliseconds, report
+from report import add_arguments, milliseconds, prepare, report
 
 from timm_alignmix.functional import convex_weights, dense_multimix_loss
 from timm_alignmix.kernels import register
@@ -98,8 +98,7 @@ def main() -> None:
     for name, value in (('batch', 128), ('channels', 2048), ('positions', 49), ('examples', 1000), ('classes', 1000)):
         parser.add_argument(f'--{name}', type=int, default=value)
     args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    prepare(args)
     if args.quick:
         args.batch, args.channels, args.positions, args.examples, args.classes, args.rounds = 8, 16, 4, 20, 10, 2
     register()

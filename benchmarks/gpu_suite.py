@@ -20,7 +20,7 @@ import sinkhorn
 import step_cost
 import timm
 import torch
-from report import add_arguments, milliseconds, percent, report
+from report import add_arguments, milliseconds, percent, prepare, report
 from timm.optim import create_optimizer_v2
 from timm.task import ClassificationTask
 
@@ -238,8 +238,7 @@ def main() -> None:
     add_arguments(parser)
     parser.add_argument('--parts', nargs='+', default=PARTS, choices=PARTS)
     args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    prepare(args)
     start = time.perf_counter()
     torch.backends.cudnn.benchmark = True
     rates = ceilings(args)

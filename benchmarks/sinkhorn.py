@@ -8,7 +8,7 @@ import argparse
 import time
 
 import torch
-from report import add_arguments, milliseconds, report
+from report import add_arguments, milliseconds, prepare, report
 
 from timm_alignmix.functional import sinkhorn_plan, transport, transport_cost
 from timm_alignmix.kernels import register
@@ -72,8 +72,7 @@ def main() -> None:
     parser.add_argument('--batch', type=int, default=128)
     parser.add_argument('--positions', type=int, nargs='+', default=[49, 196])
     args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    prepare(args)
     if args.quick:
         args.batch, args.positions, args.rounds = 4, [9, 16], 2
     register()

@@ -16,7 +16,7 @@ from typing import Any
 
 import timm
 import torch
-from report import add_arguments, milliseconds, percent, report
+from report import add_arguments, milliseconds, percent, prepare, report
 
 from timm_alignmix import dense_model_kwargs
 from timm_alignmix.evaluation.cost import TrainingStep
@@ -123,8 +123,7 @@ def parser() -> argparse.ArgumentParser:
 def main() -> None:
     args = parser().parse_args()
     args.mix_kwargs = parse_options(args.mix_kwargs)
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    prepare(args)
     if args.quick:
         args.models, args.batch, args.size, args.classes, args.rounds = ['test_resnet'], [4], 64, 10, 2
     rows, details = [], {}
