@@ -51,6 +51,15 @@ def test_cost_uses_tensor_cores(tmp_path):
     assert 'wgmma.mma_async' in ptx and spilled <= FEW and shared <= 227 * 1024
 
 
+@pytest.mark.parametrize('m', (8, 128, 4096))
+def test_draws_stay_in_registers(m, tmp_path):
+    from timm_alignmix.kernels.dirichlet import _dirichlet_kernel, launch_config
+
+    pointers = dict(alpha_ptr='*fp32', seed_ptr='*i64', out_ptr='*fp32')
+    _, shared, spilled = compiled(_dirichlet_kernel, launch_config(m), tmp_path, pointers, {})
+    assert spilled == 0 and shared < 2 ** 16
+
+
 @pytest.mark.parametrize('operands', ('half', 'split'))
 @pytest.mark.parametrize('B, attended', ((128, True), (256, True), (128, False)))
 def test_mixed_logits_use_tensor_cores(B, attended, operands, tmp_path):

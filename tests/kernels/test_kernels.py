@@ -1,10 +1,12 @@
 """Triton kernels against float64 forms and POT: on a GPU, or interpreted (see test_interpreter.py)."""
+import itertools
 import warnings
 
 import numpy as np
 import ot
 import pytest
 import torch
+from scipy import stats
 
 from timm_alignmix.functional import convex_weights, losses, transport
 
@@ -74,6 +76,78 @@ def test_cost_of_half_precision_features(kernel_device, B, D, R, dtype):
     exact = (a_BDR.unsqueeze(3) - b_BDR.unsqueeze(2)).square().sum(1)
     norms = a_BDR.square().sum(1).unsqueeze(2) + b_BDR.square().sum(1).unsqueeze(1)
     assert ((cost_BRR - exact).abs() / norms).max() < 16 * 2 ** -24
+
+
+# --------------------------------------------------------------------------------------------------------------- draws
+
+
+def philox_words(seed, *counter):
+    """Four 32-bit words of Philox 4x32-10 (Salmon et al., 2011) for arrays of counters, as int64."""
+    c0, c1, c2, c3 = (np.asarray(c, dtype=np.uint64) for c in np.broadcast_arrays(*counter))
+    low, key = np.uint64(2 ** 32 - 1), [np.uint64(seed % 2 ** 32), np.uint64(seed >> 32)]
+    for _ in range(10):
+        a, b = np.uint64(0xD2511F53) * c0, np.uint64(0xCD9E8D57) * c2
+        c0, c1, c2, c3 = (b >> np.uint64(32)) ^ c1 ^ key[0], b & low, (a >> np.uint64(32)) ^ c3 ^ key[1], a & low
+        key = [(k + np.uint64(step)) & low for k, step in zip(key, (0x9E3779B9, 0xBB67AE85), strict=True)]
+    return [c.astype(np.int64) for c in (c0, c1, c2, c3)]
+
+
+def uniform(word):
+    """In (0, 1), from a word read as a signed integer whose negative half is folded."""
+    folded = np.where(word < 2 ** 31, word, 2 ** 32 - 1 - word)
+    return np.maximum(folded / 2 ** 31, 2.3e-10)
+
+
+def dirichlet_rows_float64(alpha_N, m, seed):
+    """What the kernel is meant to draw: two proposals of Marsaglia and Tsang from four words, again where both fail."""
+    alpha = alpha_N[:, None]
+    d = alpha + 1 - 1 / 3
+    gamma = np.full((len(alpha_N), m), np.nan)
+    for attempt in itertools.count():
+        if not np.isnan(gamma).any():
+            return gamma / gamma.sum(1, keepdims=True)
+        words = philox_words(seed, np.arange(len(alpha_N))[:, None], np.arange(m), attempt, 0)
+        radius = np.sqrt(-2 * np.log(np.maximum(uniform(words[0]), 1e-7)))
+        for normal, word in ((radius * np.cos(2 * np.pi * uniform(words[1])), words[2]),
+                             (radius * np.sin(2 * np.pi * uniform(words[1])), words[3])):
+            v = np.maximum(1 + normal / np.sqrt(9 * d), 1e-12) ** 3
+            t = np.minimum(np.exp(normal ** 2 / 2 + d - d * v + d * np.log(v)), 1)
+            value = d * v * (uniform(word) / t) ** (1 / alpha)
+            gamma = np.where(np.isnan(gamma) & (uniform(word) <= t), value, gamma)
+
+
+def test_philox_words():
+    """The known answers that its authors publish."""
+    assert [hex(w) for w in philox_words(0, 0, 0, 0, 0)] == ['0x6627e8d5', '0xe169c58d', '0xbc57ac4c', '0x9b00dbd8']
+    ones = 2 ** 32 - 1
+    assert [hex(w) for w in philox_words(2 ** 64 - 1, ones, ones, ones, ones)] == [
+        '0x408f276d', '0x41c83b0e', '0xa20bc7c6', '0x6d5451fd']
+
+
+@pytest.mark.parametrize('alpha', (0.5, 2.0, 20.0))
+def test_the_law_of_what_is_meant_to_be_drawn(alpha):
+    N, m = 400_000, 4
+    rows = dirichlet_rows_float64(np.full(N, alpha), m, 7)
+    for i in range(m):
+        assert stats.kstest(rows[:, i], stats.beta(alpha, (m - 1) * alpha).cdf).pvalue > 1e-3
+    assert stats.kstest(rows[:, 0] + rows[:, 1], stats.beta(2 * alpha, (m - 2) * alpha).cdf).pvalue > 1e-3
+    squares = (rows ** 2).sum(1)
+    assert abs(squares.mean() - (alpha + 1) / (m * alpha + 1)) < 4 * squares.std() / N ** 0.5
+    assert stats.spearmanr(rows[1:, 0], rows[:-1, 0]).pvalue > 1e-3
+
+
+@pytest.mark.parametrize('N, m', ((3000, 3), (100, 70), (5, 1)))
+def test_dirichlet_rows(kernel_device, N, m):
+    """The kernel draws what it is meant to, each row with its own alpha; blocks that are not full."""
+    from timm_alignmix.kernels.dirichlet import dirichlet_rows
+
+    alpha_N, seed = np.random.default_rng(0).uniform(0.3, 8, N), 2 ** 61 + 5
+    rows = dirichlet_rows(
+        torch.from_numpy(alpha_N).float().to(kernel_device), m, torch.tensor([seed], device=kernel_device)).cpu()
+    assert rows.shape == (N, m) and (rows > 0).all() and ((rows.sum(1) - 1).abs() < 1e-6).all()
+    expected = dirichlet_rows_float64(alpha_N.astype(np.float32).astype(np.float64), m, seed)
+    equal = np.isclose(rows.numpy(), expected, rtol=1e-3, atol=1e-6).all(1)
+    assert equal.mean() > 0.998  # a proposal at its limit may be taken in one precision and not in the other
 
 
 # ---------------------------------------------------------------------------------------------------------- dense loss

@@ -57,19 +57,21 @@ def convex_weights(
     options = dict(generator=generator, device=device)
     rows = (n,) if positions is None else (positions, n)
     alpha_rows = torch.rand(*rows, dtype=dtype, **options).mul_(high - low).add_(low)
-    if device.type == 'cpu':
-        weights = _dirichlet_cpu(alpha_rows.flatten(), m, generator).view(*rows, m)
-    else:
-        # The one sampler of torch that takes a generator; torch.distributions.Dirichlet draws from the global state.
-        gamma = torch._standard_gamma(alpha_rows.unsqueeze(-1).expand(*rows, m).contiguous(), generator=generator)
-        weights = gamma.div_(gamma.sum(dim=-1, keepdim=True))
+    weights = DIRICHLET_ROWS.get(device.type, dirichlet_rows)(alpha_rows.flatten(), m, generator).view(*rows, m)
     if m == batch:
         return weights
     chosen = torch.rand(*rows, batch, **options).topk(m, dim=-1).indices
     return weights.new_zeros(*rows, batch).scatter_(-1, chosen, weights)
 
 
-def _dirichlet_cpu(alpha_N: torch.Tensor, m: int, generator: torch.Generator | None) -> torch.Tensor:
+def dirichlet_rows(alpha_N: torch.Tensor, m: int, generator: torch.Generator | None) -> torch.Tensor:
+    """(N, m) rows of Dir(alpha), on any device."""
+    # The one sampler of torch that takes a generator; torch.distributions.Dirichlet draws from the global state.
+    gamma_NM = torch._standard_gamma(alpha_N.unsqueeze(1).expand(-1, m).contiguous(), generator=generator)
+    return gamma_NM.div_(gamma_NM.sum(dim=1, keepdim=True))
+
+
+def _dirichlet_rows_cpu(alpha_N: torch.Tensor, m: int, generator: torch.Generator | None) -> torch.Tensor:
     """(N, m) rows of Dir(alpha), several times faster than torch._standard_gamma, which draws one variate at a time.
 
     Marsaglia and Tsang, A Simple Method for Generating Gamma Variables (2000), for Gamma(alpha + 1), over whole
@@ -98,3 +100,7 @@ def _dirichlet_cpu(alpha_N: torch.Tensor, m: int, generator: torch.Generator | N
         gamma.clamp_(min=torch.finfo(gamma.dtype).tiny)  # a row of zeros would have no direction
         torch.div(gamma.t(), gamma.sum(dim=0).unsqueeze(1), out=result_NM[start:start + block])
     return result_NM
+
+
+# By type of device; timm_alignmix.kernels adds a form for GPUs. A generator cannot be an argument of a custom operator.
+DIRICHLET_ROWS = {'cpu': _dirichlet_rows_cpu}

@@ -1,8 +1,8 @@
 """Triton forms of the hot functions of timm_alignmix.functional for NVIDIA GPUs.
 
-They take the place of the PyTorch forms inside the custom operators of functional/, by device, type and size; what they
-do not cover runs on in PyTorch, and so does everything where Triton is absent. Set TIMM_ALIGNMIX_TRITON=0 to leave them
-out. Triton is imported when the first of them runs.
+They take the place of the PyTorch forms inside the custom operators of functional/ (the draws: in a table there), by
+device, type and size; what they do not cover runs on in PyTorch, and so does everything where Triton is absent. Set
+TIMM_ALIGNMIX_TRITON=0 to leave them out. Triton is imported when the first of them runs.
 """
 import functools
 import importlib.util
@@ -10,17 +10,18 @@ import os
 
 import torch
 
-from ..functional import losses, transport
+from ..functional import losses, transport, weights
 from ..functional._precision import full_precision
 
 _HALF = (torch.bfloat16, torch.float16)
 
 
 def register() -> None:
-    """Make the custom operators choose between the two forms on CUDA devices."""
+    """Make the operators and the draws choose between the two forms on CUDA devices."""
     transport.transport_cost_op.register_kernel('cuda', cost_matrix)
     transport.sinkhorn_plan_op.register_kernel('cuda', plan_matrix)
     losses.dense_loss_op.register_kernel('cuda', loss_and_grads)
+    weights.DIRICHLET_ROWS['cuda'] = dirichlet_rows
 
 
 def usable(device: torch.device) -> bool:
@@ -85,3 +86,14 @@ def loss_and_grads(
                 return dense_loss.loss_and_grads(logits_BRC, target, weights_RNB, attention_BR, smoothing, logits_grad)
     return losses.loss_and_grads(
         logits_BRC, target, weights_RNB, attention_BR, smoothing, chunk_size, logits_grad, attention_grad)
+
+
+def dirichlet_rows(alpha_N: torch.Tensor, m: int, generator: torch.Generator | None) -> torch.Tensor:
+    """Rows of Dir(alpha); Triton in float32. The two forms draw different numbers from a generator."""
+    if alpha_N.dtype == torch.float32 and usable(alpha_N.device):
+        from . import dirichlet
+        if m <= dirichlet.MAX_ENTRIES:
+            with torch.cuda.device(alpha_N.device):
+                seed = torch.randint(2 ** 63 - 1, (1,), generator=generator, device=alpha_N.device)
+                return dirichlet.dirichlet_rows(alpha_N, m, seed)
+    return weights.dirichlet_rows(alpha_N, m, generator)
