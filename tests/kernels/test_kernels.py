@@ -136,12 +136,12 @@ def test_the_law_of_what_is_meant_to_be_drawn(alpha):
     assert stats.spearmanr(rows[1:, 0], rows[:-1, 0]).pvalue > 1e-3
 
 
-@pytest.mark.parametrize('N, m', ((3000, 3), (100, 70), (5, 1)))
+@pytest.mark.parametrize('N, m', ((6000, 3), (100, 70), (5, 1)))
 def test_dirichlet_rows(kernel_device, N, m):
     """The kernel draws what it is meant to, each row with its own alpha; blocks that are not full."""
     from timm_alignmix.kernels.dirichlet import dirichlet_rows
 
-    alpha_N, seed = np.random.default_rng(0).uniform(0.3, 8, N), 2 ** 61 + 5
+    alpha_N, seed = np.random.default_rng(0).uniform(0.3, 2, N), 2 ** 61 + 5
     rows = dirichlet_rows(
         torch.from_numpy(alpha_N).float().to(kernel_device), m, torch.tensor([seed], device=kernel_device)).cpu()
     assert rows.shape == (N, m) and (rows > 0).all() and ((rows.sum(1) - 1).abs() < 1e-6).all()
