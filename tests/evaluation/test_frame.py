@@ -185,6 +185,16 @@ def test_files(run, models, tmp_path):
     assert again()
 
 
+def test_a_timed_result_is_of_its_machine_and_layout(run, tmp_path):
+    options = dict(cost_mixes=['mixup'], cost_batch=2, cost_rounds=1)
+
+    def again(**more):
+        before = run('cost', **options, **more)['rows']
+        return run('cost', **options, **more)['rows'] == before
+    assert again() and again(channels_last=True)
+    assert run('cost', **options)['rows'] != run('cost', channels_last=True, **options)['rows']
+
+
 def test_the_command_gives_the_same_options():
     config_class = options_class('robustness')
     config = config_class(

@@ -96,6 +96,15 @@ def test_modes_are_shared_and_draws_are_not(two):
     assert lams and all(one != other for one, other in lams)
 
 
+def test_machines_that_see_different_checkpoints_are_refused(two, make_config, on_processes, tmp_path):
+    """Two machines without a common folder: one would resume, the other begin anew."""
+    config = make_config(two[0] / 'plain', batch_size=8, resume='auto', **PLAIN)
+    on_processes(2, 'start_apart', config.to_dict(), [config.output, str(tmp_path / 'empty')], tmp_path)
+    for rank in (0, 1):
+        reason = (tmp_path / f'{rank}.txt').read_text()
+        assert 'process 0 would begin at epoch 1, update 0, process 1 would begin at epoch 0, update 0' in reason
+
+
 def test_gradients_are_reduced_once_an_update(two):
     """Two epochs of 3 updates from 5 batches; without accumulation one of 5."""
     assert [part['reductions'] for part in two[1]('whole')] == [6, 6]

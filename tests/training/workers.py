@@ -36,6 +36,15 @@ def evaluate(options: dict[str, Any], weights: Path, folder: Path) -> None:
                folder / f'{run.accelerator.process_index}.pt')
 
 
+def start_apart(options: dict[str, Any], outputs: list[str], folder: Path) -> None:
+    """Start with an output folder that each process sees by itself; save why that is refused."""
+    rank = int(os.environ['RANK'])
+    try:
+        prepare(TrainConfig(**{**options, 'output': outputs[rank]}))
+    except ValueError as e:
+        (folder / f'{rank}.txt').write_text(str(e))
+
+
 def train_all(jobs: dict[str, dict[str, Any]], folder: Path) -> None:
     """Train one configuration after the other in the same processes; save what this process saw and ended with.
 

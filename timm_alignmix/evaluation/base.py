@@ -93,12 +93,14 @@ class Protocol:
         run: Computes the result.
         in_all: Whether `all` runs it.
         needs_models: Whether it takes --model; the others get an empty list.
+        timed: Whether it measures time, so that the machine and options of speed decide on its result too.
     """
     name: str
     options: type[Options]
     run: Callable[['Evaluation'], Result]
     in_all: bool = True
     needs_models: bool = True
+    timed: bool = False
 
     @property
     def help(self) -> str:
@@ -113,6 +115,7 @@ def register_protocol(
         options: type[Options],
         in_all: bool = True,
         needs_models: bool = True,
+        timed: bool = False,
 ) -> Callable[[Callable], Callable]:
     """Make a function the protocol `name`.
 
@@ -129,7 +132,7 @@ def register_protocol(
         raise ValueError(f'protocol {name!r}: taken already: {", ".join(taken)}')
 
     def register(run: Callable[['Evaluation'], Result]) -> Callable[['Evaluation'], Result]:
-        _protocols[name] = Protocol(name, options, run, in_all, needs_models)
+        _protocols[name] = Protocol(name, options, run, in_all, needs_models, timed)
         return run
     return register
 

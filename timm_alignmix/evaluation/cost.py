@@ -186,7 +186,7 @@ class CostOptions(Options):
     cost_compile: bool = config_option('Cost', False, 'compile the steps with torch.compile', bool)
 
 
-@register_protocol('cost', CostOptions)
+@register_protocol('cost', CostOptions, timed=True)
 def cost(ev: 'Evaluation') -> Result:
     """Time, images per second and memory of a training step with every mix, in one interleaved run."""
     config = ev.config

@@ -7,6 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from timm_alignmix.timing import hardware
 from timm_alignmix.training.build import create_accelerator
 from timm_alignmix.training.config import RunConfig, flag
 from timm_alignmix.version import __version__
@@ -80,9 +81,11 @@ def run_protocol(ev: Evaluation, protocol: Protocol) -> Result | None:
 
 
 def result_key(ev: Evaluation, protocol: Protocol) -> str:
-    """Hash of all that a result depends on: weights, labels, options and version, not paths or speed."""
+    """Hash of all that a result depends on: weights, labels, options and version, not paths; speed if that is timed."""
     names = {option.name for option in (*fields(EvalConfig), *fields(protocol.options))} - set(SPEED_OPTIONS)
     facts: dict[str, Any] = {name: getattr(ev.config, name) for name in sorted(names)}
+    if protocol.timed:
+        facts['machine'] = [hardware(ev.device), ev.config.channels_last]
     if protocol.needs_models:
         facts['models'] = [(model.label, model.fingerprint) for model in ev.models]
     text = json.dumps([protocol.name, __version__, facts], sort_keys=True, default=str)

@@ -286,7 +286,10 @@ def create_task(
     if config.initial_checkpoint:
         _load_initial(model, config.initial_checkpoint)
     if config.grad_checkpointing:
-        _checkpoint_gradients(model, config)
+        try:
+            model.set_grad_checkpointing(enable=True)
+        except AssertionError as e:  # how timm's models say that they cannot
+            raise ValueError(f'--grad-checkpointing: {config.model} does not have it; leave it out') from e
     if config.sync_bn and accelerator.num_processes > 1:
         model = convert_sync_batchnorm(model)
     model.to(accelerator.device)
@@ -295,7 +298,7 @@ def create_task(
     criterion = dict(smoothing=config.smoothing)
     if config.bce_loss:
         criterion.update(loss_type='bce', bce_sum=config.bce_sum, bce_target_thresh=config.bce_target_thresh)
-    return timm_alignmix.MixTask(
+    task = timm_alignmix.MixTask(
         model,
         mix=config.mix,
         mix_kwargs=config.mix_kwargs,
@@ -306,6 +309,11 @@ def create_task(
         device=accelerator.device,
         verbose=accelerator.is_main_process,
     )
+    if config.grad_checkpointing and task.mix.layers:
+        raise ValueError(
+            f'--grad-checkpointing would compute {", ".join(task.mix.layers)} again without the features that '
+            f'--mix {config.mix} mixed there; leave it out')
+    return task
 
 
 def _load_initial(model: nn.Module, path: str) -> None:
@@ -316,18 +324,6 @@ def _load_initial(model: nn.Module, path: str) -> None:
             SafetensorError) as e:  # of any foreign content
         reason = ' '.join(str(e).split())
         raise ValueError(f'--initial-checkpoint {path} has no weights for this model ({reason[:300]})') from e
-
-
-def _checkpoint_gradients(model: nn.Module, config: TrainConfig) -> None:
-    """Let a model recompute its layers in the backward pass, which must not undo what is mixed between them."""
-    if timm_alignmix.create_mix(config.mix, **config.mix_kwargs).name in ('alignmix', 'manifold'):
-        raise ValueError(
-            f'--grad-checkpointing would compute layers again without the features that --mix {config.mix} mixed; '
-            'leave it out')
-    try:
-        model.set_grad_checkpointing(enable=True)
-    except AssertionError as e:  # how timm's models say that they cannot
-        raise ValueError(f'--grad-checkpointing: {config.model} does not have it; leave it out') from e
 
 
 def build_run(config: TrainConfig) -> Run:
