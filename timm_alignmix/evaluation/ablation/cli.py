@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.utils import setup_default_logging
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from timm_alignmix.timing import hardware
@@ -74,7 +73,6 @@ class AblationOptions(Options):
 
 def main(argv: list[str] | None = None) -> None:
     """Run, queue or collect an ablation; the exit code is 1 where a training failed."""
-    setup_default_logging()
     names = ', '.join(study.name for study in load_studies([str(STUDIES)]))
     parser = cli.create_parser(AblationOptions, '%(prog)s ablation (--study NAME ... | --grid OPTION=VALUES ...) '
                                '[options]', HELP.format(studies=names))

@@ -4,8 +4,6 @@ import logging
 import sys
 from pathlib import Path
 
-from timm.utils import setup_default_logging
-
 from ..results import write_whole
 from .page import render
 from .sources import find_sources
@@ -24,7 +22,6 @@ Folders are searched with all folders inside; other pictures and Markdown pages 
 
 def main(argv: list[str] | None = None) -> None:
     """Write a report."""
-    setup_default_logging()
     parser = argparse.ArgumentParser(
         usage='%(prog)s report DIR [DIR ...] [-o report.html]', description=HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -1,4 +1,0 @@
-"""python -m timm_alignmix.evaluation.ablation"""
-from .cli import main
-
-main()

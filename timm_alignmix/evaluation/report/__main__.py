@@ -1,4 +1,0 @@
-"""python -m timm_alignmix.evaluation.report"""
-from .cli import main
-
-main()
