@@ -4,6 +4,7 @@ Shape suffixes: B batch, N generated examples, R spatial positions.
 """
 import math
 
+import numpy as np
 import torch
 
 _BLOCK = 2 ** 17  # variates a CPU works on at a time, in its cache
@@ -94,9 +95,9 @@ def _dirichlet_rows_cpu(alpha_N: torch.Tensor, m: int, generator: torch.Generato
         torch.log2(root, out=log_t).mul_(3 * d).addcmul_(normal, normal, value=math.log2(math.e) / 2)
         log_t.addcmul_(root.pow_(3), d, value=-math.log2(math.e)).add_(d * math.log2(math.e)).clamp_(max=0)
         log_u = u.uniform_(generator=generator).neg_().add_(1).log2_().sub_(log_t)
-        rejected = (log_u > 0).nonzero(as_tuple=True)
+        rejected = torch.from_numpy(np.flatnonzero(log_u.numpy() > 0))  # torch's nonzero takes ten times as long
         gamma = log_u.div_(alpha).exp2_().mul_(root).mul_(d)
-        gamma[rejected] = torch._standard_gamma(alpha[rejected[1]], generator=generator)
+        gamma.view(-1)[rejected] = torch._standard_gamma(alpha[rejected % len(alpha)], generator=generator)
         gamma.clamp_(min=torch.finfo(gamma.dtype).tiny)  # a row of zeros would have no direction
         torch.div(gamma.t(), gamma.sum(dim=0).unsqueeze(1), out=result_NM[start:start + block])
     return result_NM
