@@ -25,6 +25,7 @@ from timm.optim import create_optimizer_v2
 from timm.task import ClassificationTask
 
 from timm_alignmix.functional import convex_weights, losses, transport
+from timm_alignmix.functional.weights import dirichlet_rows
 from timm_alignmix.timing import time_interleaved
 
 PARTS = ('ceilings', 'accuracy', 'kernels', 'steps', 'syncs', 'timm')
@@ -109,15 +110,17 @@ def kernels(args: Namespace) -> None:
         'dense_loss_gpu', "Dense MultiMix's loss, forward and backward",
         ['form', 'type', 'ms', 'textbook / this', 'extra peak MiB', 'textbook / this', 'loss'], rows,
         [f'(B, D, R, N, C) = {shape}.'], args)
-    B, R, N = shape[0], shape[2], shape[3]
+    B, N = shape[0], shape[3]
     generator = torch.Generator(args.device).manual_seed(0)
-    timings = time_interleaved(
-        {'MultiMix, N x B': lambda: convex_weights(N, B, generator=generator),
-         'Dense MultiMix, R x N x B': lambda: convex_weights(N, B, generator=generator, positions=R)},
-        args.device, sizes.rounds, 2, calls=10)
+    cases = {}
+    for R in (1, 9) if args.quick else (1, 49, 196):
+        alpha_RN = torch.rand(R * N, device=args.device) + 0.5
+        cases[R, 'as run'] = partial(convex_weights, N, B, generator=generator, positions=R)
+        cases[R, "torch's sampler"] = partial(dirichlet_rows, alpha_RN, B, generator)
+    timings = time_interleaved(cases, args.device, sizes.rounds, 2, calls=10)
     report(
-        'draws_gpu', 'Dirichlet weights', ['draw', 'ms'],
-        [[name, milliseconds(timing.spread)] for name, timing in timings.items()], [f'N={N}, R={R}, B={B}.'], args)
+        'draws_gpu', 'Dirichlet weights', ['R', 'draw', 'ms'],
+        [[*case, milliseconds(timing.spread)] for case, timing in timings.items()], [f'N={N}, B={B}.'], args)
 
 
 def steps(args: Namespace) -> None:
