@@ -11,6 +11,7 @@ from timm.data.mixup import rand_bbox
 
 import timm_alignmix
 from timm_alignmix import MixTask, create_mix, list_mixes
+from timm_alignmix.mixes.base import partners_of
 from timm_alignmix.mixes.cutmix import box_around
 from timm_alignmix.rng import StepRandom
 
@@ -335,3 +336,18 @@ def test_any_batch_size(name, B):
     images, y = batch(B=B, dtype=torch.float32)
     for _ in range(4):
         assert task(images, y)['loss'].isfinite()
+
+
+@pytest.mark.parametrize('layout', ('contiguous', 'channels last', 'flat channels last', 'vectors', 'part of more'))
+def test_partners_keep_the_layout_and_have_the_gradient_of_indexing(layout):
+    x = torch.randn(5, 3, 4, 2, dtype=torch.float64)
+    if 'channels last' in layout:
+        x = x.to(memory_format=torch.channels_last)
+    x = {'flat channels last': x.flatten(2), 'vectors': x[..., 0, 0], 'part of more': x[:, :2, 1:3]}.get(layout, x)
+    x, perm = x.detach().requires_grad_(), torch.tensor([3, 0, 4, 2, 1])
+    partners, grad = partners_of(x, perm), torch.randn_like(x)
+    assert torch.equal(partners, x[perm])
+    if layout not in ('vectors', 'part of more'):
+        assert partners.stride() == x.stride()
+    assert torch.equal(torch.autograd.grad(partners, x, grad)[0], torch.autograd.grad(x[perm], x, grad)[0])
+    assert torch.autograd.gradgradcheck(lambda x: partners_of(x, perm).square(), x)

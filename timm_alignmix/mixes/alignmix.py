@@ -20,7 +20,7 @@ import torch
 from ..anatomy import Anatomy, FeatureLayer
 from ..functional import align_to
 from ..rng import StepRandom
-from .base import Draw, PairMix, draw_mode, mix_pairs, mode_probabilities
+from .base import Draw, PairMix, draw_mode, mix_pairs, mode_probabilities, partners_of
 from .registry import register_mix
 
 _MODES = ('input', 'feat', 'feat_prime')
@@ -51,7 +51,7 @@ class AlignedMix(PairMix):
 
     def mix_aligned(self, feat_BDR: torch.Tensor, draw: Draw, keep_partner: bool) -> torch.Tensor:
         """Mixed features (B, D, R) at the positions of each example (11), or of its partner (12)."""
-        partner_BDR = feat_BDR[draw['perm']]
+        partner_BDR = partners_of(feat_BDR, draw['perm'])
         # The release normalises columns, the partner's side, last in both modes.
         side = 'moved' if self.final_marginal == 'columns' and not keep_partner else 'kept'
         options = dict(eps=self.eps, iterations=self.iterations, final_marginal=side, tolerance=self.tolerance)

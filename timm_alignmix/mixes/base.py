@@ -131,11 +131,40 @@ class PairMix(Mix):
 
 
 def mix_pairs(x: torch.Tensor, draw: Draw, partner: torch.Tensor | None = None) -> torch.Tensor:
-    """lam * x + (1 - lam) * partner, by default x[perm]."""
+    """lam * x + (1 - lam) * partner, by default the partners of x."""
     lam = draw['lam'].to(x.dtype)
     if lam.ndim:
         lam = lam.view(-1, *[1] * (x.ndim - 1))
-    return torch.lerp(x[draw['perm']] if partner is None else partner, x, lam)
+    return torch.lerp(partners_of(x, draw['perm']) if partner is None else partner, x, lam)
+
+
+def partners_of(x: torch.Tensor, perm: torch.Tensor) -> torch.Tensor:
+    """x[perm] for a permutation of the batch, in x's memory layout.
+
+    One copy, and one in the backward pass, where that of x[perm] sorts indices and accumulates into zeros.
+    """
+    return _Permute.apply(x, perm)
+
+
+class _Permute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, perm):
+        ctx.save_for_backward(perm)
+        return _take(x, perm)
+
+    @staticmethod
+    def backward(ctx, grad):
+        perm, = ctx.saved_tensors
+        return _take(grad, perm.argsort()), None
+
+
+def _take(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Examples of a batch; index_select copies faster than indexing does, but would make any layout contiguous."""
+    if torch.compiler.is_compiling():  # layouts are the compiler's
+        return x.index_select(0, index)
+    order = [0, *sorted(range(1, x.ndim), key=lambda dim: -x.stride(dim))]
+    back = sorted(range(x.ndim), key=order.__getitem__)
+    return x.permute(order).index_select(0, index).permute(back)
 
 
 def draw_mode(probs: dict[str, float], rng: StepRandom) -> str:

@@ -6,7 +6,7 @@ drawn from this step's generators instead of numpy's global state; pairs are a r
 import torch
 
 from ..rng import StepRandom, sample_beta
-from .base import Draw, PairMix
+from .base import Draw, PairMix, partners_of
 from .registry import register_mix
 
 
@@ -45,7 +45,7 @@ class CutMix(PairMix):
         y = torch.arange(H, device=images.device).view(1, 1, H, 1)
         x = torch.arange(W, device=images.device).view(1, 1, 1, W)
         inside = (y >= top) & (y < bottom) & (x >= left) & (x < right)
-        return torch.where(inside, images[draw['perm']], images)
+        return torch.where(inside, partners_of(images, draw['perm']), images)
 
 
 def box_around(centre: torch.Tensor, lam: torch.Tensor, H: int, W: int) -> torch.Tensor:
