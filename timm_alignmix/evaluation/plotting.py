@@ -108,9 +108,13 @@ def paired_panels(
 
 
 def shared_legend(fig: Figure, ax: Axes) -> None:
-    """One legend for all axes, of what `ax` shows, below them."""
+    """One legend for all axes, of what `ax` shows, below them, in as many columns as the figure is wide for."""
     handles, labels = ax.get_legend_handles_labels()
-    fig.legend(handles, labels, loc='outside lower center', ncols=min(len(labels), 5), frameon=False)
+    for ncols in range(min(len(labels), 5), 0, -1):
+        legend = fig.legend(handles, labels, loc='outside lower center', ncols=ncols, frameon=False)
+        if ncols == 1 or legend.get_window_extent().width <= fig.bbox.width:
+            break
+        legend.remove()
 
 
 def bars(
