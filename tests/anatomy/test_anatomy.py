@@ -247,3 +247,12 @@ def test_allow_class_token():
     feature_map = torch.randn(2, 18, model.num_features)
     expected = (model.head(feature_map[:, 2:]) + model.head_dist(feature_map[:, 2:])) / 2
     torch.testing.assert_close(head(feature_map)[0], expected)
+
+
+@pytest.mark.parametrize('name', ('legacy_xception', 'xception41'))
+def test_an_untrained_network_does_not_hide_features_that_by_pass(name):
+    """Its logits hardly depend on the image, so a layer beside a shortcut seemed to decide them."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=7)
+    with pytest.raises(UnsupportedModel, match='features by-pass it'):
+        MixTask(model, mix='alignmix', img_size=128)
