@@ -1,62 +1,6 @@
 #!/usr/bin/env python3
-"""Evaluate trained models by a protocol of the papers.
-
-One model:       python evaluate.py accuracy --model resnet50.a1_in1k --data-dir /data/imagenet
-Side by side:    python evaluate.py calibration --model runs/none runs/alignmix/last.pth.tar local-dir:exported ...
-Everything:      python evaluate.py all --model ... --data-dir ... --output results
-Ablations:       python evaluate.py ablation --recipe FILE --study n m alpha
-One page:        python evaluate.py report results runs -o report.html
-Eight GPUs:      accelerate launch --multi_gpu --num_processes 8 evaluate.py robustness ...
-
-Writes PROTOCOL.json, .csv, .md and .png to --output. What was interrupted goes on where it was.
-"""
-import importlib
-import logging
-import sys
-
-from timm.utils import setup_default_logging
-
-from timm_alignmix import evaluation
-from timm_alignmix.training import cli
-
-# Sub-commands that evaluate no model; each is a package with a main() of its own.
-COMMANDS = {
-    'ablation': 'Trainings over a grid of options, or the studies of the papers.',
-    'report': 'One HTML page from the outputs of several runs.',
-}
-
-
-def usage() -> str:
-    """The protocols and how to see their options."""
-    lines = [f'  {name:<14}{evaluation.get_protocol(name).help}' for name in evaluation.list_protocols()]
-    lines.append(f'  {"all":<14}All of them that fit the data.')
-    lines += [f'  {name:<14}{help}' for name, help in COMMANDS.items()]
-    return '\n'.join([(__doc__ or '').strip(), '', 'Protocols (options: evaluate.py PROTOCOL --help):', '', *lines])
-
-
-def main(argv: list[str] | None = None) -> None:
-    setup_default_logging()
-    logging.getLogger('timm').setLevel(logging.WARNING)  # three lines a model on where its weights lie
-    words = sys.argv[1:] if argv is None else argv
-    if not words or words[0].startswith('-'):
-        print(usage())
-        sys.exit(0 if words and words[0] in ('-h', '--help') else 2)
-    name = words[0]
-    if name in COMMANDS:
-        return importlib.import_module(f'timm_alignmix.evaluation.{name}').main(words[1:])
-    try:
-        config_class = evaluation.options_class(name)
-    except ValueError as e:
-        sys.exit(f'evaluate.py: error: {e}')
-    help = evaluation.get_protocol(name).help if name != 'all' else 'All protocols that fit the data.'
-    parser = cli.create_parser(config_class, f'%(prog)s {name} --model NAME ... [--data-dir DIR] [options]', help)
-    config = cli.parse_flags(
-        parser, config_class, lambda flags, file: evaluation.resolve(name, flags, file), words[1:])
-    try:
-        evaluation.evaluate(name, config)
-    except (ValueError, ImportError, OSError) as e:  # wrong options, data or environment: the message has the remedy
-        sys.exit(f'evaluate.py: error: {e}')
-
+"""Evaluate trained models by a protocol of the papers: `python evaluate.py accuracy --model NAME`; see --help."""
+from alignmix_lab.commands.evaluate import main
 
 if __name__ == '__main__':
     main()

@@ -52,11 +52,11 @@ setup(
     long_description=(here / 'README.md').read_text(encoding='utf-8'),
     long_description_content_type='text/markdown',
     license='Apache-2.0',
-    packages=find_packages(include=['timm_alignmix', 'timm_alignmix.*']),
+    packages=find_packages(include=['timm_alignmix', 'timm_alignmix.*', 'alignmix_lab', 'alignmix_lab.*']),
     package_data={
-        'timm_alignmix.evaluation': ['published.csv'],
-        'timm_alignmix.evaluation.ablation': ['studies.yaml'],
-        'timm_alignmix.evaluation.report': ['page.html'],
+        'alignmix_lab.evaluation': ['published.csv'],
+        'alignmix_lab.evaluation.ablation': ['studies.yaml'],
+        'alignmix_lab.evaluation.report': ['page.html'],
     },
     python_requires='>=3.10',
     install_requires=[

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 
-from timm_alignmix import plots
+from alignmix_lab import plots
+from alignmix_lab.plots.images import SUFFIXES, network_input, to_pixels
 from timm_alignmix.functional import align
-from timm_alignmix.plots.images import SUFFIXES, network_input, to_pixels
 
 
 def shape(pixels: torch.Tensor) -> torch.Tensor:

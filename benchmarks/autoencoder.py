@@ -12,8 +12,8 @@ import time
 import timm
 import torch
 
+from alignmix_lab.runs.timing import Spread, hardware, time_interleaved
 from timm_alignmix import MixTask
-from timm_alignmix.timing import Spread, hardware, time_interleaved
 
 METHODS = {
     'none': ('none', {}),

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from report import add_arguments, prepare, report
 
+from alignmix_lab.runs.timing import Spread, time_interleaved
 from timm_alignmix.functional import (
     attention_map,
     convex_weights,
@@ -23,7 +24,6 @@ from timm_alignmix.functional import (
     sinkhorn_plan,
     transport_cost,
 )
-from timm_alignmix.timing import Spread, time_interleaved
 
 
 def mix(feat_BDR: torch.Tensor, perm: torch.Tensor, rows_BRR: torch.Tensor) -> None:

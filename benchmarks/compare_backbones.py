@@ -25,7 +25,7 @@ matplotlib.use('Agg')
 import matplotlib.pyplot as plt  # noqa: E402
 from comparison import ROOT, draw_curves, mean_spread, train_once  # noqa: E402
 
-from timm_alignmix.timing import hardware  # noqa: E402
+from alignmix_lab.runs.timing import hardware  # noqa: E402
 
 METRICS = ('voc07_11pt', 'voc_area', 'map', 'map50')
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 
-from timm_alignmix.evaluation.ablation.outcome import draw_by_epoch, spread
+from alignmix_lab.evaluation.ablation.outcome import spread
+from alignmix_lab.runs.plotting import draw_by_epoch
 
 ROOT = Path(__file__).resolve().parent.parent
 

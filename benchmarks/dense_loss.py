@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from report import add_arguments, milliseconds, prepare, report
 
+from alignmix_lab.runs.timing import peak_memory, time_interleaved
 from timm_alignmix.functional import convex_weights, dense_multimix_loss
 from timm_alignmix.kernels import register
-from timm_alignmix.timing import peak_memory, time_interleaved
 
 
 def textbook_loss(

@@ -20,10 +20,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from alignmix_lab.runs.timing import hardware, time_interleaved
 from detection.data import Batch, DetectionDataset, DetectionLoader, read_annotations
-from detection.export import load_detector
+from detection.export_checkpoint import load_detector
 from detection.transforms import create_transform
-from timm_alignmix.timing import hardware, time_interleaved
 
 
 def train_step(detector: nn.Module, optimizer: torch.optim.Optimizer, autocast: partial, batches: list[Batch]) -> None:

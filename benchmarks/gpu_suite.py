@@ -24,9 +24,9 @@ from report import add_arguments, milliseconds, percent, prepare, report
 from timm.optim import create_optimizer_v2
 from timm.task import ClassificationTask
 
+from alignmix_lab.runs.timing import time_interleaved
 from timm_alignmix.functional import convex_weights, losses, transport
 from timm_alignmix.functional.weights import dirichlet_rows
-from timm_alignmix.timing import time_interleaved
 
 PARTS = ('ceilings', 'accuracy', 'kernels', 'steps', 'syncs', 'timm')
 MIXES = ['alignmix', 'multimix', 'densemultimix']

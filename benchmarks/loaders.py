@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 from report import add_arguments, report
 
-from timm_alignmix.data.beton import inspect_beton
-from timm_alignmix.data.ffcv_loader import FFCVBatches
-from timm_alignmix.data.write import main as write_main
-from timm_alignmix.timing import Spread, time_interleaved
+from alignmix_lab.commands.convert import main as write_main
+from alignmix_lab.data.ffcv.beton import inspect_beton
+from alignmix_lab.data.ffcv.loader import FFCVBatches
+from alignmix_lab.runs.timing import Spread, time_interleaved
 
 WRITE_MODES = {'jpg': 'JPEG, quality 90', 'proportion': 'half JPEG, half raw', 'raw': 'raw pixels'}
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from timm_alignmix.timing import Spread, hardware
+from alignmix_lab.runs.timing import Spread, hardware
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -10,9 +10,9 @@ import time
 import torch
 from report import add_arguments, milliseconds, prepare, report
 
+from alignmix_lab.runs.timing import peak_memory, time_interleaved
 from timm_alignmix.functional import sinkhorn_plan, transport, transport_cost
 from timm_alignmix.kernels import register
-from timm_alignmix.timing import peak_memory, time_interleaved
 
 
 def release_plan(cost_BRR: torch.Tensor, eps: float = 0.1, iterations: int = 100) -> torch.Tensor:

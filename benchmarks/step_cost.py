@@ -18,9 +18,9 @@ import timm
 import torch
 from report import add_arguments, milliseconds, percent, prepare, report
 
+from alignmix_lab.evaluation.protocols.cost import TrainingStep
+from alignmix_lab.runs.timing import Spread, Timing, peak_memory, time_interleaved
 from timm_alignmix import dense_model_kwargs
-from timm_alignmix.evaluation.cost import TrainingStep
-from timm_alignmix.timing import Spread, Timing, peak_memory, time_interleaved
 
 MIXES = ('mixup', 'manifold', 'alignmix', 'multimix', 'densemultimix')
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from timm_alignmix.training import near_names
+from alignmix_lab.runs.options import near_names
 
 _logger = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from torch.utils.data import Sampler
 
-from timm_alignmix.data.order import shuffled, train_batches
+from alignmix_lab.data.order import shuffled, train_batches
 
 from .annotations import Record
 

@@ -1,92 +1,79 @@
-"""Build a detector from a configuration, or again from the description that its checkpoints carry."""
-from typing import Any
+"""Build everything a detection run needs, and refuse what cannot work before anything is trained."""
+import torch
+from accelerate import Accelerator
+from timm.layers import convert_sync_batchnorm
+from timm.utils import random_seed
 
-from timm.models import clean_state_dict
-from torch import nn
+from alignmix_lab.runs.accelerator import start_processes
+from alignmix_lab.runs.run import Run
 
-from timm_alignmix.weights import key_problems
-
+from .annotations import Annotations
+from .backbones import layer_decay_groups
 from .config import DetectConfig
-from .models import build_faster_rcnn, build_ssd
-from .transforms import multiscale_sizes
+from .data import DetectionDataset, DetectionLoader, DetectionLoaders, read_annotations
+from .detector import create_detector, fill
+from .export_checkpoint import read_weights
+from .task import DetectionTask, DetectionTotals
+from .transforms import create_transform
 
-BUILDERS = {'ssd': build_ssd, 'fasterrcnn': build_faster_rcnn}
 
-
-def create_detector(config: DetectConfig, class_names: list[str]) -> tuple[nn.Module, dict[str, Any]]:
-    """The detector of a configuration and its description.
-
-    Args:
-        config: The options.
-        class_names: Names of labels 1, 2, ...
-
-    Returns:
-        The detector, and plain values from which :func:`rebuild` makes it again, without the backbone's weights.
+def build_run(config: DetectConfig) -> Run:
+    """Build and check the parts of a run; nothing is wrapped for several processes or resumed yet.
 
     Raises:
-        ValueError: The backbone, its weights or an option does not fit.
+        ValueError: An option, the data or the model does not fit, with the remedy.
     """
-    faster = config.detector == 'fasterrcnn'
-    if config.batch_size == 1 and config.model_kwargs.get('conv4_stride1'):
-        raise ValueError(
-            'conv4_stride1 puts batch norms on maps of one position, which one image cannot train; '
-            'pass --batch-size 2 or more')
-    if not faster:
-        arguments = dict(size=config.img_size)
-    elif config.augment == 'lsj':  # the data are squares of this side already
-        arguments = dict(min_size=config.img_size, max_size=config.img_size)
-    elif config.augment == 'multiscale':
-        arguments = dict(min_size=multiscale_sizes(config.img_size), max_size=config.max_size)
-    else:
-        arguments = dict(min_size=config.img_size, max_size=config.max_size)
-    # Faster R-CNN freezes what it fine-tunes, as torchvision does: pretrained norms and the first stage.
-    freeze_bn = (faster and config.weights is not None) if config.freeze_bn is None else config.freeze_bn
-    frozen_stages = config.frozen_stages
-    model = BUILDERS[config.detector](
-        config.backbone,
-        len(class_names) + 1,
-        weights=config.weights,
-        freeze_bn=freeze_bn,
-        **({} if frozen_stages is None else dict(frozen_stages=frozen_stages)),
-        grad_checkpointing=config.grad_checkpointing,
-        backbone_kwargs=config.backbone_kwargs,
-        **arguments,
-        **config.model_kwargs,
-    )
+    accelerator = start_processes(config)
+    # Faster R-CNN's batches differ in size: searching for the fastest convolution each time costs more than it gains.
+    torch.backends.cudnn.benchmark = config.detector == 'ssd'
+    annotations = read_annotations(
+        config.dataset, config.data_dir, config.train_split, config.val_split, config.class_names,
+        config.keep_difficult)
+    random_seed(config.seed)
+    model, description = create_detector(config, annotations[0].class_names)
+    if config.initial_checkpoint:
+        fill(model, read_weights(config.initial_checkpoint)[0], config.initial_checkpoint)
+    if config.sync_bn and accelerator.num_processes > 1:
+        model = convert_sync_batchnorm(model)
+    model.to(accelerator.device)
+    if config.channels_last:
+        model.to(memory_format=torch.channels_last)
+    loaders = create_loaders(config, *annotations, model.backbone_report.image_mean, accelerator)
+    task = DetectionTask(model, description, accelerator.device, accelerator.is_main_process)
+    size = f'{config.img_size} to {config.max_size}' if config.max_size else str(config.img_size)
     report = model.backbone_report
-    if frozen_stages is None:
-        frozen_stages = int(faster and config.weights is not None and not model.backbone.plain)
-    description = dict(
-        detector=config.detector,
-        backbone=report.arch,
-        class_names=list(class_names),
-        arguments=dict(
-            **arguments,
-            **config.model_kwargs,
-            freeze_bn=freeze_bn,
-            frozen_stages=frozen_stages,
-            image_mean=report.image_mean,
-            image_std=report.image_std,
-            backbone_kwargs=report.kwargs,
-        ),
+    data_config = dict(
+        input_size=size, mean=report.image_mean, std=report.image_std, class_names=annotations[0].class_names)
+    run = Run(config, accelerator, loaders, task, data_config, DetectionTotals)
+    layer_decay = config.layer_decay
+    run.add_optimizer(None if layer_decay is None else layer_decay_groups(model, layer_decay, config.weight_decay))
+    return run
+
+
+def create_loaders(
+        config: DetectConfig,
+        train: Annotations,
+        val: Annotations,
+        image_mean: list[float],
+        accelerator: Accelerator,
+) -> DetectionLoaders:
+    """Training and validation loaders of this process."""
+    shared = dict(
+        workers=config.workers,
+        device=accelerator.device,
+        seed=config.seed,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        pin_mem=config.pin_mem,
     )
-    return model, description
-
-
-def rebuild(description: dict[str, Any]) -> nn.Module:
-    """The detector of a description, with random weights."""
-    build = BUILDERS[description['detector']]
-    return build(description['backbone'], len(description['class_names']) + 1, **description['arguments'])
-
-
-def fill(model: nn.Module, state_dict: dict[str, Any], source: str) -> None:
-    """Load weights after checking that every key and shape fits.
-
-    Raises:
-        ValueError: Some do not; which.
-    """
-    state_dict = clean_state_dict(state_dict)
-    problems = key_problems(model.state_dict(), state_dict)
-    if problems:
-        raise ValueError(f'{source} does not fit the detector: {problems}')
-    model.load_state_dict(state_dict)
+    transform = create_transform(config.augment, config.img_size, image_mean, config.hflip)
+    return DetectionLoaders(
+        train=DetectionLoader(
+            DetectionDataset(train.records, transform, config.seed), config.batch_size, True,
+            aspect_ratio_group_factor=config.aspect_ratio_group_factor, **shared),
+        val=DetectionLoader(
+            DetectionDataset(val.records), config.validation_batch_size or config.batch_size, False, **shared),
+        class_names=train.class_names,
+        description=f'{config.dataset} in {config.data_dir}; training: {train.describe()}; validation: '
+                    f'{val.describe()}; augmentation {config.augment}',
+    )

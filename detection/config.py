@@ -3,8 +3,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
 
-from timm_alignmix.training.config import RunConfig, config_option, flag
-from timm_alignmix.training.resolve import read_yaml
+from alignmix_lab.runs.config import RunConfig
+from alignmix_lab.runs.options import config_option, flag, read_yaml
 
 from .transforms import AUGMENTATIONS
 
@@ -16,7 +16,7 @@ _opt = partial(config_option, 'Optimizer')
 _sched = partial(config_option, 'Learning rate schedule')
 _aug = partial(config_option, 'Augmentation and regularization')
 _norm = partial(config_option, 'Batch norm and weight averaging')
-_run = partial(config_option, 'Run, logs and checkpoints')
+_run = partial(config_option, 'Run, logs and checkpoints', affects_result=False)
 
 
 @dataclass
@@ -82,7 +82,8 @@ class DetectConfig(RunConfig):
 
     output: str = _run('./output/detection', 'folder that holds the folders of runs')
     eval_metric: str | None = _run(
-        None, 'metric that ranks checkpoints; default: voc07_11pt for voc, map for coco', choices=metrics)
+        None, 'metric that ranks checkpoints; default: voc07_11pt for voc, map for coco', choices=metrics,
+        affects_result=True)
     pictures: int = _run(8, 'validation images whose detections are drawn at every evaluation', int, low=0)
     picture_threshold: float = _run(0.4, 'smallest score of a drawn box', float, low=0, below=1)
 

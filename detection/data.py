@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision import tv_tensors
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from timm_alignmix.data.worker_signals import end_with_parent, iterate
+from alignmix_lab.data.worker_signals import end_with_parent, iterate
 
 from .annotations import VOC_CLASSES, Annotations, Record, clean, coco_file, read_coco, read_voc
 from .batches import TrainBatches, aspect_ratio_groups

@@ -14,7 +14,7 @@ from PIL import Image
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from .annotations import IMAGE_SUFFIXES
-from .export import load_detector
+from .export_checkpoint import load_detector
 from .pictures import draw_detections
 
 
@@ -84,9 +84,9 @@ def predict(
     return folder
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None, prog: str = 'python -m detection.predict') -> None:
     parser = argparse.ArgumentParser(
-        prog='python -m detection.predict', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('images', nargs='+', help='image files or folders of images')
     parser.add_argument('--checkpoint', required=True, help='last.pth.tar of detection.train, or an exported folder')
     parser.add_argument('--output', default='output/predictions', help='folder to write (default: %(default)s)')
@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         predict(args.images, args.checkpoint, args.output, args.threshold)
     except ValueError as e:
-        sys.exit(f'detection.predict: error: {e}')
+        sys.exit(f'{prog}: error: {e}')
 
 
 if __name__ == '__main__':

@@ -6,7 +6,7 @@ from timm.task import TrainingTask
 from timm.utils import unwrap_model
 from torch import nn
 
-from timm_alignmix.training.totals import LossTotals, Sums
+from alignmix_lab.runs.totals import LossTotals, Sums
 
 
 class DetectionTask(TrainingTask):

@@ -5,9 +5,9 @@ import torch
 import torch.nn as nn
 
 from .functional import soft_target
+from .mix_module import MixModule
 from .mixes import Mix
-from .module import MixModule
-from .rng import StepRandom
+from .step_random import StepRandom
 
 
 class MixupFn:

@@ -8,9 +8,9 @@ from timm.task import ClassificationTask
 from timm.utils import unwrap_model
 
 from .functional import check_target, soft_target, soft_target_cross_entropy
+from .mix_module import MixModule
 from .mixes import Mix
-from .module import MixModule
-from .rng import StepRandom
+from .step_random import StepRandom
 
 
 class MixTask(ClassificationTask):

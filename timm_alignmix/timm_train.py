@@ -18,7 +18,7 @@ import timm
 from timm.data import resolve_data_config
 from timm.utils import ParseKwargs
 
-from timm_alignmix import MixTask, create_mix
+from . import MixTask, create_mix
 
 # What is used of train.py. timm's own tests of 1.0.31 use these names too.
 NAMES_USED = ('parser', '_parse_args', 'ClassificationTask', 'main')

@@ -8,10 +8,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
+from alignmix_lab.classification import TrainConfig
 from detection import pretrained
 from detection.backbones import Backbone, PyramidBackbone, SimpleFeaturePyramid, create_backbone, layer_decay_groups
 from timm_alignmix import weights
-from timm_alignmix.training.config import TrainConfig
 
 SWIN = dict(embed_dim=24, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8))
 # name, arguments that make it small, (H, W) where it takes one size only

@@ -15,11 +15,11 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 
 from detection.config import DetectConfig, resolve_detect_config
-from detection.evaluate import collect
-from detection.export import export_detector, load_detector
+from detection.export_checkpoint import export_detector, load_detector
 from detection.predict import predict
 from detection.task import DetectionTask
 from detection.train import parse_config, train
+from detection.validate import collect
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = dict(

@@ -2,6 +2,6 @@
 from .dense_head import DenseHead
 from .examine import Anatomy, dense_model_kwargs
 from .layers import FeatureLayer, Layout, feature_map
-from .watch import UnsupportedModel
+from .trace import UnsupportedModel
 
 __all__ = ['Anatomy', 'DenseHead', 'FeatureLayer', 'Layout', 'UnsupportedModel', 'dense_model_kwargs', 'feature_map']

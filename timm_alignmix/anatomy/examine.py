@@ -13,7 +13,7 @@ import torch.nn as nn
 
 from .dense_head import DenseHead, HeadStep
 from .layers import FeatureLayer, Layout
-from .watch import Call, Trace, UnsupportedModel, is_same
+from .trace import Call, Trace, UnsupportedModel, is_same
 
 
 class Anatomy:

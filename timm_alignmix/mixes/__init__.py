@@ -9,7 +9,7 @@ from .manifold import ManifoldMixup
 from .mixup import Mixup
 from .multimix import MultiMix
 from .none import NoMix
-from .registry import create_mix, list_mixes, register_mix
+from .registry import canonical, create_mix, list_mixes, register_mix
 
 __all__ = [
     'AlignMix',
@@ -21,6 +21,7 @@ __all__ = [
     'Mixup',
     'MultiMix',
     'NoMix',
+    'canonical',
     'create_mix',
     'list_mixes',
     'register_mix',

@@ -19,7 +19,7 @@ import torch
 
 from ..anatomy import Anatomy, FeatureLayer
 from ..functional import align_to
-from ..rng import StepRandom
+from ..step_random import StepRandom
 from .base import Draw, PairMix, draw_mode, mix_pairs, mode_probabilities, partners_of
 from .registry import register_mix
 

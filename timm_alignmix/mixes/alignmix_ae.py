@@ -32,7 +32,7 @@ import torch.nn.functional as F
 
 from ..anatomy import Anatomy, FeatureLayer, UnsupportedModel
 from ..functional import soft_target, soft_target_cross_entropy
-from ..rng import StepRandom
+from ..step_random import StepRandom
 from .ae_layers import AELayers
 from .alignmix import AlignedMix
 from .base import Draw, draw_mode, mix_pairs, mode_probabilities

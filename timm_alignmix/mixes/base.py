@@ -11,7 +11,7 @@ import torch.nn as nn
 
 from ..anatomy import Anatomy, DenseHead, FeatureLayer
 from ..functional import soft_target
-from ..rng import StepRandom, sample_beta
+from ..step_random import StepRandom, sample_beta
 
 # Of one step: 'mode' (str), 'layer' (name of the tapped layer or None), 'lam' (tensor or None), and the method's own
 # tensors.

@@ -5,7 +5,7 @@ drawn from this step's generators instead of numpy's global state; pairs are a r
 """
 import torch
 
-from ..rng import StepRandom, sample_beta
+from ..step_random import StepRandom, sample_beta
 from .base import Draw, PairMix, partners_of
 from .registry import register_mix
 

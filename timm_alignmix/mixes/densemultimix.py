@@ -10,7 +10,7 @@ import torch
 
 from ..anatomy import Anatomy
 from ..functional import attention_map, dense_multimix_loss, dense_multimix_rows
-from ..rng import StepRandom
+from ..step_random import StepRandom
 from .base import Draw, draw_mode
 from .multimix import HullMix
 from .registry import register_mix

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from ..anatomy import Anatomy, FeatureLayer
-from ..rng import StepRandom
+from ..step_random import StepRandom
 from .base import Draw, PairMix, draw_mode, mix_pairs
 from .registry import register_mix
 

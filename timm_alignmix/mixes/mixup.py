@@ -4,7 +4,7 @@ Pairs are one random permutation of the batch, not timm's flipped batch, and any
 """
 import torch
 
-from ..rng import StepRandom
+from ..step_random import StepRandom
 from .base import Draw, PairMix, mix_pairs
 from .registry import register_mix
 

@@ -9,7 +9,7 @@ import torch
 
 from ..anatomy import Anatomy, FeatureLayer
 from ..functional import convex_weights, dense_multimix_rows, multimix_loss
-from ..rng import StepRandom
+from ..step_random import StepRandom
 from .base import Draw, PairMix, draw_mode, mix_pairs
 from .registry import register_mix
 

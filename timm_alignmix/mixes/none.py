@@ -1,7 +1,7 @@
 """No mixing: the baseline every method is compared with, through the same code."""
 import torch
 
-from ..rng import StepRandom
+from ..step_random import StepRandom
 from .base import Draw, Mix
 from .registry import register_mix
 

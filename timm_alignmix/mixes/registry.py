@@ -9,7 +9,8 @@ _MIXES: dict[str, type[Mix]] = {}
 _MixType = TypeVar('_MixType', bound=type[Mix])
 
 
-def _key(name: str) -> str:
+def canonical(name: str) -> str:
+    """A method's name as names are compared: without case, '-' and '_'."""
     return name.lower().replace('-', '').replace('_', '')
 
 
@@ -20,10 +21,10 @@ def register_mix(name: str) -> Callable[[_MixType], _MixType]:
         ValueError: The name is taken.
     """
     def register(cls: _MixType) -> _MixType:
-        if _key(name) in _MIXES:
-            raise ValueError(f'a mix named {name!r} is registered already: {_MIXES[_key(name)].__qualname__}')
+        if canonical(name) in _MIXES:
+            raise ValueError(f'a mix named {name!r} is registered already: {_MIXES[canonical(name)].__qualname__}')
         cls.name = name
-        _MIXES[_key(name)] = cls
+        _MIXES[canonical(name)] = cls
         return cls
     return register
 
@@ -47,9 +48,9 @@ def create_mix(name: str, **options: Any) -> Mix:
         >>> create_mix('Dense-MultiMix', n=500)
         DenseMultiMix(n=500)
     """
-    if _key(name) not in _MIXES:
+    if canonical(name) not in _MIXES:
         raise ValueError(f'unknown mix {name!r}; available: {", ".join(list_mixes())}')
-    cls = _MIXES[_key(name)]
+    cls = _MIXES[canonical(name)]
     valid = inspect.signature(cls).parameters
     unknown = sorted(set(options) - set(valid))
     if unknown:

@@ -1,0 +1,13 @@
+"""Training a classifier with a mixing method: options, building, evaluation, export; without a command line."""
+from .config import TrainConfig, resolve_config
+from .dry_run import dry_run
+from .train import fit_and_export, prepare, train
+
+__all__ = [
+    'TrainConfig',
+    'dry_run',
+    'fit_and_export',
+    'prepare',
+    'resolve_config',
+    'train',
+]

@@ -1,0 +1,193 @@
+"""Build everything a run needs from its configuration, and refuse what cannot work before anything is trained."""
+import logging
+import os
+import pickle
+from contextlib import suppress
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError
+from timm.data import resolve_data_config
+from timm.layers import convert_sync_batchnorm
+from timm.models import load_checkpoint
+from timm.utils import random_seed
+from torch import nn
+
+import timm_alignmix
+from alignmix_lab.data.loaders import Loaders, open_loaders
+from alignmix_lab.data.options import LoaderOptions
+from alignmix_lab.runs.accelerator import start_processes
+from alignmix_lab.runs.options import near_names
+from alignmix_lab.runs.run import Run
+
+from .config import TrainConfig
+from .totals import MixTotals
+
+_logger = logging.getLogger(__name__)
+
+
+def model_arguments(config: TrainConfig) -> dict[str, Any]:
+    """Arguments of `timm.create_model` except `pretrained`, `num_classes` and `checkpoint_path`."""
+    extra = {}
+    if timm_alignmix.create_mix(config.mix, **config.mix_kwargs).name == 'densemultimix':
+        extra = timm_alignmix.dense_model_kwargs(config.model)
+        if extra:
+            _logger.info(f'{config.model} is built with {extra}: dense mixing trains the classifier on every position')
+    arguments = dict(
+        in_chans=config.in_chans,
+        drop_rate=config.drop,
+        drop_path_rate=config.drop_path,
+        drop_block_rate=config.drop_block,
+        global_pool=config.gp,
+        bn_momentum=config.bn_momentum,
+        bn_eps=config.bn_eps,
+    )
+    return {**extra, **{key: value for key, value in arguments.items() if value is not None}, **config.model_kwargs}
+
+
+def resolve_data(config: TrainConfig, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Input size, mean, std, interpolation and crop of the model, after checking that it takes such images.
+
+    The model is built without memory (on the meta device), so that a wrong name or size costs no time.
+
+    Raises:
+        ValueError: No such model, or one that is built for another image size.
+    """
+    name = config.model
+    if ':' not in name and not timm.is_model(name):
+        raise ValueError(f'--model {name}: timm has no such model{near_names(name, timm.list_models())}')
+    with torch.device('meta'):
+        probe = timm.create_model(name, **arguments)
+    data_config = resolve_data_config(config.to_dict(), model=probe)
+    for side in config.train_sides():
+        try:
+            _probe_forward(probe, (data_config['input_size'][0], side, side))
+        except (RuntimeError, AssertionError, ValueError) as e:
+            raise ValueError(
+                f'{name} does not take images of {side} pixels; leave --min-res and --max-res out (the model says: '
+                f'{e})') from e
+    size = data_config['input_size']
+    try:
+        _probe_forward(probe, size)
+    except (RuntimeError, AssertionError, ValueError) as e:
+        built_for = resolve_data_config({}, model=probe)['input_size']
+        remedy = f'--img-size {built_for[-1]}'
+        with suppress(Exception), torch.device('meta'):  # whatever stops this, the model cannot be told its size
+            _probe_forward(timm.create_model(name, **{**arguments, 'img_size': size[-1]}), size)
+            remedy = f'--model-kwargs img_size={size[-1]}, or {remedy}'
+        raise ValueError(
+            f'{name} was built for {_by(built_for)}, got {_by(size)}; pass {remedy} (the model says: {e})') from e
+    return data_config
+
+
+def _probe_forward(probe: nn.Module, size: tuple[int, int, int]) -> None:
+    with torch.no_grad():
+        probe.eval()(torch.empty(2, *size, device='meta'))
+
+
+def _by(size: tuple[int, int, int]) -> str:
+    return f'{size[-2]}x{size[-1]}' + (f' with {size[0]} channels' if size[0] != 3 else '')
+
+
+def create_data(
+        config: TrainConfig,
+        data_config: dict[str, Any],
+        device: torch.device,
+        rank: int = 0,
+        world_size: int = 1,
+) -> Loaders:
+    """Loaders of a process, for the images that the model takes."""
+    images = {key: data_config[key] for key in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')}
+    return open_loaders(LoaderOptions.of(config, **images, device=device, rank=rank, world_size=world_size))
+
+
+def create_task(
+        config: TrainConfig,
+        arguments: dict[str, Any],
+        input_size: tuple[int, int, int],
+        num_classes: int,
+        device: torch.device,
+        rank: int = 0,
+        world_size: int = 1,
+) -> timm_alignmix.MixTask:
+    """The model, on the run's device, inside its training task."""
+    if config.initial_checkpoint and not os.path.isfile(config.initial_checkpoint):
+        raise ValueError(f'--initial-checkpoint {config.initial_checkpoint}: no such file')
+    random_seed(config.seed)
+    model = timm.create_model(
+        config.model,
+        pretrained=config.pretrained,
+        num_classes=num_classes,
+        **arguments,
+    )
+    if config.initial_checkpoint:
+        _load_initial(model, config.initial_checkpoint)
+    if config.grad_checkpointing:
+        try:
+            model.set_grad_checkpointing(enable=True)
+        except AssertionError as e:  # how timm's models say that they cannot
+            raise ValueError(f'--grad-checkpointing: {config.model} does not have it; leave it out') from e
+    if config.sync_bn and world_size > 1:
+        model = convert_sync_batchnorm(model)
+    model.to(device)
+    if config.channels_last:
+        model.to(memory_format=torch.channels_last)
+    criterion = dict(smoothing=config.smoothing)
+    if config.bce_loss:
+        criterion.update(loss_type='bce', bce_sum=config.bce_sum, bce_target_thresh=config.bce_target_thresh)
+    task = timm_alignmix.MixTask(
+        model,
+        mix=config.mix,
+        mix_kwargs=config.mix_kwargs,
+        criterion_kwargs=criterion,
+        seed=config.seed,
+        rank=rank,
+        img_size=input_size[-2:],
+        device=device,
+        verbose=rank == 0,
+    )
+    if config.grad_checkpointing and task.mix.layers:
+        raise ValueError(
+            f'--grad-checkpointing would compute {", ".join(task.mix.layers)} again without the features that '
+            f'--mix {config.mix} mixed there; leave it out')
+    return task
+
+
+def _load_initial(model: nn.Module, path: str) -> None:
+    """Put the weights of a file into a model; nothing in the file is executed."""
+    try:
+        load_checkpoint(model, path)
+    except (RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError, pickle.UnpicklingError,
+            SafetensorError) as e:  # of any foreign content
+        reason = ' '.join(str(e).split())
+        raise ValueError(f'--initial-checkpoint {path} has no weights for this model ({reason[:300]})') from e
+
+
+def build_run(config: TrainConfig) -> Run:
+    """Build and check the parts of a run; nothing is wrapped for several processes or resumed yet.
+
+    Raises:
+        ValueError: An option, the data or the model does not fit, with the remedy.
+    """
+    accelerator = start_processes(config)
+    arguments = model_arguments(config)
+    data_config = resolve_data(config, arguments)
+    place = accelerator.device, accelerator.process_index, accelerator.num_processes
+    with accelerator.local_main_process_first():  # what is written once is written by the first of each machine
+        loaders = create_data(config, data_config, *place)
+    data_config.update(loader=loaders.kind, class_names=loaders.class_names)
+    task = create_task(config, arguments, data_config['input_size'], loaders.num_classes, *place)
+    run = Run(config, accelerator, loaders, task, data_config, MixTotals)
+    run.add_optimizer(scaled=classifier_parameters(task.get_eval_model()), scale=config.head_lr_scale)
+    if config.num_processes not in (None, accelerator.num_processes):
+        _logger.warning(
+            f'The settings are meant for {config.num_processes} processes, this run has {accelerator.num_processes}: '
+            f'global batch {run.global_batch_size}, learning rate {run.config.lr:.4g}')
+    return run
+
+
+def classifier_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """Parameters of a timm model's classifier, or of all of them where it has several."""
+    heads = model.get_classifier()
+    return [p for head in (heads if isinstance(heads, (tuple, list)) else [heads]) for p in head.parameters()]

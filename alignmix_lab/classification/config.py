@@ -1,0 +1,175 @@
+"""Options of a training run on classes: the one list that flags, YAML files and `args.yaml` share."""
+import logging
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import numpy as np
+
+from alignmix_lab.data.options import TrainDataOptions
+from alignmix_lab.runs.config import RunConfig
+from alignmix_lab.runs.options import config_option, flag, read_yaml
+
+_logger = logging.getLogger(__name__)
+_data = partial(config_option, 'Data')
+_mix = partial(config_option, 'Mixing')
+_model = partial(config_option, 'Model')
+_sched = partial(config_option, 'Learning rate schedule')
+_aug = partial(config_option, 'Augmentation and regularization')
+_norm = partial(config_option, 'Batch norm and weight averaging')
+_device = partial(config_option, 'Speed and device')
+_run = partial(config_option, 'Run, logs and checkpoints', affects_result=False)
+
+# What suits the built-in sample.
+SAMPLE_DEFAULTS = {
+    'model': 'resnet18',
+    'img_size': 64,
+    'batch_size': 64,
+    'epochs': 14,
+    'opt': 'adamw',
+    'lr': 2e-3,
+    'weight_decay': 0.05,
+    'sched': 'cosine',
+    'sched_on_updates': True,  # an epoch has 22 updates: stepping by epoch would waste the first
+    'warmup_epochs': 1,
+    'hflip': 0.0,  # a mirrored digit is another shape
+    'scale': [0.8, 1.0],
+    'ratio': [0.9, 1.1],
+    'crop_pct': 1.0,
+    'workers': 2,
+}
+RESOLUTION_STEP = 32  # sides between the two ends of progressive resizing are multiples of this
+
+
+@dataclass
+class TrainConfig(RunConfig, TrainDataOptions):
+    """Options of a training run. Names and defaults are those of timm's train.py wherever timm has the option."""
+    metrics: ClassVar[tuple[str, ...]] = ('loss', 'top1', 'top5')
+
+    dataset_size: list[int] | None = _data(
+        None, 'training and validation images, for --dry-run where the data is not at hand', int, nargs=2, low=1,
+        affects_result=False)
+
+    mix: str = _mix('none', 'mixing method, see timm_alignmix.list_mixes(): alignmix, alignmix_ae, cutmix, '
+                    "densemultimix, manifold, mixup, multimix, none; matched without case, '-' and '_'")
+    mix_kwargs: dict = _mix({}, 'options of the method, e.g. --mix-kwargs alpha=1.0 align_at=layer3', dict)
+
+    model: str = _model('resnet50', 'timm model name')
+    pretrained: bool = _model(False, "start from the model's pretrained weights", bool)
+    initial_checkpoint: str = _model('', 'start from the weights of this file')
+    num_classes: int | None = _model(None, 'number of classes; default: as many as the data has', int, low=1)
+    gp: str | None = _model(None, "global pooling (avg, max, ...); default: the model's")
+    in_chans: int = _model(3, 'input channels', int, low=1)
+    img_size: int | None = _model(None, "image side in pixels; default: the model's", int, low=1)
+    input_size: list[int] | None = _model(None, 'input as channels height width; overrides --img-size', int, nargs=3)
+    crop_pct: float | None = _model(None, "part of the image kept in evaluation; default: the model's", float, low=0)
+    crop_mode: str | None = _model(
+        None, "crop in evaluation: center, squash (the whole image, resized; timm loader); default: the model's",
+        choices=('center', 'squash'))
+    mean: list[float] | None = _model(None, "pixel mean, 0-1 scale; default: the model's", float, nargs='+')
+    std: list[float] | None = _model(
+        None, "pixel standard deviation, 0-1 scale; default: the model's", float, nargs='+')
+    interpolation: str = _model('', "resize interpolation in evaluation; default: the model's")
+    model_kwargs: dict = _model({}, 'further arguments of timm.create_model, e.g. --model-kwargs img_size=300', dict)
+    grad_checkpointing: bool = _model(False, 'recompute activations in the backward pass to save memory', bool)
+
+    min_res: int | None = _aug(
+        None, 'progressive resizing: side of training images until --start-ramp; evaluation keeps --img-size; default: '
+        '--img-size throughout', int, low=1)
+    max_res: int | None = _aug(None, 'progressive resizing: side of training images from --end-ramp on', int, low=1)
+    start_ramp: int = _aug(0, 'progressive resizing: last epoch at --min-res', int, low=0)
+    end_ramp: int = _aug(0, 'progressive resizing: first epoch at --max-res; between, the nearest multiple of 32', int,
+                         low=0)
+    smoothing: float = _aug(0.0, "label smoothing; the papers use none (timm's own default is 0.1)", float,
+                            low=0, below=1)
+    bce_loss: bool = _aug(False, 'binary cross-entropy; refused by multimix and densemultimix', bool)
+    bce_sum: bool = _aug(False, 'sum binary cross-entropy over classes', bool)
+    bce_target_thresh: float | None = _aug(None, 'make soft targets binary at this value', float)
+    drop: float = _aug(0.0, 'dropout before the classifier', float, low=0, below=1)
+    drop_path: float | None = _aug(None, "stochastic depth; default: the model's", float, low=0, below=1)
+    drop_block: float | None = _aug(None, "drop block; default: the model's", float, low=0, below=1)
+    bn_momentum: float | None = _norm(None, "batch norm momentum; default: the model's", float)
+    bn_eps: float | None = _norm(None, "batch norm epsilon; default: the model's", float)
+
+    head_lr_scale: float = _sched(1.0, "the classifier's learning rate, relative to that of the rest", float, low=0)
+    num_processes: int | None = _run(
+        None, 'processes the settings are meant for: --dry-run assumes as many; a run with another number says so', int,
+        low=1)
+    torchcompile: str | None = _device(
+        None, 'compile with this backend; the flag alone means inductor', nargs='?', const='inductor')
+    eval_metric: str = _run('top1', 'metric that ranks checkpoints', choices=('top1', 'top5', 'loss'),
+                            affects_result=True)
+    export: str = _run(
+        'auto', "weights in the run's folder export/, for timm, at the end: the moving average (ema), those "
+        'trained (raw), the moving average where there is one (auto), or none', choices=('auto', 'ema', 'raw', 'none'))
+
+    @property
+    def arch(self) -> str:
+        return self.model
+
+    def train_side(self, epoch: int) -> int | None:
+        """Side of the training images of an epoch, None where the size never changes.
+
+        Progressive resizing as ffcv-imagenet's `get_resolution` does it: `min_res` up to and with `start_ramp`,
+        `max_res` from `end_ramp` on, and between them a straight line, rounded to the nearest multiple of 32.
+        """
+        if self.min_res is None:
+            return None
+        if epoch <= self.start_ramp:
+            return self.min_res
+        if epoch >= self.end_ramp:
+            return self.max_res
+        side = np.interp(epoch, [self.start_ramp, self.end_ramp], [self.min_res, self.max_res])
+        return int(np.round(side / RESOLUTION_STEP)) * RESOLUTION_STEP
+
+    def train_sides(self) -> list[int]:
+        """Every side of training images that a run goes through, in the order of first use."""
+        sides = [self.train_side(epoch) for epoch in range(max(self.epochs, self.end_ramp + 1))]
+        return [side for side in dict.fromkeys(sides) if side is not None]
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.bce_target_thresh is not None and not self.bce_loss:
+            raise ValueError('--bce-target-thresh needs --bce-loss')
+        if self.export == 'ema' and not self.model_ema:
+            raise ValueError('--export ema needs --model-ema')
+        self._check_resolutions()
+        if self.head_lr_scale != 1 and self.sched == 'none':
+            raise ValueError('--head-lr-scale acts through the schedule; --sched none has none, use --sched constant')
+
+    def _check_resolutions(self) -> None:
+        if (self.min_res is None) != (self.max_res is None):
+            raise ValueError('--min-res and --max-res go together')
+        if self.min_res is None:
+            return
+        if self.min_res > self.max_res or self.start_ramp > self.end_ramp:
+            raise ValueError(
+                f'progressive resizing goes from small to large: --min-res {self.min_res} --max-res {self.max_res} '
+                f'--start-ramp {self.start_ramp} --end-ramp {self.end_ramp}')
+        if self.crop_resize or self.crop_padding:
+            raise ValueError('--min-res and --max-res size the random resized crop; leave --crop-resize and '
+                             '--crop-padding out')
+
+
+def resolve_config(flags: dict[str, Any], config_file: str | None = None) -> TrainConfig:
+    """Merge the sources of options: flags win over the recipe, which wins over its bases and the defaults.
+
+    With no data directory, data set or recipe the run is the built-in sample, under the sample's own settings.
+
+    Args:
+        flags: Options given explicitly.
+        config_file: YAML file of options, the name of a recipe, or None.
+
+    Raises:
+        ValueError: An unknown key or a value that its option does not take, by name.
+    """
+    if config_file:
+        base = read_yaml(config_file, TrainConfig, flags.get('mix'))
+        flags = {key: value for key, value in flags.items() if key != 'mix'}  # it chose among the recipe's mixes
+    elif flags.get('data_dir') or flags.get('dataset'):
+        base = {}
+    else:
+        base = dict(SAMPLE_DEFAULTS)
+        used = ' '.join(f'{flag(key)} {value}' for key, value in base.items() if key not in flags)
+        _logger.info(f'No --data-dir, --dataset or --config: training on the built-in sample with {used}')
+    return TrainConfig(**{**base, **flags})

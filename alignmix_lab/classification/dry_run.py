@@ -1,0 +1,280 @@
+"""What a run would do, without data, devices or processes: steps, modes, memory, and the learning rate over time.
+
+The model is built on the meta device, which knows shapes and no values, so that this takes seconds for any model.
+"""
+import logging
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+import yaml
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from alignmix_lab.data.order import train_batches
+from alignmix_lab.runs.files import write_whole
+from alignmix_lab.runs.plotting import as_png, figure
+from alignmix_lab.runs.run import Run
+
+from .build import classifier_parameters, create_data, create_task, model_arguments, resolve_data
+from .config import TrainConfig
+from .totals import MixTotals
+
+_logger = logging.getLogger(__name__)
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class PlannedProcesses:
+    """What a run asks of Accelerate, for processes that are not started."""
+    num_processes: int
+    mixed_precision: str
+    device: torch.device = torch.device('meta')
+
+
+@dataclass(frozen=True)
+class PlannedTask:
+    """What a run asks of its task, for a model without values."""
+    model: torch.nn.Module
+
+    def get_trainable_module(self) -> torch.nn.Module:
+        return self.model
+
+
+@dataclass(frozen=True)
+class PlannedLoaders:
+    """Numbers of batches in place of loaders."""
+    train: range
+    val: range
+    num_classes: int
+    description: str
+
+
+def dry_run(config: TrainConfig) -> None:
+    """Print the resolved configuration, log what the run would do, and draw its learning rate.
+
+    Raises:
+        ValueError: What :func:`alignmix_lab.classification.prepare` would refuse, with the remedy.
+    """
+    if int(os.environ.get('RANK', 0)) > 0:
+        return
+    run = plan_run(config)
+    probabilities = mode_probabilities(run)
+    curve = learning_rates(run)
+    figure = draw_learning_rates(run, curve)
+    _logger.info('\n'.join([
+        run.describe(),
+        f'Total: {run.num_epochs * run.updates_per_epoch:,} updates, '
+        f'{run.num_epochs * len(run.loaders.train) * run.config.batch_size * run.accelerator.num_processes:,} images',
+        *_describe_resolutions(run),
+        f'Mixing: {run.config.mix}, probability of each mode: '
+        + ', '.join(f'{mode} {p:.3g}' for mode, p in probabilities.items()),
+        *describe_cost(run, step_cost(run)),
+        f'Learning rate drawn in {figure}',
+    ]))
+    print(yaml.safe_dump(run.config.to_dict(), default_flow_style=False))
+
+
+def plan_run(config: TrainConfig) -> Run:
+    """The run, with its model on the meta device, and stand-ins for the processes and, where absent, the data.
+
+    The number of processes is that of the launcher, or --num-processes, or 1. The data is read where it is there,
+    else --dataset-size and --num-classes stand for it.
+    """
+    processes = int(os.environ.get('WORLD_SIZE', config.num_processes or 1))
+    arguments = model_arguments(config)
+    data_config = resolve_data(config, arguments)
+    loaders = _stand_in_loaders(config, processes)
+    if loaders is None:
+        loaders = create_data(config, data_config, torch.device('cpu'), world_size=processes)
+    with torch.device('meta'):
+        model = timm.create_model(config.model, num_classes=loaders.num_classes, **arguments)
+    precision = config.amp_dtype if config.amp else 'no'
+    run = Run(config, PlannedProcesses(processes, precision), loaders, PlannedTask(model), data_config, MixTotals)
+    run.add_optimizer(scaled=classifier_parameters(model), scale=config.head_lr_scale)
+    return run
+
+
+def _stand_in_loaders(config: TrainConfig, processes: int) -> PlannedLoaders | None:
+    """Sizes in place of loaders; None where the data is there to be read."""
+    at_hand = os.path.exists(config.data_dir) if config.data_dir else not config.dataset_size
+    if at_hand or config.dataset_size is None:
+        return None
+    if config.num_classes is None:
+        raise ValueError('--dataset-size stands for data that is not at hand; say its classes too: --num-classes')
+    train, val = config.dataset_size
+    where = f'not read: {train:,} training and {val:,} validation images, {config.num_classes} classes are assumed'
+    return PlannedLoaders(
+        train=range(train_batches(train, config.batch_size, processes)),
+        val=range(-(-val // ((config.validation_batch_size or config.batch_size) * processes))),
+        num_classes=config.num_classes,
+        description=where,
+    )
+
+
+def mode_probabilities(run: Run) -> dict[str, float]:
+    """Probability of each mode of the mixing method, which is given the real model to prove that it can be mixed."""
+    config = replace(run.config, pretrained=False, initial_checkpoint='')
+    task = create_task(
+        config, model_arguments(config), run.data_config['input_size'], run.loaders.num_classes, torch.device('cpu'))
+    single = 'clean' if task.mix.name == 'none' else 'input'
+    return getattr(task.mix, 'probs', None) or {single: 1.0}
+
+
+def _describe_resolutions(run: Run) -> list[str]:
+    sides = [run.config.train_side(epoch) for epoch in range(run.num_epochs)]
+    if sides[0] is None:
+        return []
+    starts = [epoch for epoch, side in enumerate(sides) if epoch == 0 or side != sides[epoch - 1]]
+    return ['Training images: ' + ', '.join(f'{sides[epoch]} pixels from epoch {epoch}' for epoch in starts)
+            + f'; evaluation: {run.data_config["input_size"][-1]} pixels']
+
+
+@dataclass
+class StepCost:
+    """Estimate of what a training step costs one process.
+
+    Attributes:
+        parameters: Bytes of the weights, float32; those of the gradients are as many.
+        optimizer: Bytes of the optimizer's state, None where it cannot make a step without values.
+        average: Bytes of the moving average on the device.
+        activations: Bytes of what one forward pass of the model saves for the backward pass, float32.
+        flops: Floating point operations of a forward pass on one image; a multiplication and an addition are two.
+    """
+    parameters: int
+    optimizer: int | None
+    average: int
+    activations: int
+    flops: float
+
+
+def step_cost(run: Run) -> StepCost:
+    """Measure a step of the plain model on the meta device, at the run's batch and largest image size.
+
+    A step is made on the optimizer: call this last.
+    """
+    config, model = run.config, run.task.get_trainable_module().train()
+    channels, height, width = run.data_config['input_size']
+    if config.max_res:
+        height = width = config.max_res
+    own = {tensor.untyped_storage()._cdata for tensor in model.parameters()}
+    saved = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            saved[storage._cdata] = storage  # held, so that no other storage takes its address
+        return tensor
+
+    with torch.device('meta'):
+        images = torch.empty(config.batch_size, channels, height, width)
+        target = torch.empty(config.batch_size, dtype=torch.long)
+        counter = FlopCounterMode(display=False)
+        with counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            F.cross_entropy(model(images), target)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    average = [*model.parameters(), *model.buffers()] if config.model_ema and not config.model_ema_force_cpu else []
+    return StepCost(
+        parameters=_bytes(parameters),
+        optimizer=_optimizer_bytes(run.optimizer, parameters),
+        average=_bytes(average),
+        activations=sum(storage.nbytes() for storage in saved.values()),
+        flops=counter.get_total_flops() / config.batch_size,
+    )
+
+
+def _bytes(tensors: list[torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _optimizer_bytes(optimizer: torch.optim.Optimizer, parameters: list[torch.nn.Parameter]) -> int | None:
+    for parameter in parameters:
+        parameter.grad = torch.empty_like(parameter)
+    try:
+        optimizer.step()
+    except (RuntimeError, NotImplementedError):  # an optimizer that looks at values
+        return None
+    return _bytes([value for state in optimizer.state.values() for value in state.values()
+                   if isinstance(value, torch.Tensor)])
+
+
+def describe_cost(run: Run, cost: StepCost) -> list[str]:
+    """Lines on memory and compute, which say how the figures came about."""
+    config = run.config
+    parts = {'parameters': cost.parameters, 'gradients': cost.parameters, 'optimizer': cost.optimizer}
+    if run.accelerator.num_processes > 1:
+        parts['buckets of gradients'] = cost.parameters
+    if cost.average:
+        parts['moving average'] = cost.average
+    half = config.amp
+    parts['activations'] = cost.activations // 2 if half else cost.activations
+    known = {name: value for name, value in parts.items() if value is not None}
+    text = ', '.join(f'{name} {value / GIB:.2f}' for name, value in known.items())
+    notes = ['activations: what one forward pass of the plain model saves, counted without computing it'
+             + (', taken as half for mixed precision' if half else '')]
+    if len(known) < len(parts):
+        notes.append(f'the state of {config.opt} is not known')
+    if config.grad_checkpointing:
+        notes.append('--grad-checkpointing saves less')
+    images = run.num_epochs * len(run.loaders.train) * config.batch_size * run.accelerator.num_processes
+    return [
+        f'Memory of a process, estimated: {sum(known.values()) / GIB:.2f} GiB = {text}',
+        f'  ({"; ".join(notes)}; not in it: what mixing adds, workspace of kernels, fragmentation)',
+        f'Compute, estimated: forward {cost.flops / 1e9:.2f} GFLOP an image, training three times that, '
+        f'{3 * cost.flops * images / 1e18:.3g} EFLOP in all without evaluation'
+        + (' (at the largest image size)' if config.max_res else ''),
+    ]
+
+
+@dataclass
+class Curve:
+    """Learning rates over a run.
+
+    Attributes:
+        epochs: (T,) times, in epochs.
+        rates: Learning rates (T,) by `lr_scale` of the parameter groups.
+    """
+    epochs: np.ndarray
+    rates: dict[float, np.ndarray]
+
+
+def learning_rates(run: Run, points: int = 2000) -> Curve:
+    """Learning rates as the run's schedule sets them: at each epoch, or at updates spread over the run."""
+    by_scale = {group.get('lr_scale', 1.0): group for group in run.optimizer.param_groups}
+    times, rates = [], []
+    if run.scheduler is not None and run.config.sched_on_updates:
+        updates = run.num_epochs * run.updates_per_epoch
+        steps = np.unique(np.linspace(0, updates - 1, min(points, updates)).round().astype(int)).tolist()
+    else:
+        steps = range(run.num_epochs)
+    for step in steps:
+        if run.scheduler is not None and run.config.sched_on_updates:
+            run.scheduler.step_update(step)
+            times.append(step / run.updates_per_epoch)
+        else:
+            if run.scheduler is not None:
+                run.scheduler.step(step)
+            times.append(float(step))
+        rates.append([group['lr'] for group in by_scale.values()])
+    columns = np.array(rates).T
+    return Curve(np.array(times), dict(zip(by_scale, columns, strict=True)))
+
+
+def draw_learning_rates(run: Run, curve: Curve) -> Path:
+    """Write `learning_rate.png` into the run's folder, or into --output where --experiment does not name it."""
+    config = run.config
+    path = Path(config.output) / config.experiment / 'learning_rate.png'
+    fig, axes = figure(
+        size=(7, 3.2), title=f'{config.model}, {config.sched}, global batch {run.global_batch_size}')
+    ax = axes[0, 0]
+    for scale, rates in curve.rates.items():
+        ax.plot(curve.epochs, rates, drawstyle='default' if config.sched_on_updates else 'steps-post',
+                label='all parameters' if len(curve.rates) == 1 else f'groups with learning rate x{scale:g}')
+    ax.set(xlabel='epoch', ylabel='learning rate', yscale='log')
+    ax.legend()
+    write_whole(path, as_png(fig, dpi=110))
+    return path

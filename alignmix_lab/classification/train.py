@@ -1,0 +1,69 @@
+"""Train a classifier: build, resume, train, evaluate, save, export."""
+import logging
+from typing import Any
+
+from timm.models import safe_model_name
+
+from alignmix_lab.runs.checkpoint import CheckpointSaver
+from alignmix_lab.runs.fit import fit, open_run, wrap_run
+from alignmix_lab.runs.run import Run
+
+from .build import build_run
+from .config import TrainConfig
+from .dry_run import dry_run
+from .export_checkpoint import export_checkpoint
+from .validate import validate
+
+_logger = logging.getLogger(__name__)
+
+
+def train(config: TrainConfig) -> dict[str, Any] | None:
+    """Train as configured.
+
+    Args:
+        config: The options.
+
+    Returns:
+        `folder` of the run, `last` and `best` epoch (`epoch` and the metrics; `best` on the main process) and
+        `history`, one entry per epoch; None for a dry run.
+
+    Raises:
+        ValueError: An option, the data or the model does not fit; nothing has been trained then.
+        RuntimeError: The training loss is not finite, or a checkpoint cannot be written.
+        SystemExit: The run was asked to stop by SIGTERM or SIGUSR1; everything is saved.
+    """
+    if config.dry_run:
+        return dry_run(config)
+    return fit_and_export(*prepare(config))
+
+
+def prepare(config: TrainConfig) -> tuple[Run, CheckpointSaver]:
+    """Build and check a run, resume it where asked, and make it ready for its devices."""
+    run = build_run(config)
+    saver = open_run(run, f'{safe_model_name(config.model)}-{run.data_config["input_size"][-1]}-{config.mix}')
+    if config.torchcompile:
+        run.task.compile(backend=config.torchcompile)
+        run.task.compile_ema(backend=config.torchcompile)
+    wrap_run(run)
+    return run, saver
+
+
+def fit_and_export(run: Run, saver: CheckpointSaver) -> dict[str, Any] | None:
+    """Train a prepared classifier to its end, and write its last weights as a folder for timm.
+
+    The run is complete and saved before the export, so what goes wrong there is said and does not end it.
+
+    Returns:
+        As :func:`train`.
+    """
+    result = fit(run, saver, validate)
+    if result is None or run.config.export == 'none' or not run.accelerator.is_main_process:
+        return result
+    folder, checkpoint = saver.folder / 'export', saver.path('last')
+    try:
+        export_checkpoint(checkpoint, folder, {'auto': None, 'ema': True, 'raw': False}[run.config.export])
+    except (ValueError, RuntimeError, OSError) as e:
+        _logger.error(f'{checkpoint} was not exported: {e}')
+    else:
+        _logger.info(f"Exported: timm.create_model('local-dir:{folder}', pretrained=True)")
+    return result

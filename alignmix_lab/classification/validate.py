@@ -1,0 +1,50 @@
+"""One pass of evaluation in a training run."""
+import logging
+import time
+from collections import OrderedDict
+
+import torch
+from timm.task import ClassificationEvaluator
+from torch import nn
+
+from alignmix_lab.runs.logs import progress_bar
+from alignmix_lab.runs.run import Run
+
+_logger = logging.getLogger(__name__)
+
+
+@torch.inference_mode()
+def validate(run: Run, model: nn.Module, name: str = 'Test') -> OrderedDict[str, float]:
+    """Evaluate a model on the whole validation set, every image once.
+
+    Processes may have different numbers of batches, so they meet only after the last one.
+
+    Args:
+        run: The run.
+        model: Plain model that gives logits.
+        name: Start of the log line.
+
+    Returns:
+        `loss`, `top1` and `top5`, the latter two in per cent.
+    """
+    loader, interval = run.loaders.val, run.config.log_interval
+    model.eval()
+    evaluator = ClassificationEvaluator(device=run.accelerator.device)
+    batches, start = len(loader), time.perf_counter()
+    with progress_bar(run, name, batches) as bar:
+        for index, (images, target) in enumerate(loader):
+            with run.accelerator.autocast():
+                output = model(images)
+            evaluator.update(output, target)
+            bar.update()
+            if index % interval == 0 and index + 1 < batches:
+                _log_test(name, index, batches, start, evaluator.summary())
+    metrics = evaluator.compute(distributed=run.accelerator.num_processes > 1)
+    _log_test(name, batches - 1, batches, start, metrics)
+    return metrics
+
+
+def _log_test(name: str, index: int, batches: int, start: float, metrics: OrderedDict[str, float]) -> None:
+    _logger.info(
+        f'{name}: [{index:>4d}/{batches - 1}]  Time: {(time.perf_counter() - start) / max(1, index + 1):.3f}  '
+        f'Loss: {metrics["loss"]:>6.3f}  Acc@1: {metrics["top1"]:>7.3f}  Acc@5: {metrics["top5"]:>7.3f}')

@@ -1,0 +1,41 @@
+"""`alignmix verify`: find damage in .beton files and in folders of exported weights."""
+import argparse
+import logging
+from pathlib import Path
+
+from alignmix_lab.data.ffcv.verify import verify_beton
+from timm_alignmix import weights
+
+_logger = logging.getLogger(__name__)
+
+
+def main(argv: list[str] | None = None, prog: str = 'alignmix verify') -> None:
+    """Run the command; the exit code is 1 where something is damaged."""
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description='Find damage that nothing else would notice: FFCV trains on the pixels of another image where a '
+                    '.beton file is damaged, and timm fills what a partial file of weights lacks at random.')
+    parser.add_argument('paths', nargs='+', metavar='PATH', help='.beton file, or folder of exported weights')
+    args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format='%(message)s')
+    problems = [problem for path in args.paths if (problem := _problem(Path(path)))]
+    for problem in problems:
+        _logger.error(problem)
+    raise SystemExit(1 if problems else 0)
+
+
+def _problem(path: Path) -> str | None:
+    """What is wrong with a file or folder; None, and a line on the terminal, where nothing is."""
+    try:
+        if path.is_dir():
+            architecture = weights.verify(path)['architecture']
+            _logger.info(f'{path}: every weight of {architecture} is there')
+            return None
+        damaged = verify_beton(path)
+    except (OSError, ValueError, RuntimeError, ImportError) as e:
+        return f'error: {e}'
+    if not damaged:
+        _logger.info(f'{path}: sound')
+        return None
+    shown = ', '.join(map(str, damaged[:20])) + (', ...' if len(damaged) > 20 else '')
+    return f'{path}: {len(damaged)} samples may be damaged ({shown}); copy the file again or convert again'

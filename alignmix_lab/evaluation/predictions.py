@@ -1,0 +1,78 @@
+"""One pass of a model over the labelled images: what accuracy, calibration and OOD detection are computed from."""
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Of N images, in the order of the data; probabilities in float64.
+
+    Attributes:
+        label: (N,) true class.
+        prediction: (N,) most probable class.
+        confidence: (N,) its probability.
+        rank: (N,) number of classes that are more probable than the true one; of equal ones the lower index counts as
+            more probable.
+        nll: (N,) negative log-probability of the true class, nats.
+        brier: (N,) sum over classes of (probability - 1[true class])^2.
+    """
+    label: np.ndarray
+    prediction: np.ndarray
+    confidence: np.ndarray
+    rank: np.ndarray
+    nll: np.ndarray
+    brier: np.ndarray
+
+    @property
+    def correct(self) -> np.ndarray:
+        """(N,) bool: the prediction is right."""
+        return self.prediction == self.label
+
+    def top(self, k: int) -> float:
+        """Share of images whose true class is among the k most probable ones, in per cent."""
+        return 100 * float(np.mean(self.rank < k))
+
+
+def summarize(logits: torch.Tensor, labels: torch.Tensor, where: str) -> dict[str, torch.Tensor]:
+    """The entries of `Predictions` for a batch.
+
+    Args:
+        logits: (B, C).
+        labels: (B,) int64.
+        where: Name of the model, for errors.
+
+    Raises:
+        ValueError: Logits that are not finite.
+    """
+    logits, labels = logits.cpu().double(), labels.cpu()
+    check_finite(logits, where)
+    log_probs = logits.log_softmax(dim=1)
+    probs = log_probs.exp()
+    own = logits.gather(1, labels[:, None])
+    earlier = torch.arange(logits.shape[1]) < labels[:, None]
+    confidence = probs.amax(dim=1)
+    prediction = logits.argmax(dim=1)
+    one_hot = torch.nn.functional.one_hot(labels, logits.shape[1])
+    return {
+        'label': labels,
+        'prediction': prediction,
+        'confidence': confidence,
+        'rank': ((logits > own) | ((logits == own) & earlier)).sum(dim=1),
+        'nll': -log_probs.gather(1, labels[:, None])[:, 0],
+        'brier': (probs - one_hot).square().sum(dim=1),
+    }
+
+
+def check_finite(logits: torch.Tensor, where: str) -> None:
+    """Refuse logits that are NaN or infinite.
+
+    Raises:
+        ValueError: Some are; says how many.
+    """
+    bad = (~logits.isfinite()).any(dim=1).sum().item()
+    if bad:
+        raise ValueError(
+            f'{where}: the output for {bad} of {len(logits)} images is not finite, so there are no probabilities; are '
+            'these the weights of a run that diverged, or does --amp-dtype float16 overflow?')

@@ -1,0 +1,63 @@
+"""Top-1 and top-5 accuracy and loss."""
+import math
+from dataclasses import dataclass
+
+from alignmix_lab.runs.options import Options
+from alignmix_lab.runs.plotting import bars, figure
+
+from ..base import register_protocol
+from ..context import Evaluation
+from ..result import Column, Result
+
+
+@dataclass
+class AccuracyOptions(Options):
+    """None of its own."""
+
+
+@register_protocol('accuracy', AccuracyOptions)
+def accuracy(ev: Evaluation) -> Result:
+    """Top-1 and top-5 accuracy and loss; of a training run both the last and the best epoch."""
+
+    rows = []
+    for model in ev.models:
+        found = ev.predictions(model)
+        trained = model.training.get('accuracy', {})
+        rows.append({
+            'model': model.label,
+            'top1': found.top(1),
+            'top5': found.top(5),
+            'loss': float(found.nll.mean()),
+            'images': len(found.label),
+            'top1_error': standard_error(found.top(1), len(found.label)),
+            'epoch': (trained.get(trained.get('exported')) or {}).get('epoch'),
+            'epoch_is': trained.get('exported'),
+        })
+    fig, axes = figure(1, 2, size=(4.6, 0.9 + 0.36 * len(rows)), sharey=True)
+    for ax, k in zip(axes[0], (1, 5), strict=True):
+        values = [row[f'top{k}'] for row in rows]
+        bars(ax, [row['model'] for row in rows], values, errors=[standard_error(v, rows[0]['images']) for v in values])
+        ax.set_title(f'top-{k} accuracy (%), with standard error')
+    return Result(
+        columns={
+            'top1': Column('top-1 (%)', '.2f', 'higher'),
+            'top1_error': Column('standard error', '.2f'),
+            'top5': Column('top-5 (%)', '.2f', 'higher'),
+            'loss': Column('loss', '.4f', 'lower'),
+            'images': Column('images', 'd'),
+            'epoch_is': Column('epoch'),
+        },
+        rows=rows,
+        notes=[
+            'Loss: mean cross-entropy in nats. Standard error of top-1: sqrt(p (1 - p) / images), from the choice of '
+            'images alone.',
+            'A best epoch was chosen on validation images; measured on the same ones it is optimistic.',
+        ],
+        figures={'': fig},
+    )
+
+
+def standard_error(percent: float, count: int) -> float:
+    """Standard error of a share of `count` independent images, both in per cent."""
+    share = percent / 100
+    return 100 * math.sqrt(share * (1 - share) / count)

@@ -1,0 +1,157 @@
+"""Calibration: does a model that says 80 % get 80 % right?
+
+ECE: Naeini et al. 2015; Guo et al. 2017, arXiv 1706.04599. OE: Thulasidasan et al. 2019, arXiv 1905.11001. Brier score:
+Brier 1950, summed over classes.
+"""
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+from alignmix_lab.runs.options import Options, config_option
+from alignmix_lab.runs.plotting import GREY, color, paired_panels, shared_legend
+
+from ..base import register_protocol
+from ..context import Evaluation
+from ..result import Column, Result
+
+
+@dataclass
+class CalibrationOptions(Options):
+    """How confidences are counted."""
+
+    bins: int = config_option('Calibration', 15, 'bins of equal width on the confidence', int, low=1)
+
+
+@dataclass(frozen=True)
+class Bins:
+    """Confidences in bins of equal width, [low, high), the last one with 1.
+
+    Attributes:
+        edges: (M + 1,) from 0 to 1.
+        count: (M,) images.
+        confidence: (M,) their mean confidence, NaN where there are none.
+        accuracy: (M,) share of them that is right, NaN where there are none.
+    """
+    edges: np.ndarray
+    count: np.ndarray
+    confidence: np.ndarray
+    accuracy: np.ndarray
+
+    @property
+    def weight(self) -> np.ndarray:
+        """(M,) share of all images."""
+        return self.count / self.count.sum()
+
+
+def fill_bins(confidence: np.ndarray, correct: np.ndarray, bins: int = 15) -> Bins:
+    """Count confidences.
+
+    Args:
+        confidence: (N,) probability of the predicted class.
+        correct: (N,) whether the prediction is right.
+        bins: Number of bins.
+
+    Raises:
+        ValueError: No images, or confidences that are not probabilities.
+    """
+    confidence, correct = np.asarray(confidence, dtype=np.float64), np.asarray(correct, dtype=np.float64)
+    if len(confidence) == 0 or len(confidence) != len(correct):
+        raise ValueError(f'calibration needs as many confidences as outcomes, got {len(confidence)} and {len(correct)}')
+    if not np.all((confidence >= 0) & (confidence <= 1)):  # NaN is neither
+        bad = confidence[~((confidence >= 0) & (confidence <= 1))]
+        raise ValueError(f'{len(bad)} of {len(confidence)} confidences are no probabilities, such as {bad[0]}')
+    edges = np.linspace(0, 1, bins + 1)
+    place = np.minimum(np.searchsorted(edges, confidence, side='right') - 1, bins - 1)
+    count = np.bincount(place, minlength=bins)
+    with np.errstate(invalid='ignore'):  # an empty bin has no mean
+        return Bins(
+            edges,
+            count,
+            np.bincount(place, weights=confidence, minlength=bins) / count,
+            np.bincount(place, weights=correct, minlength=bins) / count,
+        )
+
+
+def expected_calibration_error(confidence: np.ndarray, correct: np.ndarray, bins: int = 15) -> float:
+    """ECE with the l1 norm, as torchmetrics' MulticlassCalibrationError; from 0 to 1.
+
+    torchmetrics counts a confidence of exactly 1 in a bin of its own; here it belongs to the last one.
+    """
+    from torchmetrics.functional.classification import binary_calibration_error
+    below_one = np.minimum(confidence, np.nextafter(1, 0))
+    # The multi-class error is the binary one of (confidence, correct).
+    return float(binary_calibration_error(
+        torch.from_numpy(below_one), torch.from_numpy(np.asarray(correct)).int(), n_bins=bins, norm='l1'))
+
+
+def overconfidence_error(bins: Bins) -> float:
+    """OE: sum over bins of weight * confidence * max(confidence - accuracy, 0); from 0 to 1."""
+    full = bins.count > 0
+    weight, confidence, accuracy = bins.weight[full], bins.confidence[full], bins.accuracy[full]
+    return float(np.sum(weight * confidence * np.maximum(confidence - accuracy, 0)))
+
+
+@register_protocol('calibration', CalibrationOptions)
+def calibration(ev: Evaluation) -> Result:
+    """ECE, OE, Brier score, NLL and reliability diagrams."""
+    count = ev.config.bins
+    rows, diagrams = [], {}
+    for model in ev.models:
+        found = ev.predictions(model)
+        filled = fill_bins(found.confidence, found.correct, count)
+        diagrams[model.label] = filled
+        rows.append({
+            'model': model.label,
+            'ece': 100 * expected_calibration_error(found.confidence, found.correct, count),
+            'oe': 100 * overconfidence_error(filled),
+            'brier': float(found.brier.mean()),
+            'nll': float(found.nll.mean()),
+            'confidence': 100 * float(found.confidence.mean()),
+            'top1': found.top(1),
+            'images': len(found.label),
+        })
+    return Result(
+        columns={
+            'ece': Column('ECE (%)', '.2f', 'lower'),
+            'oe': Column('OE (%)', '.2f', 'lower'),
+            'brier': Column('Brier', '.4f', 'lower'),
+            'nll': Column('NLL', '.4f', 'lower'),
+            'confidence': Column('mean confidence (%)', '.2f'),
+            'top1': Column('top-1 (%)', '.2f', 'higher'),
+            'images': Column('images', 'd'),
+        },
+        rows=rows,
+        notes=[
+            f'Confidence: the largest softmax probability. ECE and OE: {count} bins of equal width, [low, high), the '
+            'last with 1; ECE is the l1 norm (torchmetrics); OE = sum of weight x confidence x max(confidence - '
+            'accuracy, 0).',
+            'Brier: squared error of all probabilities, summed over classes (0 to 2). NLL: nats. No temperature was '
+            'fitted.',
+        ],
+        details={'bins': {label: vars(filled) for label, filled in diagrams.items()}},
+        figures={'': draw(diagrams, rows)},
+    )
+
+
+def draw(diagrams: dict[str, Bins], rows: list[dict]) -> Figure:
+    """Reliability diagrams of all models on one page, with the number of images in each bin below."""
+
+    fig, pairs = paired_panels(len(diagrams), title='Reliability: accuracy of the images in each bin of confidence')
+    highest = max(bins.count.max() for bins in diagrams.values())
+    for place, ((label, bins), row, (upper, lower)) in enumerate(zip(diagrams.items(), rows, pairs, strict=True)):
+        width, middle, full = np.diff(bins.edges), (bins.edges[:-1] + bins.edges[1:]) / 2, bins.count > 0
+        upper.plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle='--', label='perfectly calibrated')
+        upper.bar(middle[full], bins.accuracy[full], 0.94 * width[full], color=color(place))
+        upper.plot(bins.confidence[full], bins.accuracy[full], 'o', color='black', markersize=3,
+                   label='at the mean confidence')
+        upper.set_title(f'{label}: ECE {row["ece"]:.1f} %, OE {row["oe"]:.1f} %', fontsize=9)
+        upper.set(xlim=(0, 1), ylim=(0, 1))
+        lower.bar(middle, bins.count, 0.94 * width, color=color(place))
+        lower.set(xlabel='confidence', xlim=(0, 1), ylim=(0, 1.05 * highest))
+        upper.set_ylabel('accuracy')
+        lower.set_ylabel('images')
+    pairs[0][0].bar(0, 0, color=GREY, label='accuracy')  # in the legend, for all colours
+    shared_legend(fig, pairs[0][0])
+    return fig

@@ -1,0 +1,251 @@
+"""The embedding space: alignment within classes, uniformity over all, and a map in two dimensions.
+
+Wang and Isola, "Understanding Contrastive Representation Learning through Alignment and Uniformity on the Hypersphere",
+ICML 2020, arXiv 2005.10242, as section 4.4 of the MultiMix paper (arXiv 2311.05538) and section 4.3 of the AlignMixup
+paper (arXiv 2103.15375) use them.
+
+Shape suffixes: N images, D channels.
+"""
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+
+from alignmix_lab.runs.options import Options, config_option
+from alignmix_lab.runs.plotting import COLORS, MARKERS, panels
+from timm_alignmix.anatomy import Anatomy
+
+from ..base import register_protocol
+from ..context import Evaluation
+from ..models import EvalModel
+from ..result import Column, Result
+
+_logger = logging.getLogger(__name__)
+
+CHUNK = 2048  # rows of the distance matrix at a time
+NO_UMAP = 'No 2-D map: umap-learn is not installed (pip install umap-learn).'
+
+
+class ClassifierInput:
+    """While open, keeps what goes into a model's linear classifier: the embedding.
+
+    Of a model with two averaged classifiers (distilled ones) it is both inputs, one after the other.
+
+    Args:
+        network: A timm model.
+        img_size: Height and width of its images.
+
+    Raises:
+        ValueError: The logits are not an affine function of an embedding.
+    """
+
+    def __init__(self, network: nn.Module, img_size: tuple[int, int]) -> None:
+        heads = Anatomy(network, img_size).linear_heads()
+        self._modules = [network.get_submodule(head.name) for head in heads]
+        self._kept: dict[nn.Module, torch.Tensor] = {}
+
+    def __enter__(self) -> 'ClassifierInput':
+        self._handles = [module.register_forward_pre_hook(self._keep) for module in self._modules]
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _keep(self, module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        self._kept[module] = inputs[0].flatten(1).float()
+
+    def take(self) -> torch.Tensor:
+        """(N, D) float32 of the last forward pass."""
+        return torch.cat([self._kept.pop(module) for module in self._modules], dim=1)
+
+
+@torch.inference_mode()
+def embed(ev: Evaluation, model: EvalModel, split: str | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Embeddings of all images of a split, on every process and on its device.
+
+    Returns:
+        embed_ND float32 and labels (N,) int64, in the order of the data.
+
+    Raises:
+        ValueError: Embeddings that are not finite.
+    """
+    indices, parts, labels = [], [], []
+    tap = ClassifierInput(model.network.network, model.data_config['input_size'][1:])
+    with tap, ev.progress(f'embed {model.label}', len(ev.loader(model, split))) as bar:
+        for batch in ev.batches(model, split):
+            with ev.autocast():
+                model.network(batch.images)
+            indices.append(batch.indices)
+            parts.append(tap.take())
+            labels.append(batch.labels)
+            bar.update()
+    found = ev.gather(indices, embed=parts, label=labels)
+    embed_ND = torch.from_numpy(found['embed']).to(ev.device)
+    if not embed_ND.isfinite().all():
+        raise ValueError(
+            f'{model.label}: embeddings are not finite; are these the weights of a run that diverged, or does '
+            '--amp-dtype float16 overflow?')
+    return embed_ND, torch.from_numpy(found['label']).to(ev.device)
+
+
+def squared_distances(a_ND: torch.Tensor, b_MD: torch.Tensor) -> torch.Tensor:
+    """(N, M) squared Euclidean distances; pass float64, float32 loses close neighbours."""
+    dot_NM = a_ND @ b_MD.T
+    return (a_ND.square().sum(1)[:, None] + b_MD.square().sum(1) - 2 * dot_NM).clamp(min=0)
+
+
+def alignment(embed_ND: torch.Tensor, labels: torch.Tensor, power: float = 1.0, normalize: bool = True) -> float:
+    """Mean of distance ** power over all pairs of images of one class.
+
+    Args:
+        embed_ND: Embeddings.
+        labels: (N,) classes.
+        power: 1 is the mean distance, 2 the mean squared one (Wang and Isola's default).
+        normalize: Bring embeddings to length 1 first.
+
+    Raises:
+        ValueError: No class has two images.
+    """
+    embed_ND = _prepare(embed_ND, normalize)
+    total = pairs = 0.0
+    for label in labels.unique():
+        mine_ND = embed_ND[labels == label]
+        count = len(mine_ND)
+        pairs += count * (count - 1) / 2
+        for start in range(0, count, CHUNK):
+            rows_ND = mine_ND[start:start + CHUNK]
+            distance_NM = squared_distances(rows_ND, mine_ND[start:]) ** (power / 2)
+            total += distance_NM.triu(diagonal=1).sum().item()
+    if not pairs:
+        raise ValueError(f'no class has two images among {len(labels)}: there is no distance within a class')
+    return total / pairs
+
+
+def uniformity(embed_ND: torch.Tensor, t: float = 2.0, normalize: bool = True) -> float:
+    """Logarithm of the mean Gaussian kernel exp(-t * squared distance) over all pairs of images.
+
+    Args:
+        embed_ND: Embeddings.
+        t: Sharpness of the kernel.
+        normalize: Bring embeddings to length 1 first.
+
+    Raises:
+        ValueError: Fewer than two images.
+    """
+    count = len(embed_ND)
+    if count < 2:
+        raise ValueError(f'uniformity needs two images, got {count}')
+    embed_ND = _prepare(embed_ND, normalize)
+    logs = []
+    for start in range(0, count, CHUNK):
+        exponent_NM = -t * squared_distances(embed_ND[start:start + CHUNK], embed_ND[start:])
+        upper = torch.ones_like(exponent_NM, dtype=torch.bool).triu(diagonal=1)
+        logs.append(exponent_NM[upper].logsumexp(0))
+    # In logarithms: without normalisation the kernel of far embeddings is below the smallest number.
+    return torch.stack(logs).logsumexp(0).item() - float(np.log(count * (count - 1) / 2))
+
+
+def _prepare(embed_ND: torch.Tensor, normalize: bool) -> torch.Tensor:
+    embed_ND = embed_ND.double()
+    return F.normalize(embed_ND, dim=1) if normalize else embed_ND
+
+
+@dataclass
+class EmbeddingOptions(Options):
+    """Options of the embedding protocol."""
+    embedding_normalize: bool = config_option(
+        'Embedding', True, 'bring embeddings to length 1; --no-embedding-normalize keeps their scale', bool)
+    embedding_power: float = config_option(
+        'Embedding', 1.0, 'alignment is the mean of distance ** POWER', float, low=0)
+    embedding_t: float = config_option('Embedding', 2.0, 'uniformity uses the kernel exp(-T * distance ** 2)', float)
+    umap: bool = config_option('Embedding', True, '2-D map of each model (needs umap-learn)', bool)
+    umap_images: int = config_option('Embedding', 2000, 'images on the map, the same for all models', int, low=16)
+    umap_classes: int = config_option(
+        'Embedding', 10, 'classes on the map, the first ones that the images have', int, low=1)
+
+
+@register_protocol('embedding', EmbeddingOptions)
+def embedding(ev: Evaluation) -> Result:
+    """Alignment and uniformity of the embeddings before the classifier, and a 2-D UMAP of each model."""
+    config = ev.config
+    rows, found = [], {}
+    for model in ev.models:
+        embed_ND, labels = embed(ev, model)
+        rows.append({
+            'model': model.label,
+            'alignment': alignment(embed_ND, labels, config.embedding_power, config.embedding_normalize),
+            'uniformity': uniformity(embed_ND, config.embedding_t, config.embedding_normalize),
+            'squared_norm': embed_ND.double().square().sum(1).mean().item(),
+            'dimensions': embed_ND.shape[1],
+            'images': len(labels),
+        })
+        found[model.label] = embed_ND.cpu().numpy(), labels.cpu().numpy()
+    length = 'embeddings of length 1' if config.embedding_normalize else 'embeddings as they are'
+    notes = [
+        f'Alignment: mean over all pairs of images of one class of distance ** {config.embedding_power:g}. Uniformity: '
+        f'logarithm of the mean over all pairs of exp(-{config.embedding_t:g} * distance ** 2). Both on {length}, '
+        'lower is better. Embedding: what goes into the linear classifier.',
+        'At length 1 a distance is at most 2 and uniformity with t = 2 hardly below -4. The MultiMix paper prints '
+        'alignments up to 3.02 and uniformities down to -5.68 (CIFAR-100), which this definition cannot reach; its '
+        'scale is not stated, so figures are not comparable with those.',
+        'Squared norm: mean over images, before any normalisation.',
+    ]
+    fig = draw_maps(ev, found) if config.umap and ev.is_main else None
+    if config.umap and ev.is_main and fig is None:
+        _logger.warning(NO_UMAP)
+        notes.append(NO_UMAP)
+    return Result(
+        columns={
+            'alignment': Column('alignment', '.4f', 'lower'),
+            'uniformity': Column('uniformity', '.4f', 'lower'),
+            'squared_norm': Column('squared norm', '.3g'),
+            'dimensions': Column('dimensions', 'd'),
+            'images': Column('images', 'd'),
+        },
+        rows=rows,
+        notes=notes,
+        figures={'': fig} if fig else {},
+    )
+
+
+def draw_maps(ev: Evaluation, found: dict[str, tuple[np.ndarray, np.ndarray]]) -> 'Figure | None':
+    """A UMAP of the same images for each model, side by side; None where umap-learn is missing."""
+    try:
+        import umap
+    except ImportError:
+        return None
+
+    labels = next(iter(found.values()))[1]
+    shown = choose(labels, ev.config.umap_classes, ev.config.umap_images, ev.config.seed)
+    classes = np.unique(labels[shown])
+    names = ev.loader(ev.models[0]).class_names or ev.models[0].class_names
+    metric = 'cosine' if ev.config.embedding_normalize else 'euclidean'
+    fig, axes = panels(
+        len(found), size=(3.4, 3.3), title=f'UMAP of {len(shown)} images ({metric} distance, seed {ev.config.seed})')
+    for ax, (label, (embed_ND, _)) in zip(axes, found.items(), strict=True):
+        with ev.progress(f'umap {label}', 1):
+            places = umap.UMAP(random_state=ev.config.seed, metric=metric, n_jobs=1).fit_transform(embed_ND[shown])
+        for i, which in enumerate(classes):
+            mine = places[labels[shown] == which]
+            ax.scatter(
+                *mine.T, s=9, alpha=0.7, linewidths=0, color=COLORS[i % len(COLORS)],
+                marker=MARKERS[(i + i // len(COLORS)) % len(MARKERS)],
+                label=str(names[which]) if names else f'class {which}')
+        ax.set(title=label, xticks=[], yticks=[])
+    fig.legend(
+        *axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=5, markerscale=2, frameon=False)
+    return fig
+
+
+def choose(labels: np.ndarray, num_classes: int, num_images: int, seed: int) -> np.ndarray:
+    """Places of at most `num_images` images, chosen at random, of the first `num_classes` classes there are."""
+    places = np.flatnonzero(np.isin(labels, np.unique(labels)[:num_classes]))
+    if len(places) > num_images:
+        places = np.sort(np.random.default_rng(seed).choice(places, num_images, replace=False))
+    return places

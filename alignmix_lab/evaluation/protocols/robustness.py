@@ -1,0 +1,245 @@
+"""Top-1 error under FGSM and PGD, bounded by l_inf in pixels, as the papers report it.
+
+FGSM: Goodfellow et al. 2015, arXiv 1412.6572. PGD: Madry et al. 2018, arXiv 1706.06083. The papers give 8/255 for FGSM
+and 4/255 with steps of 2/255 for PGD; the number of PGD's iterations and its random start are those of PuzzleMix's
+public evaluation, which the papers follow without naming them.
+"""
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from torch import nn
+
+from alignmix_lab.runs.options import Options, config_option
+from alignmix_lab.runs.plotting import GREY, figure, line, shared_legend
+
+from ..base import register_protocol
+from ..context import Evaluation
+from ..data import Batch
+from ..models import EvalModel, eval_mode
+from ..predictions import check_finite
+from ..result import Column, Result
+from .noise import image_noise
+
+_option = partial(config_option, 'Robustness (sizes in 1/255 of the pixel range)')
+
+
+@dataclass
+class RobustnessOptions(Options):
+    """The two attacks."""
+
+    fgsm_eps: float = _option(8.0, "FGSM's bound", float, low=0.001)
+    fgsm_curve: list[float] = _option([1, 2, 4, 8, 16], 'further bounds, for the curve', float, nargs='+', low=0)
+    pgd_eps: float = _option(4.0, "PGD's bound", float, low=0.001)
+    pgd_step: float = _option(2.0, "PGD's step at --pgd-eps; in proportion at the bounds of the curve", float, low=0)
+    pgd_iterations: int = _option(20, "PGD's iterations", int, low=1)
+    pgd_start: str = _option('uniform', 'where PGD starts: at random in the box, or at the image',
+                             choices=('uniform', 'image'))
+    pgd_curve: list[float] = _option([1, 2, 4, 8], 'further bounds, for the curve; each costs as much as the attack',
+                                     float, nargs='+', low=0)
+
+    def bounds(self, attack: str) -> list[float]:
+        """All bounds of 'fgsm' or 'pgd', in 1/255, sorted; 0 is the clean image and is not among them."""
+        curve = {*getattr(self, f'{attack}_curve'), getattr(self, f'{attack}_eps')}
+        return sorted(curve - {0})
+
+
+def loss_gradient(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradient of each image's own cross-entropy.
+
+    Losses are summed, not averaged, so that an image's gradient does not depend on the batch it is in.
+
+    Args:
+        model: In evaluation mode; batch norms would tie the images of a batch together.
+        images: (B, C, H, W) pixels in [0, 1].
+        labels: (B,) int64.
+
+    Returns:
+        The gradient (B, C, H, W) and the logits (B, classes).
+    """
+    with torch.enable_grad():
+        images = images.detach().requires_grad_()
+        logits = model(images)
+        gradient, = torch.autograd.grad(F.cross_entropy(logits, labels, reduction='sum'), images)
+    return gradient, logits.detach()
+
+
+def fgsm(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, eps: float) -> torch.Tensor:
+    """Fast gradient sign method: one step of `eps` from the image itself.
+
+    Args:
+        model: Takes pixels in [0, 1], the normalisation inside; put in evaluation mode here.
+        images: (B, C, H, W) pixels in [0, 1].
+        labels: (B,) int64.
+        eps: Bound, of pixels in [0, 1].
+
+    Returns:
+        Images (B, C, H, W) in [0, 1].
+    """
+    return pgd(model, images, labels, eps, step=eps, iterations=1)
+
+
+def pgd(
+        model: nn.Module,
+        images: torch.Tensor,
+        labels: torch.Tensor,
+        eps: float,
+        step: float,
+        iterations: int,
+        start: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Projected gradient descent under l_inf.
+
+    Every step is projected onto the box around the clean image, then onto the pixel range.
+
+    Args:
+        model: Takes pixels in [0, 1], the normalisation inside; put in evaluation mode here.
+        images: (B, C, H, W) pixels in [0, 1].
+        labels: (B,) int64.
+        eps: Bound, of pixels in [0, 1].
+        step: Step, of pixels in [0, 1].
+        iterations: Number of steps.
+        start: What the first step starts from, relative to the images, within the bound; None starts at the images.
+
+    Returns:
+        Images (B, C, H, W) in [0, 1], at most `eps` from the clean ones.
+    """
+    with eval_mode(model):
+        x = images if start is None else (images + start).clamp(0, 1)
+        for _ in range(iterations):
+            x = _project(x + step * loss_gradient(model, x, labels)[0].sign(), images, eps)
+    return x
+
+
+def _project(x: torch.Tensor, images: torch.Tensor, eps: float) -> torch.Tensor:
+    return (images + (x - images).clamp(-eps, eps)).clamp(0, 1)
+
+
+@register_protocol('robustness', RobustnessOptions)
+def robustness(ev: Evaluation) -> Result:
+    """Top-1 error under FGSM and PGD, with curves over the size of the attack."""
+    options = ev.config
+    rows, curves = [], {}
+    for model in ev.models:
+        wrong = attack(ev, model)
+        error = {name: 100 * float(np.mean(values)) for name, values in wrong.items() if name != 'no_gradient'}
+        curves[model.label] = {
+            kind: {'eps': [0.0, *options.bounds(kind)],
+                   'error': [error['clean'], *(error[f'{kind}_{eps:g}'] for eps in options.bounds(kind))]}
+            for kind in ('fgsm', 'pgd')
+        }
+        rows.append({
+            'model': model.label,
+            'clean': error['clean'],
+            'fgsm': error[f'fgsm_{options.fgsm_eps:g}'],
+            'pgd': error[f'pgd_{options.pgd_eps:g}'],
+            'no_gradient': int(wrong['no_gradient'].sum()),
+            'images': len(wrong['clean']),
+            **{name: value for name, value in error.items() if name != 'clean'},
+        })
+    fgsm_title, pgd_title = f'FGSM {options.fgsm_eps:g}/255', f'PGD {options.pgd_eps:g}/255'
+    start = {'uniform': 'from a uniformly random start', 'image': 'from the image'}[options.pgd_start]
+    return Result(
+        columns={
+            'clean': Column('clean error (%)', '.2f', 'lower'),
+            'fgsm': Column(f'{fgsm_title} error (%)', '.2f', 'lower'),
+            'pgd': Column(f'{pgd_title} error (%)', '.2f', 'lower'),
+            'no_gradient': Column('no gradient', 'd'),
+            'images': Column('images', 'd'),
+        },
+        rows=rows,
+        notes=[
+            f'FGSM: l_inf {options.fgsm_eps:g}/255, one step from the image. PGD: l_inf {options.pgd_eps:g}/255, step '
+            f'{options.pgd_step:g}/255, {options.pgd_iterations} iterations {start}; on the curve the step is in '
+            'proportion to the bound.',
+            'Gradients, steps and bounds in [0, 1] pixels, normalisation inside the model, batch norms in evaluation '
+            'mode, float32, true labels, all images. The papers do not state the number of iterations.',
+            'No gradient: images whose loss has a gradient of exactly 0, which these attacks cannot move: a model that '
+            'is merely sure of itself looks robust there.',
+        ],
+        details={'curves': curves},
+        figures={'': draw(curves, options)},
+    )
+
+
+def attack(ev: Evaluation, model: EvalModel) -> dict[str, np.ndarray]:
+    """Whether a model is wrong on each image, clean and under each attack, on every process.
+
+    Returns:
+        'clean', 'fgsm_EPS' and 'pgd_EPS' (EPS in 1/255), bool arrays over all images; 'no_gradient' likewise.
+    """
+    options, loader = ev.config, ev.loader(model)
+    facts = {'model': model.fingerprint, 'data': loader.description, 'seed': options.seed}
+    steps = (options.pgd_step / options.pgd_eps, options.pgd_iterations, options.pgd_start)
+    jobs = {'fgsm': ev.store(f'{model.label} fgsm', **facts, bounds=options.bounds('fgsm'))}
+    for eps in options.bounds('pgd'):
+        jobs[eps] = ev.store(f'{model.label} pgd {eps:g}', **facts, bound=eps, steps=steps)
+    indices = []
+    with ev.progress(f'attack {model.label}', len(loader) * len(jobs)) as bar:
+        for batch in ev.batches(model):
+            indices.append(batch.indices)
+            for eps, store in jobs.items():
+                if not store.has(batch.indices):
+                    store.add(batch.indices, **(
+                        _all_fgsm(model, batch, options) if eps == 'fgsm' else _one_pgd(model, batch, eps, options)))
+                bar.update()
+    found: dict[str, list[np.ndarray]] = {}
+    for part in indices:
+        for store in jobs.values():
+            for name, values in store.take(part).items():
+                found.setdefault(name, []).append(values)
+    gathered = ev.gather(indices, **found)
+    gathered.pop('index')
+    return gathered
+
+
+def _wrong(model: EvalModel, logits: torch.Tensor, labels: torch.Tensor) -> np.ndarray:
+    check_finite(logits, model.label)
+    return (logits.argmax(dim=1) != labels).cpu().numpy()
+
+
+def _all_fgsm(model: EvalModel, batch: Batch, options: RobustnessOptions) -> dict[str, np.ndarray]:
+    """The clean image and FGSM at every bound, all of which step along one gradient."""
+    images, labels, network = batch.images, batch.labels, model.network
+    gradient, logits = loss_gradient(network, images, labels)
+    found = {
+        'clean': _wrong(model, logits, labels),
+        'no_gradient': (gradient == 0).flatten(1).all(dim=1).cpu().numpy(),
+    }
+    for eps in options.bounds('fgsm'):
+        with torch.inference_mode():
+            moved = _project(images + eps / 255 * gradient.sign(), images, eps / 255)
+            found[f'fgsm_{eps:g}'] = _wrong(model, network(moved), labels)
+    return found
+
+
+def _one_pgd(model: EvalModel, batch: Batch, eps: float, options: RobustnessOptions) -> dict[str, np.ndarray]:
+    bound, start = eps / 255, None
+    if options.pgd_start == 'uniform':
+        noise = image_noise(torch.rand, tuple(batch.images.shape[1:]), batch.indices, options.seed)
+        start = (2 * bound * noise - bound).to(batch.images.device)
+    step = bound * options.pgd_step / options.pgd_eps
+    moved = pgd(model.network, batch.images, batch.labels, bound, step, options.pgd_iterations, start)
+    with torch.inference_mode():
+        return {f'pgd_{eps:g}': _wrong(model, model.network(moved), batch.labels)}
+
+
+def draw(curves: dict[str, dict[str, dict[str, list[float]]]], options: RobustnessOptions) -> Figure:
+    """Error over the size of the attack, a panel per attack, a line per model."""
+
+    fig, axes = figure(1, 2, size=(4.6, 3.6), sharey=True)
+    titles = {'fgsm': 'FGSM, one step', 'pgd': f'PGD, {options.pgd_iterations} iterations'}
+    for ax, (kind, title) in zip(axes[0], titles.items(), strict=True):
+        for place, (label, attacks) in enumerate(curves.items()):
+            ax.plot(attacks[kind]['eps'], attacks[kind]['error'], **line(place), label=label)
+        reported = getattr(options, f'{kind}_eps')
+        ax.axvline(reported, color=GREY, linewidth=1, zorder=0)
+        ax.annotate('in the table', (reported, 0), xycoords=('data', 'axes fraction'), xytext=(-3, 3),
+                    textcoords='offset points', ha='right', color=GREY, fontsize=8)
+        ax.set(title=title, xlabel='l_inf bound (1/255 of the pixel range)', ylim=(0, 102))
+    axes[0, 0].set_ylabel('top-1 error (%), lower is better')
+    shared_legend(fig, axes[0, 0])
+    return fig

@@ -1,0 +1,166 @@
+"""What a protocol finds, and its files: JSON, CSV, a Markdown table and pictures, each written whole."""
+import csv
+import io
+import json
+import math
+import platform
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from matplotlib.figure import Figure
+
+from alignmix_lab.runs.files import write_whole
+from alignmix_lab.runs.plotting import as_png
+from timm_alignmix.version import __version__
+
+
+@dataclass(frozen=True)
+class Column:
+    """How a column is shown in tables; CSV and JSON hold the values in full.
+
+    Attributes:
+        title: Heading.
+        format: Format of numbers, as in f-strings.
+        better: 'higher' or 'lower' marks the best value of the column in bold; None marks none.
+    """
+    title: str
+    format: str = '.2f'
+    better: str | None = None
+
+
+@dataclass
+class Result:
+    """What a protocol found.
+
+    Attributes:
+        columns: Key of the rows: how it is shown, in order. 'model' comes first by itself.
+        rows: One per line of the table; missing keys and None are shown as '-'.
+        notes: Definitions and facts that a reader of the table needs.
+        details: Anything more for the JSON file.
+        figures: By suffix of the file's name; '' is the protocol's own picture.
+    """
+    columns: dict[str, Column]
+    rows: list[dict[str, Any]]
+    notes: list[str] = field(default_factory=list)
+    details: dict[str, Any] = field(default_factory=dict)
+    figures: dict[str, Figure] = field(default_factory=dict)
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON has it: numpy's and torch's numbers and arrays become lists, numbers that are not finite None."""
+    if isinstance(value, dict):
+        return {str(key): plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(entry) for entry in value]
+    if isinstance(value, (np.ndarray, np.generic, torch.Tensor)):
+        return plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def environment(device: torch.device, processes: int) -> dict[str, Any]:
+    """Date, versions and hardware."""
+    name = torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{platform.machine()} CPU'
+    return {
+        'date': time.strftime('%Y-%m-%d'),
+        'device': name,
+        'processes': processes,
+        'timm_alignmix': __version__,
+        'timm': timm.__version__,
+        'torch': torch.__version__,
+    }
+
+
+def table(result: Result) -> str:
+    """The rows as a Markdown table, the best value of a column bold where it has a best one."""
+    columns = {'model': Column('model'), **result.columns}
+    best = {key: _best(result.rows, key, column) for key, column in columns.items()}
+    lines = [
+        '| ' + ' | '.join(column.title for column in columns.values()) + ' |',
+        '|---' + '|---:' * (len(columns) - 1) + '|',
+    ]
+    for row in result.rows:
+        cells = [_cell(row.get(key), column, best[key]) for key, column in columns.items()]
+        lines.append('| ' + ' | '.join(cells) + ' |')
+    return '\n'.join(lines)
+
+
+def _cell(value: Any, column: Column, best: str | None) -> str:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return '-'
+    if isinstance(value, str) or isinstance(value, bool):
+        return str(value).replace('|', '\\|')
+    shown = format(value, column.format)
+    return f'**{shown}**' if shown == best else shown
+
+
+def _best(rows: list[dict[str, Any]], key: str, column: Column) -> str | None:
+    """The best value as it is shown: what looks equal is equally good."""
+    values = [row[key] for row in rows if isinstance(row.get(key), (int, float)) and math.isfinite(row[key])]
+    if column.better is None or len(values) < 2:
+        return None
+    return format(max(values) if column.better == 'higher' else min(values), column.format)
+
+
+def markdown(title: str, result: Result, facts: dict[str, Any], pictures: list[str]) -> str:
+    """A page: table, definitions, pictures, and where the figures come from."""
+    where = facts['environment']
+    lines = [f'# {title}', '', table(result), '', *(f'- {note}' for note in result.notes)]
+    lines += [f'- Data: {facts["data"]}.'] if facts.get('data') else []
+    lines += ['', *(f'![{name}]({name})' for name in pictures), '', f'    {facts["command"]}', '']
+    lines += [
+        f'{where["date"]}, {where["device"]}, {where["processes"]} process(es), timm-alignmix '
+        f'{where["timm_alignmix"]}, timm {where["timm"]}, torch {where["torch"]}.', '']
+    return '\n'.join(lines)
+
+
+def as_csv(result: Result) -> str:
+    """The rows with their values in full."""
+    keys = ['model', *result.columns]
+    keys += [key for key in dict.fromkeys(key for row in result.rows for key in row) if key not in keys]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=keys, lineterminator='\n')
+    writer.writeheader()
+    writer.writerows(plain(result.rows))
+    return text.getvalue()
+
+
+def write_result(folder: Path, name: str, help: str, result: Result, facts: dict[str, Any]) -> list[Path]:
+    """Write NAME.csv, NAME.md, its pictures NAME.png and NAME-SUFFIX.png, and last NAME.json.
+
+    Args:
+        folder: Where to.
+        name: Name of the protocol.
+        help: What it measures.
+        result: What it found.
+        facts: What else the JSON file holds; `environment`, `command` and `data` are also shown on the page.
+
+    Returns:
+        The files.
+    """
+    files: dict[str, bytes] = {}
+    for suffix, figure in result.figures.items():
+        files[f'{name}-{suffix}.png' if suffix else f'{name}.png'] = as_png(figure)
+    pictures = list(files)
+    files[f'{name}.csv'] = as_csv(result).encode()
+    files[f'{name}.md'] = markdown(f'{name}: {help.rstrip(".")}', result, facts, pictures).encode()
+    content = plain({
+        'protocol': name,
+        **facts,
+        'columns': {key: column.title for key, column in result.columns.items()},
+        'rows': result.rows,
+        'notes': result.notes,
+        'details': result.details,
+        'pictures': pictures,
+    })
+    # The JSON file is what says that a result is there: it comes last.
+    files[f'{name}.json'] = (json.dumps(content, indent=1) + '\n').encode()
+    for file, data in files.items():
+        write_whole(folder / file, data)
+    return [folder / file for file in files]

@@ -1,0 +1,1 @@
+"""What every kind of training run has: options, the run itself, its loop, checkpoints, logs and pictures."""

@@ -1,0 +1,237 @@
+"""A run from its folder to its end: resume, train, evaluate, save."""
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from timm.utils import distribute_bn, trim_summary
+from torch import nn
+from torch.distributed import DistError
+
+from .agreement import EXIT_REQUEUE, StopRequested
+from .checkpoint import CheckpointSaver, find_checkpoint, has_checkpoints, read_checkpoint
+from .config import RunConfig
+from .engine import train_one_epoch
+from .logs import append_summary, mean_lr, result_json, write_args
+from .options import changed_options
+from .run import Run
+from .run_report import draw_curves, write_report
+from .totals import LossTotals
+from .trackers import start_trackers, track_epoch
+
+_logger = logging.getLogger(__name__)
+
+def open_run(run: Run, name: str) -> CheckpointSaver:
+    """Describe a run, make its folder and resume it where asked; a dry run stops after the description.
+
+    Args:
+        run: The run, complete but not wrapped for its devices.
+        name: Name of the folder, after the time, where --experiment does not give one.
+    """
+    config = run.config
+    name = config.experiment or f'{datetime.now().strftime("%Y%m%d-%H%M%S")}-{name}'
+    saver = CheckpointSaver(Path(config.output) / name, config.eval_metric, config.checkpoint_hist)
+    if run.accelerator.is_main_process:
+        _logger.info(run.describe())
+    if config.dry_run:
+        return saver
+
+    resumed = _find_resume(config, saver.folder)
+    if run.accelerator.is_main_process:
+        _open_folder(saver.folder, config, resumed is not None)
+    if config.model_ema:
+        run.task.setup_ema(
+            decay=config.model_ema_decay,
+            use_warmup=config.model_ema_warmup,
+            device='cpu' if config.model_ema_force_cpu else None,
+        )
+    if resumed is not None:
+        run.load_state_dict(resumed[1], resumed[0])
+        if run.accelerator.is_main_process:
+            saver.restore(resumed[1], resumed[0])
+    if config.start_epoch is not None:
+        run.start_epoch, run.start_update = config.start_epoch, 0
+    _check_same_start(run)
+    if run.accelerator.is_main_process:
+        saver.forget_after((run.start_epoch, run.start_update))
+        trim_summary(saver.folder / 'summary.csv', run.start_epoch)
+    start_trackers(run, saver.folder)
+    return saver
+
+
+def _check_same_start(run: Run) -> None:
+    """Refuse processes that would continue at different places, which would wait for each other forever."""
+    own = torch.tensor([[run.start_epoch, run.start_update]], device=run.accelerator.device)
+    places = run.accelerator.gather(own).tolist()
+    if any(place != places[0] for place in places):
+        raise ValueError(
+            'the processes found different checkpoints: ' + ', '.join(
+                f'process {rank} would begin at epoch {epoch}, update {update}'
+                for rank, (epoch, update) in enumerate(places)) +
+            '; all machines must see the same --output folder')
+
+
+def _find_resume(config: RunConfig, folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    if config.resume != 'auto':
+        return (Path(config.resume), read_checkpoint(config.resume)) if config.resume else None
+    found = find_checkpoint(folder)
+    if found is None:
+        _logger.info(f'--resume auto: no checkpoint in {folder}, starting anew')
+    return found
+
+
+def _open_folder(folder: Path, config: RunConfig, resumed: bool) -> None:
+    """Make the run's folder and write its arguments; never train over another run."""
+    args_file = folder / 'args.yaml'
+    old = yaml.safe_load(args_file.read_text(encoding='utf-8')) if args_file.exists() else {}
+    changed = changed_options(config, old)
+    if has_checkpoints(folder) and not resumed:
+        what = f'other arguments ({", ".join(changed)})' if changed else 'the same arguments'
+        raise ValueError(
+            f'{folder} holds a run with {what}; pass --resume auto to continue it or another --experiment')
+    if changed and resumed:
+        _logger.warning(f'Resuming with changed arguments: {", ".join(changed)}')
+    folder.mkdir(parents=True, exist_ok=True)
+    write_args(args_file, config.to_dict())
+
+
+def wrap_run(run: Run) -> None:
+    """Wrap for the devices; loaders and schedule stay as they are."""
+    task, accelerator = run.task, run.accelerator
+    task.trainable_module, run.optimizer = accelerator.prepare(task.get_trainable_module(), run.optimizer)
+    if run.scheduler is None:
+        return
+    if run.start_epoch > 0:
+        run.scheduler.step(run.start_epoch)
+    if run.start_epoch + run.start_update > 0:
+        run.scheduler.step_update(run.start_epoch * run.updates_per_epoch + run.start_update)
+
+
+def fit(
+        run: Run,
+        saver: CheckpointSaver,
+        evaluate: Callable[[Run, nn.Module, str], dict[str, float]],
+) -> dict[str, Any] | None:
+    """Train a prepared run to its end.
+
+    Args:
+        run: The run.
+        saver: Its checkpoints.
+        evaluate: Measures the metrics of the configuration, from the run, a model and the start of the log lines.
+
+    Returns:
+        `folder` of the run, `last` and `best` epoch (`epoch` and the metrics; `best` on the main process) and
+        `history`, one entry per epoch; None for a dry run.
+    """
+    config = run.config
+    if config.dry_run:
+        if run.accelerator.is_main_process:
+            print(yaml.safe_dump(config.to_dict(), default_flow_style=False))
+        return None
+    stop = min(run.num_epochs, config.stop_epoch or run.num_epochs)
+    if run.start_epoch >= stop:
+        raise ValueError(f'nothing to train: epoch {run.start_epoch} of {stop} is already reached; raise --epochs')
+    history = []
+    with run.stop.listening(), _explained_ends(run, saver):
+        for epoch in range(run.start_epoch, stop):
+            history.append(_run_epoch(run, saver, evaluate, epoch, epoch + 1 == stop))
+            if epoch + 1 < stop and _asked_to_stop(run):
+                raise StopRequested
+    result = _report(run, saver, history)
+    _finish_trackers(run)
+    return result
+
+
+@contextmanager
+def _explained_ends(run: Run, saver: CheckpointSaver) -> Iterator[None]:
+    """Say why a run ends before its time, and how to go on."""
+    go_on = f'--resume auto --experiment {saver.folder.name}'
+    try:
+        yield
+    except StopRequested:
+        # A launcher ends all processes when the first one leaves: not before the checkpoint is written.
+        run.accelerator.wait_for_everyone()
+        _finish_trackers(run)
+        if run.accelerator.is_main_process:
+            name = run.stop.received.name if run.stop.received else 'a signal to another process'
+            _logger.warning(
+                f'*** Stopped by {name}; all is saved in {saver.folder}. The same command with {go_on} continues. '
+                f'Exit code {EXIT_REQUEUE}')
+        raise SystemExit(EXIT_REQUEUE) from None
+    except RuntimeError as e:
+        # gloo's errors have no type of their own; with NCCL its watchdog may end the process first.
+        is_lost = isinstance(e, DistError) or any(words in str(e) for words in ('gloo', 'pair closure', 'Connection '))
+        if run.accelerator.num_processes == 1 or not is_lost:
+            raise
+        raise RuntimeError(
+            f'process {run.accelerator.process_index} lost contact with the others: one died, or one did not answer '
+            f'for --dist-timeout {run.config.dist_timeout} seconds. Start all of them again with {go_on}') from e
+
+
+def _asked_to_stop(run: Run) -> bool:
+    """Whether any process was asked to stop since the last update of an epoch."""
+    asked = torch.tensor(float(run.stop.received is not None), device=run.accelerator.device)
+    return run.accelerator.reduce(asked, 'sum').item() > 0
+
+
+def _finish_trackers(run: Run) -> None:
+    """Close the trackers. The process group stays, for whatever comes after this run."""
+    for tracker in run.accelerator.trackers:
+        tracker.finish()
+
+
+def _run_epoch(run: Run, saver: CheckpointSaver, evaluate: Callable, epoch: int, is_last: bool) -> dict[str, Any]:
+    config, accelerator = run.config, run.accelerator
+
+    def save_within(updates: int, totals: LossTotals) -> None:
+        state = run.state_dict(epoch, updates, totals)
+        if accelerator.is_main_process:
+            saver.save_recovery(state, epoch, updates)
+
+    entry = {'epoch': epoch, 'train': train_one_epoch(run, epoch, save_within), 'lr': mean_lr(run)}
+    if is_last or (epoch + 1) % config.val_interval == 0:
+        entry['validation'] = _evaluate(run, evaluate)
+    metrics = entry.get('validation')
+    if run.scheduler is not None:
+        run.scheduler.step(epoch + 1, metrics and metrics[config.eval_metric])
+    state = run.state_dict(epoch + 1)
+    if accelerator.is_main_process:
+        summary = saver.folder / 'summary.csv'
+        with saver.explained(summary.name):
+            append_summary(summary, epoch, entry['train'], metrics, entry['lr'], config.metrics)
+            if config.curves:
+                draw_curves(summary, saver.folder / 'curves.png')
+        saver.save(state, epoch, metrics)
+    track_epoch(run, entry)
+    return entry
+
+
+def _evaluate(run: Run, evaluate: Callable) -> dict[str, float]:
+    """Metrics of the model, or of its moving average where there is one to evaluate."""
+    config, task, processes = run.config, run.task, run.accelerator.num_processes
+    if config.dist_bn and processes > 1:
+        distribute_bn(task.get_eval_model(), processes, config.dist_bn == 'reduce')
+    metrics = evaluate(run, task.get_eval_model(), 'Test')
+    if task.has_ema() and not config.model_ema_force_cpu:
+        if config.dist_bn and processes > 1:
+            distribute_bn(task.get_eval_model(ema=True), processes, config.dist_bn == 'reduce')
+        metrics = evaluate(run, task.get_eval_model(ema=True), 'Test (EMA)')
+    return metrics
+
+
+def _report(run: Run, saver: CheckpointSaver, history: list[dict[str, Any]]) -> dict[str, Any]:
+    """Say and return how the run ended: the last epoch and the best one, each by name."""
+    metric, best = run.config.eval_metric, saver.best
+    last = {'epoch': history[-1]['epoch'], **history[-1]['validation']}
+    if run.accelerator.is_main_process:
+        _logger.info(f'*** Best metric: {best[metric]} (epoch {best["epoch"]})')
+        for which, entry in (('last epoch', last), (f'best epoch by {metric}', best)):
+            values = ', '.join(f'{key} {entry[key]:.4g}' for key in run.config.metrics)
+            _logger.info(f'*** {which.capitalize()} ({entry["epoch"]}): {values}')
+        write_report(run, saver.folder, last, best, history[-1]['train'])
+        print(result_json(history, metric), flush=True)
+    return {'folder': saver.folder, 'last': last, 'best': best, 'history': history}

@@ -1,0 +1,76 @@
+"""Learning rate and optimizer of a run."""
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from timm.optim import create_optimizer_v2, list_optimizers, optimizer_kwargs
+
+from .config import RunConfig
+from .options import near_names
+
+# timm's names of torch's own classes that have such an update.
+_FUSED_OPTIMIZERS = ('sgd', 'nesterov', 'momentum', 'adam', 'adamw')
+
+
+def check_optimizer(name: str) -> None:
+    """Refuse an optimizer that timm does not have.
+
+    Raises:
+        ValueError: There is none of that name.
+    """
+    if name.lower() not in list_optimizers():
+        raise ValueError(f'--opt {name}: timm has no such optimizer{near_names(name, list_optimizers())}')
+
+
+def scaled_lr(config: RunConfig, global_batch_size: int) -> float:
+    """Learning rate of a run: `lr`, or `lr_base` scaled to the global batch as timm scales it."""
+    if config.lr is not None:
+        return config.lr
+    scale = config.lr_base_scale
+    if scale is None:
+        scale = 'sqrt' if any(name in config.opt.lower() for name in ('ada', 'lamb')) else 'linear'
+    ratio = global_batch_size / config.lr_base_size
+    return config.lr_base * (ratio ** 0.5 if scale == 'sqrt' else ratio)
+
+
+def create_optimizer(config: RunConfig, parameters: Any, device: torch.device) -> torch.optim.Optimizer:
+    """Create timm's optimizer of a configuration.
+
+    Args:
+        config: The options.
+        parameters: What timm's `create_optimizer_v2` takes: a module, parameters or parameter groups.
+        device: Device of the parameters.
+    """
+    return create_optimizer_v2(
+        parameters, **optimizer_kwargs(config), **fused_update(config, device), **config.opt_kwargs)
+
+
+def fused_update(config: RunConfig, device: torch.device) -> dict[str, bool]:
+    """Argument of torch's own optimizers that makes an update one kernel per type of tensor, on GPUs, unless
+    --opt-foreach or --opt-kwargs choose otherwise."""
+    chosen = config.opt_foreach is not None or {'fused', 'foreach'} & config.opt_kwargs.keys()
+    return {'fused': True} if device.type == 'cuda' and config.opt in _FUSED_OPTIMIZERS and not chosen else {}
+
+
+def scale_lr(optimizer: torch.optim.Optimizer, parameters: Iterable[torch.nn.Parameter], scale: float) -> None:
+    """Split parameters, such as the classifier's, off an optimizer's groups and scale their learning rate.
+
+    The groups are timm's (weight decay, layer decay), so whatever built them stays as it is; timm's schedulers multiply
+    the learning rate of a group by its `lr_scale`.
+
+    Args:
+        optimizer: An optimizer that has made no step.
+        parameters: Some of its parameters.
+        scale: Their learning rate, relative to that of the rest.
+    """
+    chosen = {id(parameter) for parameter in parameters}
+    groups = []
+    for group in optimizer.param_groups:
+        for is_chosen in (False, True):
+            own = [p for p in group['params'] if (id(p) in chosen) == is_chosen]
+            if own:
+                part = {**group, 'params': own}
+                if is_chosen:
+                    part['lr_scale'] = group.get('lr_scale', 1.0) * scale
+                groups.append(part)
+    optimizer.param_groups[:] = groups

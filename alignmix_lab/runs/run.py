@@ -1,0 +1,266 @@
+"""A run: its parts, and what a checkpoint holds of it, on the same or another number of processes."""
+import logging
+import math
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+from timm.scheduler.scheduler import Scheduler
+from timm.task import TrainingTask
+from timm.utils import unwrap_model
+from torch import nn
+
+from timm_alignmix.weights import key_problems
+
+from .agreement import StopSignals
+from .checkpoint import position
+from .config import RunConfig
+from .optim import create_optimizer, scale_lr, scaled_lr
+from .totals import LossTotals
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Run:
+    """The parts of a training run.
+
+    Attributes:
+        loaders: `train` and `val` loaders and a `description`.
+        data_config: What is said of the images.
+        totals: What is summed over the steps of an epoch.
+        start_epoch: First epoch.
+        start_update: Updates of it that a resumed run has done, with the totals `resumed_totals`.
+        nonfinite: Updates left out in a row, up to now.
+        seconds_before: Time that the run took before it was resumed.
+        stop: Whether the run was asked to stop.
+    """
+
+    config: RunConfig
+    accelerator: Accelerator
+    loaders: Any
+    task: TrainingTask
+    data_config: dict[str, Any]
+    totals: type[LossTotals]
+    optimizer: torch.optim.Optimizer | None = None
+    scheduler: Scheduler | None = None
+    num_epochs: int = 0
+    start_epoch: int = 0
+    start_update: int = 0
+    resumed_totals: dict[str, Any] | None = None
+    nonfinite: int = 0
+    seconds_before: float = 0.0
+    started: float = field(default_factory=time.perf_counter)
+    stop: StopSignals = field(default_factory=StopSignals)
+
+    @property
+    def updates_per_epoch(self) -> int:
+        """Optimizer updates of an epoch; batches left over at its end make a smaller last update."""
+        return -(-len(self.loaders.train) // self.config.grad_accum_steps)
+
+    @property
+    def global_batch_size(self) -> int:
+        """Images per optimizer update, over all processes."""
+        return self.images_per_step * self.config.grad_accum_steps
+
+    @property
+    def images_per_step(self) -> int:
+        """Images per batch, over all processes."""
+        return self.config.batch_size * self.accelerator.num_processes
+
+    @property
+    def layout(self) -> dict[str, int]:
+        """What the global batch is made of."""
+        return dict(
+            processes=self.accelerator.num_processes,
+            batch_size=self.config.batch_size,
+            grad_accum_steps=self.config.grad_accum_steps,
+        )
+
+    @property
+    def seconds(self) -> float:
+        """Time that the run has taken, with what it took before it was resumed."""
+        return self.seconds_before + time.perf_counter() - self.started
+
+    def add_optimizer(
+            self,
+            parameters: Any = None,
+            scaled: list[nn.Parameter] | None = None,
+            scale: float = 1.0,
+    ) -> None:
+        """Give the run its learning rate, optimizer and schedule.
+
+        Args:
+            parameters: What timm's `create_optimizer_v2` takes as model or parameter groups; None is the trainable
+                module.
+            scaled: Parameters whose learning rate is scaled.
+            scale: Their learning rate, relative to that of the rest.
+        """
+        self.config = config = replace(self.config, lr=scaled_lr(self.config, self.global_batch_size))
+        parameters = self.task.get_trainable_module() if parameters is None else parameters
+        self.optimizer = create_optimizer(config, parameters, self.accelerator.device)
+        if scaled and scale != 1:
+            scale_lr(self.optimizer, scaled, scale)
+        self.scheduler, self.num_epochs = create_scheduler_v2(
+            self.optimizer, **scheduler_kwargs(config), updates_per_epoch=self.updates_per_epoch)
+
+    def describe(self) -> str:
+        """What the run will do: processes, steps, batch, learning rate and parameter groups."""
+        config, groups = self.config, self.optimizer.param_groups
+        shown = ('input_size', 'mean', 'std', 'interpolation', 'crop_pct')
+        lines = [
+            f'Data: {self.loaders.description}',
+            'Images: ' + ', '.join(f'{key} {self.data_config[key]}' for key in shown if key in self.data_config),
+            f'Processes: {self.accelerator.num_processes} on {self.accelerator.device.type}, '
+            f'mixed precision {self.accelerator.mixed_precision}',
+            f'Global batch: {self.global_batch_size} = {config.batch_size} per process x {config.grad_accum_steps} '
+            f'accumulated x {self.accelerator.num_processes} processes',
+            f'Steps: {self.num_epochs} epochs x {self.updates_per_epoch} updates ({len(self.loaders.train)} batches)',
+            f'Learning rate: {config.lr:.4g}, {config.sched} schedule',
+            f'Parameter groups ({config.opt}):',
+        ]
+        for group in groups:
+            lines.append(
+                f'  {len(group["params"])} tensors, {sum(p.numel() for p in group["params"]):,} values, '
+                f'weight decay {group.get("weight_decay", 0.0):g}, learning rate x{group.get("lr_scale", 1.0):g}')
+        return '\n'.join(lines)
+
+    def state_dict(self, epoch: int, updates: int = 0, totals: LossTotals | None = None) -> dict[str, Any]:
+        """Everything of a run that its checkpoint holds, under timm's keys; to be called on all processes.
+
+        No generator needs saving: each draw is a function of the seed, the step and the process.
+
+        Args:
+            epoch: Epoch that a resumed run continues.
+            updates: Updates of that epoch that are done.
+            totals: What these summed up.
+
+        Raises:
+            RuntimeError: Weights are not finite.
+        """
+        self._check_finite()
+        progress = {
+            'epoch': epoch,
+            'updates': updates,
+            'updates_per_epoch': self.updates_per_epoch,
+            'samples': min(updates * self.global_batch_size, len(self.loaders.train) * self.images_per_step),
+            'layout': self.layout,
+            'totals': totals and totals.state_dict(self.accelerator),
+            'nonfinite': self.nonfinite,
+            'seconds': self.seconds,
+            'statistics': self._gather_statistics(),
+        }
+        state = {
+            'arch': self.config.arch,
+            'version': 2,  # the epoch is the finished one
+            'args': self.config.to_dict(),
+            'data_config': self.data_config,
+            'global_batch_size': self.global_batch_size,
+            'progress': progress,
+            'optimizer': self.optimizer.state_dict(),
+            **self.task.get_checkpoint_state(),
+            **self.task.get_checkpoint_state(ema=True),
+        }
+        if self.accelerator.scaler is not None:
+            state['amp_scaler'] = self.accelerator.scaler.state_dict()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any], path: Path) -> None:
+        """Put a checkpoint into a run and set where it continues.
+
+        The moving average, where the run keeps one, starts from the loaded weights where the checkpoint has none.
+
+        Raises:
+            ValueError: The checkpoint is of another model or optimizer.
+        """
+        config, task = self.config, self.task
+        _check_weights(task.get_eval_model(), state, path, config.arch)
+        task.load_checkpoint_state(state['state_dict'], state.get('task_state'))
+        if task.has_ema():
+            ema = state.get('state_dict_ema', state['state_dict'])
+            task.load_checkpoint_state(ema, state.get('task_state_ema'), ema=True)
+        if not config.no_resume_opt:
+            saved_opt = state.get('args', {}).get('opt', config.opt)
+            if saved_opt != config.opt:
+                raise ValueError(
+                    f'{path} was trained with --opt {saved_opt}, not {config.opt}; pass --no-resume-opt to start the '
+                    'optimizer anew')
+            self.optimizer.load_state_dict(state['optimizer'])
+            if self.accelerator.scaler is not None and 'amp_scaler' in state:
+                self.accelerator.scaler.load_state_dict(state['amp_scaler'])
+        self.start_epoch, self.start_update = position(state)
+        if 'progress' in state:
+            self._load_progress(state['progress'], state['args'])
+        where = f'epoch {self.start_epoch - 1} is done'
+        if self.start_update:
+            where = f'epoch {self.start_epoch} continues after {self.start_update} of {self.updates_per_epoch} updates'
+        _logger.info(f'Resumed {path}: {where}')
+
+    def _load_progress(self, progress: dict[str, Any], args: dict[str, Any]) -> None:
+        """Continue an epoch, on another layout at the same sample: batches of all processes together are stretches of
+        one order (but for FFCV files larger than memory, where each process reads a part of its own)."""
+        self.resumed_totals, self.nonfinite, self.seconds_before = (
+            progress[key] for key in ('totals', 'nonfinite', 'seconds'))
+        if progress['layout'] == self.layout:
+            self._load_statistics(progress['statistics'])
+            return
+        changes = ', '.join(
+            f'{name} {value} -> {self.layout[name]}' for name, value in progress['layout'].items()
+            if value != self.layout[name])
+        lr = args['lr']
+        message = f'Resuming on another layout: {changes}; learning rate {lr:.4g} -> {self.config.lr:.4g}'
+        if progress['updates'] == progress['updates_per_epoch']:
+            self.start_update = self.updates_per_epoch
+        elif progress['updates']:
+            # Round up: no sample is trained on twice.
+            self.start_update = min(-(-progress['samples'] // self.global_batch_size), self.updates_per_epoch)
+            left_out = self.start_update * self.global_batch_size - progress['samples']
+            message += (
+                f'; epoch {self.start_epoch} goes on from {progress["updates"]} of '
+                f'{progress["updates_per_epoch"]} updates to {self.start_update} of {self.updates_per_epoch} (sample '
+                f'{progress["samples"]}' + (f', {left_out} left out' if left_out > 0 else '') + ')')
+        _logger.warning(message + '; the draws of mixing and dropout are others')
+
+    def _check_finite(self) -> None:
+        weights = [parameter.detach() for parameter in self.task.get_eval_model().parameters()]
+        largest = torch._foreach_norm(weights, math.inf)
+        if not torch.stack([value.float() for value in largest]).isfinite().all():
+            raise RuntimeError(
+                'the weights are no longer finite though the loss was: gradients overflowed. Nothing was saved; '
+                'continue from the last checkpoint with a lower --lr, --clip-grad or --amp-dtype bfloat16')
+
+    def _statistics(self) -> list[torch.Tensor]:
+        """Running statistics of the model and its average, in which processes differ until an evaluation."""
+        models = [self.task.get_eval_model(), *([self.task.get_eval_model(ema=True)] if self.task.has_ema() else [])]
+        return [
+            buffer for model in models for name, buffer in unwrap_model(model).named_buffers()
+            if name.rpartition('.')[2] in ('running_mean', 'running_var')
+        ]
+
+    def _gather_statistics(self) -> torch.Tensor | None:
+        """Those of all processes, (processes, values), where they differ."""
+        buffers = self._statistics()
+        if self.accelerator.num_processes == 1 or not buffers:
+            return None
+        own = torch.cat([buffer.float().flatten().to(self.accelerator.device) for buffer in buffers])
+        rows = self.accelerator.gather(own[None]).cpu()
+        return None if torch.equal(rows, rows[:1].expand_as(rows)) else rows
+
+    def _load_statistics(self, rows: torch.Tensor | None) -> None:
+        buffers = self._statistics()
+        sizes = [buffer.numel() for buffer in buffers]
+        if rows is None or rows.shape[1] != sum(sizes):  # all alike, or with a moving average that only one of both has
+            return
+        own = rows[self.accelerator.process_index].split(sizes)
+        for buffer, values in zip(buffers, own, strict=True):
+            buffer.copy_(values.view_as(buffer))
+
+
+def _check_weights(model: torch.nn.Module, state: dict[str, Any], path: Path, name: str) -> None:
+    problems = key_problems(unwrap_model(model).state_dict(), state['state_dict'])
+    if problems:
+        raise ValueError(f'{path} ({state.get("arch", "unknown model")}) does not fit {name}: {problems}')

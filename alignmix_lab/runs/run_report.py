@@ -1,0 +1,108 @@
+"""What a run leaves to be looked at: a picture of its curves after each epoch, a short report at its end."""
+import csv
+import logging
+import math
+import os
+import platform
+import shlex
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+
+from timm_alignmix.version import __version__
+
+from .files import write_whole
+from .run import Run
+
+_logger = logging.getLogger(__name__)
+
+
+def draw_curves(summary: Path, picture: Path) -> None:
+    """Draw losses, metrics and learning rate of a summary.csv, by epoch.
+
+    Args:
+        summary: The table.
+        picture: PNG to write, whole.
+    """
+    try:
+        from .plotting import as_png, line, panels
+    except ImportError:
+        _logger.warning(f'{picture} is not drawn: matplotlib is not installed')
+        return
+    with open(summary, newline='', encoding='utf-8') as file:
+        rows = list(csv.DictReader(file))
+    epochs = [int(row['epoch']) for row in rows]
+    columns = [name for name in rows[0] if name != 'epoch']
+    losses = [name for name in columns if name.endswith('loss')]
+    shown = {
+        'loss': losses,
+        'metrics (%)': [name for name in columns if name.startswith('eval_') and name not in losses],
+        'learning rate': ['lr'],
+    }
+    fig, axes = panels(len(shown), size=(4, 3.6))
+    for ax, (title, names) in zip(axes, shown.items(), strict=True):
+        for index, name in enumerate(names):
+            values = [float(row[name] or math.nan) for row in rows]
+            points = [(epoch, value) for epoch, value in zip(epochs, values, strict=True) if math.isfinite(value)]
+            style = line(index) if len(points) < 40 else {**line(index), 'marker': None}
+            ax.plot(*zip(*points, strict=True) if points else ([], []), label=name.replace('_', ' '), **style)
+        ax.set(title=title, xlabel='epoch')
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        if len(names) > 1:
+            ax.legend(fontsize='small')
+    write_whole(picture, as_png(fig, dpi=100))
+
+
+def write_report(
+        run: Run,
+        folder: Path,
+        last: dict[str, float],
+        best: dict[str, float],
+        train: dict[str, Any],
+) -> None:
+    """Write report.md: the command, where and how long it ran, and what came of it.
+
+    Args:
+        run: The run.
+        folder: Its folder.
+        last: `epoch` and metrics of the last epoch.
+        best: The same of the best epoch.
+        train: What the last epoch's training returned.
+    """
+    config, names = run.config, run.config.metrics
+    lines = [
+        f'# {folder.name}',
+        '',
+        f'    {shlex.join(sys.argv)}',
+        '',
+        f'- Network: {config.arch}',
+        f'- Data: {run.loaders.description}',
+        f'- Hardware: {_hardware(run)}',
+        f'- Software: timm-alignmix {__version__}, timm {timm.__version__}, torch {torch.__version__}, '
+        f'Python {platform.python_version()}',
+        f'- Time: {timedelta(seconds=round(run.seconds))} for {last["epoch"] + 1} epochs of {run.updates_per_epoch} '
+        f'updates, {run.global_batch_size} images each',
+        '',
+        f'| epoch | {" | ".join(names)} |',
+        f'|---|{"---|" * len(names)}',
+    ]
+    for which, entry in (('last', last), (f'best by {config.eval_metric}', best)):
+        figures = ' | '.join(f'{entry[name]:.4g}' for name in names)
+        lines.append(f'| {entry["epoch"]} ({which}) | {figures} |')
+    if 'modes' in train:
+        lines += ['', 'Training, last epoch:', '', '| mode | share of the steps | mean loss |', '|---|---|---|']
+        lines += [f'| {mode} | {values["share"]:.1%} | {values["loss"]:.4g} |'
+                  for mode, values in train['modes'].items()]
+    lines += ['', f'Updates left out in the last epoch because the loss was not finite: {train["skipped"]}', '',
+              '![curves](curves.png)', '']
+    write_whole(folder / 'report.md', '\n'.join(lines))
+
+
+def _hardware(run: Run) -> str:
+    processes, device = run.accelerator.num_processes, run.accelerator.device
+    name = torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{device.type}, {os.cpu_count()} cores'
+    return f'{processes} process{"es" if processes > 1 else ""} on {name}, precision {run.accelerator.mixed_precision}'

@@ -1,0 +1,52 @@
+"""TensorBoard and Weights & Biases, through Accelerate."""
+import hashlib
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from accelerate.tracking import filter_trackers
+
+from .run import Run
+
+
+def check_trackers(names: list[str]) -> None:
+    """Refuse trackers whose packages are missing; Accelerate would leave them out without a word.
+
+    Raises:
+        ValueError: One is missing.
+    """
+    for name in names:
+        if find_spec(name) is None and not (name == 'tensorboard' and find_spec('tensorboardX')):
+            raise ValueError(f'--log-trackers {name}: the package is not installed; pip install {name}')
+
+
+def start_trackers(run: Run, folder: Path) -> None:
+    """Start the trackers of --log-trackers: TensorBoard writes into the folder; a resumed run goes on where it was."""
+    names, accelerator = run.config.log_trackers, run.accelerator
+    if not names:
+        return
+    first = run.start_epoch * run.updates_per_epoch + run.start_update
+    settings = {
+        'tensorboard': dict(purge_step=first),
+        'wandb': dict(
+            name=folder.name,
+            id=hashlib.sha1(str(folder.resolve()).encode()).hexdigest()[:16],
+            resume='allow',
+            dir=str(folder),
+        ),
+    }
+    accelerator.project_configuration.set_directories(str(folder))
+    accelerator.log_with = filter_trackers(names, str(folder))
+    options = {
+        key: value if isinstance(value, (int, float, str, bool)) else str(value)
+        for key, value in run.config.to_dict().items()
+    }
+    accelerator.init_trackers('timm-alignmix', options, settings)
+
+
+def track_epoch(run: Run, entry: dict[str, Any]) -> None:
+    """Send an epoch's figures to the trackers."""
+    if run.accelerator.trackers:
+        values = {f'eval/{name}': value for name, value in entry.get('validation', {}).items()}
+        values.update({'epoch': entry['epoch'], 'epoch/train_loss': entry['train']['loss']})
+        run.accelerator.log(values, step=(entry['epoch'] + 1) * run.updates_per_epoch)

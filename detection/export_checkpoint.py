@@ -1,0 +1,102 @@
+"""Take a trained detector out of its run, and load it again; nothing in the files is executed.
+
+    python -m detection.export_checkpoint output/detection/RUN/last.pth.tar DIR
+
+writes DIR/detector.json (what it is made of, its classes) and DIR/model.safetensors, from which `load_detector(DIR)`
+and `python -m detection.predict` build it.
+"""
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from alignmix_lab.runs.checkpoint import read_checkpoint
+
+from .detector import fill, rebuild
+
+WEIGHTS_FILE, DESCRIPTION_FILE = 'model.safetensors', 'detector.json'
+
+
+def read_weights(source: str | Path, ema: bool | None = None) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Weights and description of a detector.
+
+    Args:
+        source: Folder that was exported, or training checkpoint.
+        ema: Of a checkpoint: the moving average, or not; None takes it where there is one.
+
+    Raises:
+        ValueError: No detector is there, or no moving average where one is asked for.
+    """
+    source = Path(source)
+    if source.is_dir():
+        try:
+            description = json.loads((source / DESCRIPTION_FILE).read_text(encoding='utf-8'))
+            return load_file(source / WEIGHTS_FILE), description
+        except (OSError, ValueError, SafetensorError) as e:
+            raise ValueError(f'{source} is no exported detector ({e})') from e
+    state = read_checkpoint(source)
+    if 'detector' not in state.get('task_state', {}):
+        raise ValueError(f'{source} is no checkpoint of a detector; detection.train writes those')
+    if ema and 'state_dict_ema' not in state:
+        raise ValueError(f'{source} has no moving average of the weights')
+    use_ema = 'state_dict_ema' in state if ema is None else ema
+    return state['state_dict_ema' if use_ema else 'state_dict'], state['task_state']['detector']
+
+
+def load_detector(source: str | Path, ema: bool | None = None) -> tuple[nn.Module, list[str]]:
+    """Build a trained detector, ready to detect.
+
+    Args:
+        source: Folder that was exported, or training checkpoint.
+        ema: As for :func:`read_weights`.
+
+    Returns:
+        The detector, in evaluation mode on the CPU, and the names of its labels 1, 2, ...
+
+    Raises:
+        ValueError: No detector is there, or its weights do not fill it.
+    """
+    state_dict, description = read_weights(source, ema)
+    model = rebuild(description)
+    fill(model, state_dict, str(source))
+    return model.eval(), description['class_names']
+
+
+def export_detector(checkpoint: str | Path, folder: str | Path, ema: bool | None = None) -> Path:
+    """Write a checkpoint's detector as a folder, and check that it loads.
+
+    Args:
+        checkpoint: Training checkpoint.
+        folder: Made where it is missing.
+        ema: As for :func:`read_weights`.
+    """
+    state_dict, description = read_weights(checkpoint, ema)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({key: value.contiguous() for key, value in state_dict.items()}, folder / WEIGHTS_FILE)
+    (folder / DESCRIPTION_FILE).write_text(json.dumps(description, indent=4), encoding='utf-8')
+    load_detector(folder)
+    return folder
+
+
+def main(argv: list[str] | None = None, prog: str = 'python -m detection.export_checkpoint') -> None:
+    parser = argparse.ArgumentParser(
+        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('checkpoint', help='last.pth.tar or model_best.pth.tar of detection.train')
+    parser.add_argument('folder', help='folder to write')
+    parser.add_argument('--ema', action=argparse.BooleanOptionalAction, help='default: where there is one')
+    args = parser.parse_args(argv)
+    try:
+        print(export_detector(args.checkpoint, args.folder, args.ema))
+    except ValueError as e:
+        sys.exit(f'{prog}: error: {e}')
+
+
+if __name__ == '__main__':
+    main()

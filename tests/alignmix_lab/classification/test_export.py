@@ -1,0 +1,65 @@
+"""The export that a training run ends with."""
+import logging
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from alignmix_lab.classification import TrainConfig
+from alignmix_lab.runs import fit as train
+from timm_alignmix import weights
+
+
+@pytest.fixture(scope='module')
+def photos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('data') / 'photos'
+    random = np.random.default_rng(0)
+    for split in ('train', 'validation'):
+        for label in ('cat', 'dog', 'owl'):
+            (folder / split / label).mkdir(parents=True)
+            for i in range(4):
+                pixels = random.integers(0, 256, (40, 40, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / split / label / f'{i}.png')
+    return folder
+
+
+def config(photos, output, **options) -> TrainConfig:
+    return TrainConfig(
+        data_dir=str(photos), loader='timm', workers=0, model='test_resnet', img_size=32, epochs=1, warmup_epochs=0,
+        batch_size=4, lr=0.01, device='cpu', output=str(output), experiment='run', **options)
+
+
+def test_a_run_leaves_its_last_weights(photos, tmp_path):
+    options = dict(mix='multimix', mix_kwargs={'n': 8}, model_ema=True, model_ema_decay=0.5, export='raw')
+    result = train(config(photos, tmp_path, **options))
+    folder = result['folder'] / 'export'
+    saved = torch.load(result['folder'] / 'last.pth.tar', weights_only=True)
+    got = load_file(folder / 'model.safetensors')
+    assert all(torch.equal(got[key], value) for key, value in saved['state_dict'].items())
+    config_json = weights.read_config(folder)
+    assert config_json['label_names'] == ['cat', 'dog', 'owl']
+    facts = config_json['training']
+    assert facts['accuracy']['last'] == pytest.approx(result['last'])
+    assert facts['mix_options']['n'] == 8 and facts['global_batch_size'] == 4 and facts['loader'] == 'timm'
+    assert facts['weights'] == 'raw' and facts['accuracy']['measured_on'] == 'ema'
+    assert timm.create_model(f'local-dir:{folder}', pretrained=True).pretrained_cfg['tag'] == 'multimix_photos'
+
+
+def test_no_export(photos, tmp_path):
+    assert not (train(config(photos, tmp_path, export='none'))['folder'] / 'export').exists()
+
+
+def test_a_failing_export_does_not_lose_the_run(photos, tmp_path, caplog):
+    (tmp_path / 'run').mkdir()
+    (tmp_path / 'run' / 'export').write_text('in the way')
+    with caplog.at_level(logging.ERROR):
+        result = train(config(photos, tmp_path))
+    assert result['last']['epoch'] == 0 and 'was not exported' in caplog.text
+
+
+def test_average_that_is_not_kept():
+    with pytest.raises(ValueError, match='--export ema needs --model-ema'):
+        TrainConfig(export='ema')

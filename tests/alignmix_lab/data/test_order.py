@@ -1,0 +1,61 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from alignmix_lab.data.order import eval_shard, quasi_shuffled, shuffled, train_batches, train_shard
+
+counts = st.integers(1, 200)
+ranks = st.integers(1, 5)
+
+
+@given(counts, ranks)
+def test_evaluation_counts_every_sample_once(count, world_size):
+    shards = [eval_shard(count, rank, world_size).tolist() for rank in range(world_size)]
+    assert sum(shards, []) == list(range(count))
+    assert max(map(len, shards)) - min(map(len, shards)) <= 1
+
+
+@given(counts, st.integers(1, 7), ranks, st.booleans())
+def test_training_uses_a_sample_at_most_once_and_ranks_get_as_many(count, batch_size, world_size, contiguous):
+    if count < batch_size * world_size:
+        return
+    order = shuffled(count, seed=3, epoch=1)
+    shards = [train_shard(order, batch_size, rank, world_size, contiguous) for rank in range(world_size)]
+    used = np.concatenate(shards)
+    assert {len(shard) for shard in shards} == {train_batches(count, batch_size, world_size) * batch_size}
+    assert len(set(used.tolist())) == len(used)
+    assert count - len(used) < batch_size * world_size
+
+
+def test_global_batches_do_not_depend_on_the_number_of_ranks():
+    order = shuffled(60, seed=0, epoch=0)
+    for world_size, batch_size in ((1, 12), (2, 6), (3, 4)):
+        shards = [train_shard(order, batch_size, rank, world_size) for rank in range(world_size)]
+        for step in range(5):
+            together = [shard[step * batch_size:(step + 1) * batch_size] for shard in shards]
+            assert sorted(np.concatenate(together).tolist()) == sorted(order[step * 12:(step + 1) * 12].tolist())
+
+
+def test_orders_differ_between_seeds_and_epochs_and_repeat():
+    orders = {(seed, epoch): tuple(shuffled(50, seed, epoch)) for seed in range(3) for epoch in range(3)}
+    assert len(set(orders.values())) == 9  # FFCV adds the two: seed 0 epoch 1 would be seed 1 epoch 0
+    assert orders[1, 2] == tuple(shuffled(50, 1, 2))
+
+
+def test_quasi_random_order_keeps_few_pages_in_use():
+    pages = np.repeat(np.arange(40), 25)
+    order = quasi_shuffled(pages, seed=0, epoch=0, window=5)
+    assert sorted(order) == list(range(1000))
+    visited = pages[order]
+    in_use = [
+        len(set(visited[:place]) & set(visited[place:])) for place in range(0, 1000, 50)
+    ]
+    assert 3 <= max(in_use) <= 7
+    assert len(set(visited[400:425])) >= 4  # mixed, not one page after another
+    assert not np.array_equal(order, quasi_shuffled(pages, seed=0, epoch=1, window=5))
+
+
+def test_too_few_samples_say_what_fits():
+    with pytest.raises(ValueError, match='10 samples, not enough for one batch of 4 on each of 3 .*--batch-size 3'):
+        train_batches(10, 4, 3)
