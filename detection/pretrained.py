@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from timm.models import get_model_args, get_model_traits, load_state_dict
 from torch import nn
 
-from timm_alignmix.weights import export, key_problems, read_config
+from alignmix_lab.classification.export_checkpoint import export_checkpoint
+from timm_alignmix.weights import key_problems, read_config
 
 __all__ = ['Source', 'adapt', 'read_source', 'resize_offset_table']
 
@@ -168,7 +169,7 @@ def _read_named(name: str) -> Source:
 def _read_checkpoint(path: Path, use_ema: bool) -> Source:
     """Export a training checkpoint and read the export, which knows the network and the images of the run."""
     with tempfile.TemporaryDirectory() as folder:
-        export(path, folder, ema=None if use_ema else False)
+        export_checkpoint(path, folder, ema=None if use_ema else False)
         source = _read_named(f'local-dir:{folder}')
         ema = read_config(folder)['training']['weights'] == 'ema'
     return replace(source, weights=f'{path} (moving average)' if ema else str(path))

@@ -1,6 +1,5 @@
 """What a run leaves to be looked at: a picture of its curves after each epoch, a short report at its end."""
 import csv
-import logging
 import math
 import os
 import platform
@@ -16,9 +15,8 @@ import torch
 from timm_alignmix.version import __version__
 
 from .files import write_whole
+from .plotting import as_png, line, panels
 from .run import Run
-
-_logger = logging.getLogger(__name__)
 
 
 def draw_curves(summary: Path, picture: Path) -> None:
@@ -28,11 +26,6 @@ def draw_curves(summary: Path, picture: Path) -> None:
         summary: The table.
         picture: PNG to write, whole.
     """
-    try:
-        from .plotting import as_png, line, panels
-    except ImportError:
-        _logger.warning(f'{picture} is not drawn: matplotlib is not installed')
-        return
     with open(summary, newline='', encoding='utf-8') as file:
         rows = list(csv.DictReader(file))
     epochs = [int(row['epoch']) for row in rows]

@@ -1,7 +1,6 @@
 """A small folder of real images, short runs on it, and an evaluation that shares nothing with the code under test."""
 import contextlib
 import functools
-import importlib.util
 import io
 import logging
 from collections.abc import Callable, Iterator
@@ -18,8 +17,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torch.nn import functional as F
 
-from alignmix_lab.classification import TrainConfig
-from alignmix_lab.runs import fit as train
+from alignmix_lab.classification import TrainConfig, train
+from alignmix_lab.commands import train as train_command
 
 ROOT = Path(__file__).resolve().parents[3]
 SIZE = 64
@@ -46,7 +45,7 @@ class _Lines(logging.Handler):
 
 
 def _run(config: TrainConfig) -> Finished:
-    logger, lines, printed = logging.getLogger('timm_alignmix'), _Lines(), io.StringIO()
+    logger, lines, printed = logging.getLogger('alignmix_lab'), _Lines(), io.StringIO()
     level = logger.level
     logger.setLevel(logging.INFO)
     logger.addHandler(lines)
@@ -153,8 +152,5 @@ def new_model() -> Callable[[], torch.nn.Module]:
 
 @pytest.fixture(scope='session')
 def script():
-    """The module train_imagenet.py."""
-    spec = importlib.util.spec_from_file_location('train_imagenet', ROOT / 'train_imagenet.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """What train_imagenet.py runs."""
+    return train_command

@@ -170,7 +170,8 @@ def test_a_recipe_stands_on_its_bases(script, tmp_path):
         tmp_path, recipe='base: [sub/first.yaml, sub/second.yaml]\nmix: mixup\nmix_kwargs: {alpha: 2}\n')
     config = script.parse_config(['-c', recipe, '--mix', 'cutmix'])
     assert (config.lr, config.epochs, config.opt, config.dist_bn, config.seed) == (0.5, 8, 'adamw', '', 3)
-    assert (config.mix, config.mix_kwargs, config.batch_size) == ('cutmix', {'alpha': 2}, 128)
+    assert (config.mix, config.mix_kwargs, config.batch_size) == ('cutmix', {}, 128)
+    assert script.parse_config(['-c', recipe, '--mix', 'Mix-Up']).mix_kwargs == {'alpha': 2}
 
 
 @pytest.mark.parametrize('texts, said', [

@@ -8,8 +8,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from alignmix_lab.classification import TrainConfig
-from alignmix_lab.runs import fit as train
+from alignmix_lab.classification import TrainConfig, train
 from timm_alignmix import weights
 
 

@@ -1,4 +1,6 @@
-"""A folder of images with every kind of harm, and what becomes of it: `python -m tests.data.hostile --files 2000`.
+"""A folder of images with every kind of harm, and what becomes of it:
+
+    python -m tests.alignmix_lab.data.hostile --files 2000
 
 Converts the folder without root's rights, compares what was kept and what was reported with what was put there,
 verifies and damages the result, and trains two steps on it. The tests do the same with fewer files.

@@ -11,11 +11,10 @@ import pytest
 
 pytest.importorskip('ffcv', reason='FFCV is not installed')
 
-from tests.data import hostile  # noqa: E402
-
 from alignmix_lab.data import convert  # noqa: E402
 from alignmix_lab.data.ffcv.beton import inspect_beton  # noqa: E402
 from alignmix_lab.data.ffcv.verify import verify_beton  # noqa: E402
+from tests.alignmix_lab.data import hostile  # noqa: E402
 
 
 @pytest.fixture(scope='module')

@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from alignmix_lab.data import SAMPLE_DEFAULTS, convert, create_loaders, sample_dir
+from alignmix_lab.classification.config import SAMPLE_DEFAULTS
+from alignmix_lab.data import convert, create_loaders, sample_dir
 from alignmix_lab.data.sample import _make_once, cache_dir
 
 SMALL = {'input_size': (3, 48, 48), 'batch_size': 8, 'workers': 1}
@@ -22,10 +23,10 @@ def without_ffcv(monkeypatch):
     """Make `import ffcv` fail, as where it is not installed."""
     import_module = builtins.__import__
 
-    def refuse(name, *args, **kwargs):
-        if name.partition('.')[0] == 'ffcv':
+    def refuse(name, globals=None, locals=None, fromlist=(), level=0):
+        if name.partition('.')[0] == 'ffcv' and not level:
             raise ModuleNotFoundError("No module named 'ffcv'")
-        return import_module(name, *args, **kwargs)
+        return import_module(name, globals, locals, fromlist, level)
 
     monkeypatch.setattr(builtins, '__import__', refuse)
 
@@ -65,7 +66,7 @@ def test_ffcv_is_chosen_where_the_files_are(betons, numbered, caplog):
         create_loaders(str(numbered), loader='ffcv', **SMALL)
     with pytest.raises(ValueError, match='holds .beton files only, which need FFCV'):
         create_loaders(str(betons), loader='timm', **SMALL)
-    with pytest.raises(ValueError, match="loader 'dali' is unknown; use 'auto', 'ffcv' or 'timm'"):
+    with pytest.raises(ValueError, match="--loader must be one of 'auto', 'ffcv', 'timm', got 'dali'"):
         create_loaders(str(betons), loader='dali')
 
 
@@ -155,7 +156,7 @@ def test_a_dataset_by_name(tmp_path):
         patch.setattr(CIFAR10, 'train_list', [[name, checksums[name]] for name, _ in CIFAR10.train_list])
         patch.setattr(CIFAR10, 'test_list', [[name, checksums[name]] for name, _ in CIFAR10.test_list])
         patch.setattr(CIFAR10, 'meta', {**CIFAR10.meta, 'md5': checksums[meta]})
-        loaders = create_loaders(str(tmp_path), 'torch/cifar10', **SMALL)
+        loaders = create_loaders(str(tmp_path), dataset='torch/cifar10', **SMALL)
     assert (loaders.train.num_samples, loaders.val.num_samples, loaders.num_classes) == (20, 4, 10)
     assert loaders.class_names[9] == 'class 9'
     assert [labels.tolist() for _, labels in loaders.val] == [[0, 1, 8, 9]]

@@ -188,13 +188,13 @@ def test_settings_are_checked(settings, message):
 def test_command(tmp_path, numbered, caplog, capsys):
     caplog.set_level('INFO')
     command = ['--data-dir', str(numbered), '--output', str(tmp_path), '--workers', '0', '--max-resolution', '64']
-    assert main(command) == 0
+    main(command)
     assert inspect_beton(tmp_path / 'val.beton').num_samples == 11
-    assert main(command) == 1
-    assert 'train.beton exists; pass --overwrite to replace it' in caplog.text
-    assert main([*command, '--overwrite', '--train-split', '']) == 0
-    assert main(['--data-dir', '/nowhere', '--output', str(tmp_path / 'b')]) == 1
-    assert 'data folder /nowhere does not exist' in caplog.text
+    with pytest.raises(SystemExit, match='train.beton exists; pass --overwrite to replace it'):
+        main(command)
+    main([*command, '--overwrite', '--train-split', ''])
+    with pytest.raises(SystemExit, match='data folder /nowhere does not exist'):
+        main(['--data-dir', '/nowhere', '--output', str(tmp_path / 'b')])
     with pytest.raises(SystemExit):
         main(['--help'])
     assert '--data-dir imagenet --output imagenet_ffcv' in capsys.readouterr().out

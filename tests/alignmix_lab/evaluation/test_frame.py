@@ -17,7 +17,7 @@ from alignmix_lab.evaluation import EvalConfig, NotApplicable, base, evaluate, o
 from alignmix_lab.evaluation.models import open_models, short_labels
 from alignmix_lab.evaluation.result import Column, Result
 from alignmix_lab.evaluation.runner import command_line
-from alignmix_lab.runs.options import Options, config_option
+from alignmix_lab.runs.options import Options, config_option, create_parser, parse_flags
 
 ROOT = Path(__file__).resolve().parents[3]
 CLASSES = ('blob', 'cross', 'stripe')

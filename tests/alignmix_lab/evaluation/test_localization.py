@@ -8,9 +8,10 @@ import torch
 from PIL import Image
 
 from alignmix_lab import evaluation
+from alignmix_lab.commands import cub
 from alignmix_lab.data import create_loaders
 from alignmix_lab.evaluation.base import NotApplicable
-from alignmix_lab.evaluation.protocols import cub, localization
+from alignmix_lab.evaluation.protocols import localization
 from alignmix_lab.evaluation.protocols.box_data import open_boxes
 from alignmix_lab.evaluation.protocols.localization import ClassMaps, judge, measures
 

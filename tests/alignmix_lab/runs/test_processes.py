@@ -214,10 +214,9 @@ def test_accelerate_launch_uses_all_cores_on_a_cpu(launch, tmp_path):
     script = tmp_path / 'threads.py'
     script.write_text(
         'import os, torch\n'
-        'from alignmix_lab.classification import TrainConfig\n'
-        'from alignmix_lab.classification.build import create_accelerator\n'
+        'from alignmix_lab.runs.accelerator import create_accelerator\n'
         "before = os.environ['OMP_NUM_THREADS'], torch.get_num_threads()\n"
-        "create_accelerator(TrainConfig(device='cpu'))\n"
+        "create_accelerator('cpu')\n"
         "print('threads', *before, torch.get_num_threads())\n")
     assert f'threads 1 1 {len(os.sched_getaffinity(0))}\n' in launch('--num_processes', '1', str(script))
 

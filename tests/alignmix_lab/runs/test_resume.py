@@ -110,7 +110,7 @@ def test_tuples_in_options_are_no_change(finished, make_config, run_training, tm
     options = {**done.config.to_dict(), 'output': str(tmp_path / 'copy'), 'resume': 'auto', 'epochs': 3}
     run = run_training(make_config(**options))
     changed = [line for line in run.log if 'changed arguments' in line]
-    assert changed == ['Resuming with changed arguments: epochs 2 -> 3']
+    assert changed == ['Resuming with changed arguments: --epochs 2 -> 3']
 
 
 def test_another_model_is_refused_with_its_missing_keys(finished, make_config, run_training, tmp_path):
@@ -132,7 +132,7 @@ def test_a_finished_run_has_nothing_to_train(finished, make_config, run_training
 
 
 @pytest.mark.parametrize('options, said', [
-    (dict(lr=1e-4), r'other arguments \(lr 0.003 -> 0.0001\)'),
+    (dict(lr=1e-4), r'other arguments \(--lr 0.003 -> 0.0001\)'),
     (dict(workers=1, log_interval=7), 'the same arguments'),
 ])
 def test_a_folder_with_a_run_is_refused(finished, make_config, run_training, options, said):

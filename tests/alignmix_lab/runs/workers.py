@@ -80,7 +80,7 @@ def train_all(jobs: dict[str, dict[str, Any]], folder: Path) -> None:
         timm_alignmix.MixTask.forward = step
         result, code = None, None
         try:
-            result = fit(run, saver)
+            result = fit(run, saver, validate)
         except KeyboardInterrupt:
             code = 'died'
         except SystemExit as e:

@@ -1,13 +1,13 @@
 """What shows how a run goes: trackers, the picture of its curves, the report."""
 import re
-import sys
 
 import numpy as np
 import pytest
 from accelerate.tracking import GeneralTracker
 from PIL import Image
 
-from alignmix_lab.runs import run_report as watch
+from alignmix_lab.runs import trackers
+from alignmix_lab.runs.plotting import COLORS
 
 
 class Recorder(GeneralTracker):
@@ -33,9 +33,8 @@ class Recorder(GeneralTracker):
 
 def test_trackers_get_every_figure(make_config, run_training, monkeypatch, tmp_path):
     recorder = Recorder()
-    monkeypatch.setattr(watch, 'check_trackers', lambda names: None)
-    monkeypatch.setattr('alignmix_lab.classification.build.check_trackers', lambda names: None)
-    monkeypatch.setattr(watch, 'filter_trackers', lambda names, folder: [recorder])
+    monkeypatch.setattr('alignmix_lab.runs.accelerator.check_trackers', lambda names: None)
+    monkeypatch.setattr(trackers, 'filter_trackers', lambda names, folder: [recorder])
     run = run_training(make_config(
         tmp_path, mix='cutmix', log_trackers=['tensorboard'], log_interval=2, clip_grad=1e-3))
     assert recorder.finished == 1 and recorder.configuration['mix'] == 'cutmix'
@@ -70,7 +69,7 @@ def test_tensorboard_reads_what_was_logged(make_config, run_training, tmp_path):
 
 @pytest.mark.parametrize('name', ['tensorboard', 'wandb'])
 def test_a_missing_tracker_is_refused(make_config, run_training, monkeypatch, tmp_path, name):
-    monkeypatch.setattr(watch, 'find_spec', lambda package: None)
+    monkeypatch.setattr(trackers, 'find_spec', lambda package: None)
     with pytest.raises(ValueError, match=f'--log-trackers {name}: the package is not installed; pip install {name}'):
         run_training(make_config(tmp_path, log_trackers=[name]))
 
@@ -78,7 +77,7 @@ def test_a_missing_tracker_is_refused(make_config, run_training, monkeypatch, tm
 def test_curves_and_report(finished):
     run = finished('densemultimix')
     pixels = np.asarray(Image.open(run.folder / 'curves.png').convert('RGB')).reshape(-1, 3)
-    for color in watch.COLORS[:2]:
+    for color in COLORS[:2]:
         rgb = [int(color[i:i + 2], 16) for i in (1, 3, 5)]
         assert (pixels == rgb).all(axis=1).sum() > 50
     text = (run.folder / 'report.md').read_text()
@@ -89,9 +88,3 @@ def test_curves_and_report(finished):
     assert re.findall(r'^\| (\w+) \| ([\d.]+)% \|', text, re.MULTILINE) == [
         (mode, f'{100 * values["share"]:.1f}') for mode, values in modes.items()]
     assert 'test_resnet' in text and '3 epochs of 5 updates, 16 images each' in text and '](curves.png)' in text
-
-
-def test_curves_without_matplotlib_are_left_out(monkeypatch, tmp_path, caplog):
-    monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
-    watch.draw_curves(tmp_path / 'summary.csv', tmp_path / 'curves.png')
-    assert not list(tmp_path.iterdir()) and 'matplotlib is not installed' in caplog.text
