@@ -52,8 +52,13 @@ setup(
     long_description=(here / 'README.md').read_text(encoding='utf-8'),
     long_description_content_type='text/markdown',
     license='Apache-2.0',
-    packages=find_packages(include=['timm_alignmix', 'timm_alignmix.*', 'alignmix_lab', 'alignmix_lab.*']),
+    packages=[
+        *find_packages(include=['timm_alignmix', 'timm_alignmix.*', 'alignmix_lab', 'alignmix_lab.*']),
+        'alignmix_lab.recipes',
+    ],
+    package_dir={'alignmix_lab.recipes': 'recipes'},  # where the programs find recipes by name without a clone
     package_data={
+        'alignmix_lab.recipes': ['**/*.yaml', 'README.md'],
         'alignmix_lab.evaluation': ['published.csv'],
         'alignmix_lab.evaluation.ablation': ['studies.yaml'],
         'alignmix_lab.evaluation.report': ['page.html'],

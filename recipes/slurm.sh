@@ -12,7 +12,7 @@
 #
 # Train on Slurm, on one node or many, and go on after time limits and pre-emption until the run is complete:
 #
-#   sbatch recipes/slurm.sh -c recipes/imagenet/resnet50_300ep/densemultimix.yaml --data-dir /data/imagenet_beton
+#   sbatch recipes/slurm.sh -c imagenet/resnet50_300ep --mix densemultimix --data-dir /data/imagenet_beton
 #   sbatch --nodes 1 recipes/slurm.sh ...
 #
 # Submit from the clone. All words after the script go to train_imagenet.py; options of sbatch before it win over those

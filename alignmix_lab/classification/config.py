@@ -51,7 +51,8 @@ class TrainConfig(RunConfig, TrainDataOptions):
         affects_result=False)
 
     mix: str = _mix('none', 'mixing method, see timm_alignmix.list_mixes(): alignmix, alignmix_ae, cutmix, '
-                    "densemultimix, manifold, mixup, multimix, none; matched without case, '-' and '_'")
+                    'densemultimix, manifold, mixup, multimix, none; or a name that the recipe has under mixes; '
+                    "matched without case, '-' and '_'")
     mix_kwargs: dict = _mix({}, 'options of the method, e.g. --mix-kwargs alpha=1.0 align_at=layer3', dict)
 
     model: str = _model('resnet50', 'timm model name')

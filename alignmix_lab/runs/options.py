@@ -11,16 +11,16 @@ from typing import Any
 import yaml
 from timm.utils import ParseKwargs
 
-from timm_alignmix.mixes import canonical
+from timm_alignmix.mixes import canonical, list_mixes
 
 # Headings of --help, in order; others follow as they come.
 GROUPS = (
     'Data', 'Mixing', 'Detector', 'Model', 'Optimizer', 'Learning rate schedule', 'Augmentation and regularization',
     'Batch norm and weight averaging', 'Speed and device', 'Run, logs and checkpoints',
 )
-# recipes/ of a clone, or the copy that is installed with the package.
+# The copy that is installed with the package, or recipes/ of a clone.
 _PACKAGE = Path(__file__).resolve().parents[1]
-RECIPES = next((path for path in (_PACKAGE.parent / 'recipes', _PACKAGE / 'recipes') if path.is_dir()), None)
+RECIPES = next((path for path in (_PACKAGE / 'recipes', _PACKAGE.parent / 'recipes') if path.is_dir()), None)
 
 
 def config_option(
@@ -173,49 +173,63 @@ def _convert_one(option: Field, value: Any) -> Any:
 
 # YAML files
 
-def find_recipe(name: str) -> Path:
-    """The YAML file of a path, or of a recipe's name such as `imagenet/resnet50_300ep`.
+# Options of one file, and those that hold where a method is chosen.
+_Layer = tuple[dict[str, Any], dict[str, dict[str, Any]]]
+
+
+def find_recipe(name: str, above: Path | None = None) -> Path:
+    """Find the YAML file of a path, or of a recipe's name such as `imagenet/resnet50_300ep`.
+
+    Args:
+        name: The path or name.
+        above: The file whose base is looked for; a path is relative to it.
 
     Raises:
         ValueError: There is neither.
     """
-    if Path(name).is_file():
-        return Path(name)
-    files = RECIPES.rglob('*.yaml') if RECIPES else ()
-    known = {str(path.relative_to(RECIPES).with_suffix('')): path for path in files}
-    if name.removesuffix('.yaml') not in known:
-        raise ValueError(f'--config {name}: no such file, and no recipe of that name{near_names(name, known)}')
-    return known[name.removesuffix('.yaml')]
+    path = above.parent / name if above else Path(name)
+    if path.is_file():
+        return path
+    files = [file.relative_to(RECIPES) for file in sorted(RECIPES.rglob('*.yaml'))] if RECIPES else []
+    known = [
+        file.with_suffix('').as_posix() for file in files if file.name[0] != '_' and file.parts[0] != 'accelerate']
+    recipe = name.removeprefix('recipes/').removesuffix('.yaml')
+    if recipe not in known:
+        said = f'--config {path} (base of {above})' if above else f'--config {name}'
+        near = near_names(recipe, known) or f'; recipes: {", ".join(known) or "not installed"}'
+        raise ValueError(f'{said}: no such file, and no recipe of that name{near}')
+    return RECIPES / f'{recipe}.yaml'
 
 
 def read_yaml(name: str, config_class: type[Options], mix: str | None = None) -> dict[str, Any]:
-    """Options of a YAML file and of the files it is based on.
+    """Read the options of a YAML file and of the files it is based on.
 
     Args:
         name: A file, or the name of a recipe. It maps option names ('-' and '_' are the same) to values; a value
             replaces that of a base as a whole, mappings such as `mix_kwargs` too. Two keys are no options: `base` names
-            a file, or a list of files of which the later wins, relative to this one, that hold where this file is
-            silent; `mixes` maps methods to options that hold where that method is chosen. An entry may name another
+            a recipe, a file relative to this one, or a list of these of which the later wins, that hold where this file
+            is silent; `mixes` maps methods to options that hold where that method is chosen. An entry may name another
             `mix`, as a variant does: `alignmix_release: {mix: alignmix, mix_kwargs: {...}}`.
         config_class: The configuration that has the options.
-        mix: Method chosen by a flag; None takes the file's.
+        mix: Method or variant chosen by a flag; None takes the file's. `mix_kwargs` of another method are left out.
 
     Raises:
-        ValueError: A file is missing, no mapping, has a key that is no option, or is its own base.
+        ValueError: A file is missing, no mapping, has a key that is no option, or is its own base; or there is no such
+            method.
     """
-    options, mixes = _read_layers(find_recipe(name), config_class, ())
-    if mix is not None and canonical(mix) != canonical(options.get('mix', '')):
-        options.pop('mix_kwargs', None)  # they belong to the file's own method
-        options['mix'] = mix
-    return {**options, **mixes.get(canonical(options.get('mix', 'none')), {})}
+    layers = _read_layers(find_recipe(name), config_class, ())
+    if any(option.name == 'mix' for option in fields(config_class)):
+        return _choose_mix(layers, mix, name)
+    return {key: value for options, _ in layers for key, value in options.items()}
 
 
-def _read_layers(
-        path: Path,
-        config_class: type[Options],
-        above: tuple[Path, ...],
-) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """Options of a file over those of its bases, and those of single methods; `above` are the files that led here."""
+def recipe_mixes(name: str, config_class: type[Options]) -> list[str]:
+    """Names of the entries under `mixes` of a recipe and its bases."""
+    return list(dict.fromkeys(key for _, mixes in _read_layers(find_recipe(name), config_class, ()) for key in mixes))
+
+
+def _read_layers(path: Path, config_class: type[Options], above: tuple[Path, ...]) -> list[_Layer]:
+    """What the bases of a file say, then the file, so that the later wins; `above` are the files that led here."""
     said = f'--config {path}' + (f' (base of {above[-1]})' if above else '')
     if path.resolve() in [file.resolve() for file in above]:
         raise ValueError(f'{said}: the file is its own base, through ' + ' -> '.join(map(str, (*above, path))))
@@ -225,32 +239,40 @@ def _read_layers(
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
         raise ValueError(f'{said}: base must be a file or a list of files, got {bases!r}')
     known = [option.name for option in fields(config_class)]
-    own_mixes = (options.pop('mixes', None) or {}) if 'mix' in known else {}
-    if not isinstance(own_mixes, dict) or not all(isinstance(o, dict) or o is None for o in own_mixes.values()):
-        raise ValueError(f'{said}: mixes must map methods to mappings of options, got {own_mixes!r}')
-    own_mixes = {name: _with_underscores(entry or {}) for name, entry in own_mixes.items()}
-    for entry in (options, *own_mixes.values()):
+    mixes = (options.pop('mixes', None) or {}) if 'mix' in known else {}
+    if not isinstance(mixes, dict) or not all(isinstance(entry, dict) or entry is None for entry in mixes.values()):
+        raise ValueError(f'{said}: mixes must map methods to mappings of options, got {mixes!r}')
+    mixes = {str(name): _with_underscores(entry or {}) for name, entry in mixes.items()}
+    for entry in (options, *mixes.values()):
         unknown = [f'{key!r}{near_names(key, [*known, "base", "mixes"])}' for key in entry if key not in known]
         if unknown:
             raise ValueError(f'{said} has unknown keys: ' + ', '.join(unknown))
-    merged, mixes = {}, {}
-    for base in bases:
-        base_path = path.parent / base
-        base_options, base_mixes = _read_layers(base_path, config_class, (*above, path))
-        merged.update(base_options)
-        _merge_mixes(mixes, base_mixes)
-    _merge_mixes(mixes, {canonical(name): {'mix': name, **entry} for name, entry in own_mixes.items()})
-    return {**merged, **options}, mixes
+    below = [layer for base in bases for layer in _read_layers(find_recipe(base, path), config_class, (*above, path))]
+    return [*below, (options, mixes)]
 
 
-def _merge_mixes(into: dict[str, dict[str, Any]], mixes: dict[str, dict[str, Any]]) -> None:
-    for name, entry in mixes.items():
-        into[name] = {**into.get(name, {}), **entry}
+def _choose_mix(layers: list[_Layer], mix: str | None, name: str) -> dict[str, Any]:
+    """Options of all layers under one method: a layer's entry for it wins over that layer, a later layer over both."""
+    chosen = mix or next((str(options['mix']) for options, _ in reversed(layers) if 'mix' in options), 'none')
+    entries = [
+        next((entry for key, entry in mixes.items() if canonical(key) == canonical(chosen)), {}) for _, mixes in layers]
+    method = next((str(entry['mix']) for entry in reversed(entries) if 'mix' in entry), chosen)
+    if canonical(method) not in map(canonical, list_mixes()):
+        variants = sorted({key for _, mixes in layers for key, entry in mixes.items() if 'mix' in entry})
+        raise ValueError(
+            f'unknown mix {method!r}{near_names(method, [*list_mixes(), *variants])}; available: '
+            f'{", ".join(list_mixes())}; in the recipe {name}: {", ".join(variants) or "no others"}')
+    merged: dict[str, Any] = {}
+    owner = chosen
+    for (options, _), entry in zip(layers, entries, strict=True):
+        owner = str(options.get('mix', owner))
+        if canonical(owner) != canonical(chosen):
+            options = {key: value for key, value in options.items() if key != 'mix_kwargs'}
+        merged.update({**options, **entry})
+    return {**merged, 'mix': method}
 
 
 def _read_mapping(path: Path, said: str) -> dict[str, Any]:
-    if not path.is_file():
-        raise ValueError(f'{said}: no such file')
     try:
         options = yaml.safe_load(path.read_text(encoding='utf-8')) or {}
     except yaml.YAMLError as e:

@@ -161,7 +161,10 @@ def write_files(folder, **texts):
 
 
 def test_a_recipe_stands_on_its_bases(script, tmp_path):
-    """Nearest wins: flags, the file, its bases from the last to the first, the bases' own bases, the defaults."""
+    """Nearest wins: flags, the file, its bases from the last to the first, the bases' own bases, the defaults.
+
+    Options of another method than the chosen one are left out.
+    """
     (tmp_path / 'sub').mkdir()
     write_files(tmp_path, root='lr: 0.5\nepochs: 9\nseed: 3\nmix_kwargs: {alpha: 1.0}\n')
     write_files(
@@ -170,7 +173,7 @@ def test_a_recipe_stands_on_its_bases(script, tmp_path):
         tmp_path, recipe='base: [sub/first.yaml, sub/second.yaml]\nmix: mixup\nmix_kwargs: {alpha: 2}\n')
     config = script.parse_config(['-c', recipe, '--mix', 'cutmix'])
     assert (config.lr, config.epochs, config.opt, config.dist_bn, config.seed) == (0.5, 8, 'adamw', '', 3)
-    assert (config.mix, config.mix_kwargs, config.batch_size) == ('cutmix', {}, 128)
+    assert (config.mix, config.mix_kwargs, config.batch_size) == ('cutmix', {'alpha': 1.0}, 128)
     assert script.parse_config(['-c', recipe, '--mix', 'Mix-Up']).mix_kwargs == {'alpha': 2}
 
 
