@@ -78,7 +78,7 @@ def test_links_to_folders_that_are_listed_anyway_are_passed_over(tree, caplog):
     reasons = {os.path.relpath(name, root / 'train'): reason for name, reason in source.skipped}
     assert reasons.keys() == {'a/self', 'a/up', 'a/all', 'b/across'}
     assert 'the same folder as' in reasons['a/self'] and 'a folder that holds' in reasons['a/up']
-    assert '4 files or folders are not read' in caplog.text
+    assert '4 files or folders are skipped' in caplog.text
 
 
 def test_a_class_that_is_a_link_to_another_is_refused(tree):
