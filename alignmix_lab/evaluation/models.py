@@ -144,7 +144,8 @@ def open_models(config: EvalConfig, device: torch.device) -> list[EvalModel]:
 def _pairs(config: EvalConfig) -> list[tuple[str, str | None]]:
     models, checkpoints = config.model or [], config.checkpoint or []
     if not models:
-        raise ValueError('--model is missing: pass a timm model name, a folder of exported weights or a training checkpoint')
+        raise ValueError(
+            '--model is missing: pass a timm model name, a folder of exported weights or a training checkpoint')
     if not checkpoints:
         return [(name, None) for name in models]
     return list(zip(models * len(checkpoints) if len(models) == 1 else models, checkpoints, strict=True))

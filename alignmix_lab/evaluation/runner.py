@@ -77,7 +77,7 @@ def run_protocol(ev: Evaluation, protocol: Protocol) -> Result | None:
 
 
 def result_key(ev: Evaluation, protocol: Protocol) -> str:
-    """Hash of everything that a result depends on: weights, labels, options, version; the machine too if it is timed."""
+    """Hash of all inputs of a result: weights, labels, options, version; also the machine if it is timed."""
     names = {*result_options(EvalConfig), *result_options(protocol.options)}
     facts: dict[str, Any] = {name: getattr(ev.config, name) for name in sorted(names)}
     if protocol.timed:

@@ -77,7 +77,7 @@ def test_links_to_folders_that_are_listed_anyway_are_passed_over(tree, caplog):
     assert (source.num_samples, source.class_names) == (2, ['a', 'b'])
     reasons = {os.path.relpath(name, root / 'train'): reason for name, reason in source.skipped}
     assert reasons.keys() == {'a/self', 'a/up', 'a/all', 'b/across'}
-    assert 'the same folder as' in reasons['a/self'] and 'a folder that holds' in reasons['a/up']
+    assert 'the same folder as' in reasons['a/self'] and 'a folder that contains' in reasons['a/up']
     assert '4 files or folders are skipped' in caplog.text
 
 
