@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .device_loader import DeviceLoader
+from .ffcv.beton import BetonInfo, inspect_beton
+from .ffcv.importing import import_ffcv
 from .images.sources import ImageSource, open_source
 from .options import LoaderOptions
 from .sample import sample_dir
@@ -65,7 +67,6 @@ def ffcv_usable(loader: str) -> bool:
     Raises:
         ImportError: It cannot, but the loader is 'ffcv'.
     """
-    from .ffcv.importing import import_ffcv
     try:
         import_ffcv()
     except ImportError as error:
@@ -116,7 +117,6 @@ def _ffcv_loaders(o: LoaderOptions) -> Loaders:
             raise ValueError(f'{flag} {value} is not available with FFCV; use --loader timm, or leave it out')
     if o.interpolation != 'bilinear' or o.train_interpolation not in (None, 'bilinear'):
         _logger.info('FFCV resizes by area averaging; --interpolation and --train-interpolation have no effect')
-    from .ffcv.beton import inspect_beton
 
     infos = [inspect_beton(Path(o.data_dir) / name) for name in (TRAIN_BETON, VAL_BETON)]
     names = infos[0].class_names
@@ -129,8 +129,8 @@ def _ffcv_loaders(o: LoaderOptions) -> Loaders:
     return _loaders(made, num_classes, names, 'ffcv', f'FFCV, {o.data_dir} ({cache})')
 
 
-def ffcv_loader(info, o: LoaderOptions, train: bool) -> DeviceLoader:
-    """Create the loader of a .beton file, given its BetonInfo."""
+def ffcv_loader(info: BetonInfo, o: LoaderOptions, train: bool) -> DeviceLoader:
+    """Create the loader of a .beton file."""
     from .ffcv.loader import FFCVBatches
     return DeviceLoader(FFCVBatches(info, o, train), o, train)
 

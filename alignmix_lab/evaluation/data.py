@@ -7,6 +7,7 @@ import torch
 
 from alignmix_lab.data import sample_dir
 from alignmix_lab.data.device_loader import DeviceLoader
+from alignmix_lab.data.ffcv.beton import inspect_beton
 from alignmix_lab.data.images.folders import EVAL_FOLDERS, TRAIN_FOLDERS
 from alignmix_lab.data.images.sources import ImageSource
 from alignmix_lab.data.loaders import TRAIN_BETON, VAL_BETON, ffcv_loader, ffcv_usable, open_split_source, timm_loader
@@ -66,7 +67,6 @@ def open_split(o: LoaderOptions, split: str, class_names: list[str] | None) -> E
     """
     beton = _find_beton(o, split)
     if beton is not None:
-        from alignmix_lab.data.ffcv.beton import inspect_beton
         data = inspect_beton(beton)
         where = f'FFCV, {beton.name} of {beton.parent.name}'
         loader = ffcv_loader(data, o, False)

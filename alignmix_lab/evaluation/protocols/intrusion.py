@@ -323,7 +323,8 @@ def make_bank(ev: Evaluation, kept: _Kept) -> Bank:
     _, values, labels = kept.gather(ev)
     if len(np.unique(labels)) < 2:
         raise ValueError(
-            f'split {ev.config.intrusion_split} shows only one class, so there is no other class to intrude on')
+            f'split {ev.config.intrusion_split} shows only one class, so there is no other one to intrude on; '
+            'pass another --intrusion-split')
     if values.ndim == 3:
         labels = np.repeat(labels, values.shape[2])
         values = values.transpose(0, 2, 1).reshape(len(labels), -1)
