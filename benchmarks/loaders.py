@@ -20,6 +20,7 @@ from report import add_arguments, report
 from alignmix_lab.commands.convert import main as write_main
 from alignmix_lab.data.ffcv.beton import inspect_beton
 from alignmix_lab.data.ffcv.loader import FFCVBatches
+from alignmix_lab.data.options import LoaderOptions
 from alignmix_lab.runs.timing import Spread, time_interleaved
 
 WRITE_MODES = {'jpg': 'JPEG, quality 90', 'proportion': 'half JPEG, half raw', 'raw': 'raw pixels'}
@@ -58,8 +59,8 @@ def image_folder_epoch(folder: Path, args: argparse.Namespace) -> Callable[[], i
 
 def ffcv_epoch(beton: Path, args: argparse.Namespace) -> Callable[[], int]:
     """An epoch through FFCV."""
-    batches = FFCVBatches(
-        inspect_beton(beton), (3, args.size, args.size), args.batch, train=True, workers=max(1, args.workers))
+    options = LoaderOptions(input_size=(3, args.size, args.size), batch_size=args.batch, workers=max(1, args.workers))
+    batches = FFCVBatches(inspect_beton(beton), options, train=True)
     return lambda: sum(len(images) for images, _ in batches)
 
 

@@ -1,12 +1,10 @@
-"""Reading images: FFCV's .beton files, timm's datasets, and the built-in sample. FFCV is imported when it is used."""
-from .ffcv.writer import WriteReport, WriteSettings, convert, write_beton
+"""Image loading from FFCV's .beton files, timm's datasets and a built-in sample. FFCV is only imported when used."""
+from .ffcv.writer import WriteSettings, convert, write_beton
 from .images.sources import open_source
-from .loaders import Loaders, create_loaders
+from .loaders import create_loaders
 from .sample import sample_dir
 
 __all__ = [
-    'Loaders',
-    'WriteReport',
     'WriteSettings',
     'convert',
     'create_loaders',

@@ -1,4 +1,4 @@
-"""What both loaders share: transfer, normalisation and memory format, on the device."""
+"""Transfer, normalisation and memory format on the device, shared by all loaders."""
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -6,11 +6,13 @@ import numpy as np
 import torch
 from timm.data.loader import PrefetchLoader
 
+from .options import LoaderOptions
+from .order import eval_shard, shuffled, train_batches, train_shard
 from .seeding import SeededErasing
 
 
 class Batches(Protocol):
-    """A source of CPU batches: (B, C, H, W) uint8 images and (B,) int64 labels, each batch in memory of its own."""
+    """Source of CPU batches: (B, C, H, W) uint8 images and (B,) int64 labels. Batches do not share memory."""
     num_samples: int
 
     def set_epoch(self, epoch: int, start: int = 0) -> None: ...
@@ -20,95 +22,120 @@ class Batches(Protocol):
     def order(self) -> np.ndarray: ...
 
     def numbers(self) -> Iterator[int]:
-        """A number for each sample of the next iteration, in order, that tells it from the others of the epoch."""
+        """A number for each sample of the next iteration, in order and unique within the epoch."""
 
     def __len__(self) -> int: ...
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]: ...
 
 
-class DeviceLoader:
-    """Yields (images, labels) on a device: (B, C, H, W) float32, normalised there from uint8, and (B,) int64.
+class IndexedBatches:
+    """Order and number of the batches of one rank, for data with random access.
 
-    timm's PrefetchLoader does the work: the transfer of the next batch overlaps the step on this one. Every batch has
-    its own memory, so tensors stay valid when the loop moves on.
+    Training: shuffled by (seed, epoch), full batches only, each sample at most once per epoch over all ranks.
+    Evaluation: each sample exactly once over all ranks, in order.
 
-    Attributes:
-        num_samples: Samples of the whole set, over all ranks.
-
-    Args:
-        batches: The batches of this rank.
-        mean: Per channel, of pixels in [0, 1].
-        std: Per channel, of pixels in [0, 1].
-        device: Where batches go.
-        channels_last: Memory format of the images.
-        channels: Image channels.
-        reprob: Probability of random erasing.
-        remode: 'const', 'rand' or 'pixel' (timm's modes of random erasing).
-        recount: Most regions erased in an image.
-        seed: Seed of random erasing.
+    Raises:
+        ValueError: There are too few training samples for a batch.
     """
 
-    def __init__(
-            self,
-            batches: Batches,
-            mean: tuple[float, ...],
-            std: tuple[float, ...],
-            device: torch.device,
-            channels_last: bool = False,
-            channels: int = 3,
-            reprob: float = 0.0,
-            remode: str = 'pixel',
-            recount: int = 1,
-            seed: int = 42,
-    ):
-        self.batches = batches
-        self.num_samples = batches.num_samples
-        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        self._epoch = 0
-        self._prefetcher = PrefetchLoader(
-            batches, mean=mean, std=std, channels=channels, device=device,
-            re_prob=reprob, re_mode=remode, re_count=recount)
-        if self._prefetcher.random_erasing is not None:
-            self._prefetcher.random_erasing = SeededErasing(self._prefetcher.random_erasing, seed, device)
+    def __init__(self, num_samples: int, options: LoaderOptions, train: bool):
+        self.num_samples = num_samples
+        self._train = train
+        self._seed = options.seed
+        self._batch_size = options.split_batch_size(train)
+        self._rank_of = options.rank, options.world_size
+        self._epoch, self._start = 0, 0
+        len(self)  # raises if there are too few samples
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """Choose what iterations from now on run.
+        self._epoch, self._start = epoch, start
 
-        Order and augmentation follow from the seed and the epoch, so an epoch entered late goes on exactly as one that
-        was run from its beginning.
+    def order(self) -> np.ndarray:
+        """Indices of this rank's samples in the current epoch."""
+        if not self._train:
+            return eval_shard(self.num_samples, *self._rank_of)
+        return train_shard(shuffled(self.num_samples, self._seed, self._epoch), self._batch_size, *self._rank_of)
+
+    def remaining(self) -> np.ndarray:
+        """Indices of the samples that the next iteration yields."""
+        return self.order()[self._start * self._batch_size:]
+
+    def numbers(self) -> Iterator[int]:
+        return iter(self.remaining().tolist())
+
+    def __len__(self) -> int:
+        rank, world_size = self._rank_of
+        if self._train:
+            return train_batches(self.num_samples, self._batch_size, world_size)
+        return -(-len(eval_shard(self.num_samples, rank, world_size)) // self._batch_size)
+
+
+class DeviceLoader:
+    """Loader of (images, labels) on a device: (B, C, H, W) float32, normalised there from uint8, and (B,) int64.
+
+    It wraps timm's PrefetchLoader: the next batch is transferred while the current one is used. Every batch has its own
+    memory, so tensors stay valid after the loop moves on.
+
+    Attributes:
+        num_samples: Samples of the whole split, over all ranks.
+
+    Args:
+        batches: CPU batches of this rank.
+        options: Device, normalisation, memory format and random erasing.
+        train: Whether to erase at random, if the options say so.
+    """
+
+    def __init__(self, batches: Batches, options: LoaderOptions, train: bool):
+        self.batches = batches
+        self.num_samples = batches.num_samples
+        self.memory_format = torch.channels_last if options.channels_last else torch.contiguous_format
+        self._epoch = 0
+        device = torch.device(options.device)
+        erase = train and not options.no_aug
+        self._prefetcher = PrefetchLoader(
+            batches, mean=options.mean, std=options.std, channels=options.input_size[0], device=device,
+            re_prob=options.reprob if erase else 0.0, re_mode=options.remode, re_count=options.recount)
+        if self._prefetcher.random_erasing is not None:
+            self._prefetcher.random_erasing = SeededErasing(self._prefetcher.random_erasing, options.seed, device)
+
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Select the epoch of the following iterations.
+
+        Order and augmentation depend only on the seed and the epoch, so an epoch that is entered late continues exactly
+        like one that was read from the beginning.
 
         Args:
             epoch: Index of the epoch.
-            start: Batch of the epoch to begin with; those before are not read. len() stays that of the whole epoch.
+            start: First batch to yield; earlier ones are not read. len() is still that of the whole epoch.
 
         Raises:
             ValueError: The epoch has fewer batches.
         """
         if not 0 <= start <= len(self):
-            raise ValueError(f'an epoch cannot start at batch {start}: it has {len(self)} of them')
+            raise ValueError(f'an epoch cannot start at batch {start}: it has {len(self)} batches')
         self._epoch = epoch
         self.batches.set_epoch(epoch, start)
 
     def set_size(self, side: int) -> None:
-        """Choose the height and width of the images that iterations from now on yield, in pixels.
+        """Set the image height and width, in pixels, of the following iterations (for progressive resizing).
 
-        For progressive resizing: nothing is compiled anew and no worker is restarted.
+        Nothing is recompiled and no worker is restarted.
         """
         if side < 1:
             raise ValueError(f'images cannot have {side} pixels a side')
         self.batches.set_size(side)
 
     def order(self) -> np.ndarray:
-        """Indices of all samples of this rank in the chosen epoch, int64, from its first batch on.
+        """Indices, int64, of all samples of this rank in the selected epoch, starting with its first batch.
 
         Raises:
-            RuntimeError: The dataset is read in sequence, where samples have no indices.
+            RuntimeError: The dataset is read sequentially, so that its samples have no indices.
         """
         return self.batches.order()
 
     def __len__(self) -> int:
-        """Batches of this rank in a whole epoch."""
+        """Number of batches of this rank in a whole epoch."""
         return len(self.batches)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -1,4 +1,4 @@
-"""What images are read and how: the options of every loader, once."""
+"""Options of the data loaders, in one place."""
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
@@ -14,65 +14,68 @@ _aug = partial(config_option, 'Augmentation and regularization')
 
 @dataclass
 class SourceOptions(Options):
-    """Where images come from."""
+    """Where the images come from."""
 
     data_dir: str | None = _data(
-        None, 'ImageFolder root (train/ and val/ or validation/ inside), or a folder with train.beton and val.beton; '
+        None, 'ImageFolder root with train/ and val/ or validation/, or a folder with train.beton and val.beton; '
         'without --data-dir, --dataset and --config the built-in sample is used')
-    dataset: str = _data('', "timm dataset name, e.g. torch/cifar10, hfds/<repo>, wds/<name>; '' = --data-dir decides")
+    dataset: str = _data('', 'timm dataset name, e.g. torch/cifar10, hfds/<repo>, wds/<name>; default: read --data-dir')
     dataset_download: bool = _data(False, 'let torch/ datasets download themselves', bool, affects_result=False)
     class_map: str = _data('', 'file that maps class names to indices')
-    loader: str = _data('auto', 'ffcv, timm, or ffcv where it is installed and fits', choices=('auto', 'ffcv', 'timm'))
+    loader: str = _data(
+        'auto', 'data loader; auto picks ffcv if it is installed and the data is in .beton files, else timm',
+        choices=('auto', 'ffcv', 'timm'))
 
 
 @dataclass
 class TrainDataOptions(SourceOptions):
-    """Splits and augmentation of a training run."""
+    """Splits and augmentation for training."""
 
     train_split: str = _data('train', 'training split')
-    val_split: str = _data('validation', 'evaluation split')
+    val_split: str = _data('validation', 'validation split')
 
-    no_aug: bool = _aug(False, 'no training augmentation', bool)
-    scale: list[float] = _aug([0.08, 1.0], 'area of the random crop', float, nargs=2, low=0)
-    ratio: list[float] = _aug([3 / 4, 4 / 3], 'aspect ratio of the random crop', float, nargs=2, low=0)
+    no_aug: bool = _aug(False, 'turn off training augmentation', bool)
+    scale: list[float] = _aug([0.08, 1.0], 'area range of the random resized crop', float, nargs=2, low=0)
+    ratio: list[float] = _aug([3 / 4, 4 / 3], 'aspect ratio range of the random resized crop', float, nargs=2, low=0)
     crop_resize: int | None = _aug(
-        None, 'random crop of the image resized to a square of this side, instead of the random resized crop (timm '
+        None, 'resize images to a square of this side and crop at random, instead of the random resized crop (timm '
         'loader)', int, low=1)
     crop_padding: int = _aug(
-        0, 'random crop of the image padded with this many black pixels, instead of the random resized crop (timm '
+        0, 'pad images with this many black pixels and crop at random, instead of the random resized crop (timm '
         'loader)', int, low=0)
     hflip: float = _aug(0.5, 'probability of a horizontal flip', float, low=0)
-    train_interpolation: str | None = _aug(None, "resize interpolation in training; default: the loader's")
+    train_interpolation: str | None = _aug(None, 'interpolation for training; default: that of evaluation')
     color_jitter: float = _aug(0.0, "colour jitter (timm loader; timm's own default is 0.4)", float, low=0)
     aa: str | None = _aug(None, 'AutoAugment or RandAugment policy, e.g. rand-m9-mstd0.5 (timm loader)')
     reprob: float = _aug(0.0, 'probability of random erasing (timm loader)', float, low=0)
-    remode: str = _aug('pixel', 'fill of random erasing', choices=('const', 'rand', 'pixel'))
-    recount: int = _aug(1, 'regions of random erasing', int, low=1)
+    remode: str = _aug('pixel', 'fill of erased regions', choices=('const', 'rand', 'pixel'))
+    recount: int = _aug(1, 'maximum number of erased regions per image', int, low=1)
 
 
 @dataclass
 class LoaderOptions(TrainDataOptions):
-    """What both loaders are made from: a user's options, and what the model and the launcher decide.
+    """Everything a loader needs: the user's options plus what the model and the launcher decide.
 
     Attributes:
         input_size: (channels, height, width).
-        mean: Per channel, of pixels in [0, 1].
-        std: Per channel, of pixels in [0, 1].
-        interpolation: Resizing in evaluation; timm's loader only, FFCV averages areas.
-        crop_pct: Side of evaluation's centre crop, relative to the shorter side.
-        crop_mode: Of evaluation: 'center', or 'squash' for the whole image. timm's loader only.
+        mean: Per channel, for pixels in [0, 1].
+        std: Per channel, for pixels in [0, 1].
+        interpolation: Resize interpolation in evaluation (timm loader; FFCV averages areas).
+        crop_pct: Side of the evaluation centre crop, relative to the shorter image side.
+        crop_mode: Evaluation crop: 'center', or 'squash' to keep the whole image (timm loader).
         batch_size: Training samples per batch and rank.
-        validation_batch_size: Evaluation samples per batch and rank; None for batch_size.
+        validation_batch_size: Evaluation samples per batch and rank; None uses batch_size.
         workers: Threads (FFCV) or processes (timm) per loader.
-        pin_mem: Pin the memory of batches (timm; FFCV does so for CUDA).
-        device: Where batches go.
-        channels_last: Memory format of the images.
-        seed: Seed of order and augmentation; the same on all ranks.
-        rank: This process.
-        world_size: Processes.
-        num_classes: Classes of the model; labels must be below. None: those of the data.
-        os_cache: FFCV: read through the page cache (True), or page by page into the process's own memory (False). None:
-            the page cache where the file fits in memory.
+        pin_mem: Pin the batches in memory (timm; FFCV always does so for CUDA).
+        device: Device of the batches.
+        channels_last: Use the channels-last memory format.
+        seed: Seed for order and augmentation; the same on all ranks.
+        rank: Rank of this process.
+        world_size: Number of processes.
+        num_classes: Classes of the model; labels must be below. None takes the number from the data.
+        os_cache: FFCV only: read through the page cache, which all processes of a machine share (True), or page by page
+            into the memory of each process, which shuffles within a window only (False). None uses the page cache if
+            the file fits in memory.
     """
 
     input_size: tuple[int, int, int] = (3, 224, 224)
@@ -95,19 +98,16 @@ class LoaderOptions(TrainDataOptions):
 
     @classmethod
     def of(cls, config: Options, **decided: Any) -> 'LoaderOptions':
-        """Take over every option that a configuration has, but for what is decided elsewhere."""
+        """Copy the options that a configuration shares with the loaders; `decided` takes precedence."""
         return cls(**{
             **{option.name: getattr(config, option.name) for option in fields(cls) if hasattr(config, option.name)},
             **decided,
         })
 
-    def for_split(self, train: bool) -> dict[str, Any]:
-        """The options that every kind of batches takes."""
-        return {
-            'batch_size': self.batch_size if train else self.validation_batch_size or self.batch_size,
-            'train': train,
-            'workers': self.workers,
-            'seed': self.seed,
-            'rank': self.rank,
-            'world_size': self.world_size,
-        }
+    @property
+    def on_cuda(self) -> bool:
+        return torch.device(self.device).type == 'cuda'
+
+    def split_batch_size(self, train: bool) -> int:
+        """Samples per batch and rank in either split."""
+        return self.batch_size if train else self.validation_batch_size or self.batch_size

@@ -1,26 +1,26 @@
-"""Which sample goes where in an epoch: pure functions of (seed, epoch, rank), the same for every loader.
+"""Sample order of an epoch: pure functions of (seed, epoch, rank), shared by all loaders.
 
-Unlike torch's DistributedSampler nothing is padded: in training every sample is used at most once an epoch and all
-ranks get the same number of batches; in evaluation every sample is used exactly once, so ranks may differ by a batch.
+Unlike torch's DistributedSampler, nothing is padded. In training, a sample is used at most once per epoch and all ranks
+get the same number of batches; in evaluation, each sample is used exactly once, so ranks may differ by a batch.
 """
 import numpy as np
 
 
 def shuffled(num_samples: int, seed: int, epoch: int) -> np.ndarray:
-    """A permutation of the samples. (seed, epoch) is hashed as a pair: epoch 1 of seed 0 is not epoch 0 of seed 1."""
+    """Random permutation of the samples. The pair is hashed: epoch 1 of seed 0 differs from epoch 0 of seed 1."""
     return np.random.default_rng([seed, epoch]).permutation(num_samples)
 
 
 def quasi_shuffled(pages: np.ndarray, seed: int, epoch: int, window: int) -> np.ndarray:
-    """A random order that reads a file page by page: only about `window` pages are in use at any time.
+    """Random order that needs only about `window` pages of the file at any time.
 
-    Pages come in random order, and each sample is delayed by a random time of up to `window` pages.
+    Pages come in random order, and each sample is delayed by up to `window` pages at random.
 
     Args:
         pages: (N,) page number of each sample.
         seed: Seed of the run.
         epoch: Epoch to shuffle for.
-        window: Pages mixed with each other at any time.
+        window: Number of pages that are mixed.
     """
     rng = np.random.default_rng([seed, epoch])
     _, page_of_sample = np.unique(pages, return_inverse=True)
@@ -29,10 +29,10 @@ def quasi_shuffled(pages: np.ndarray, seed: int, epoch: int, window: int) -> np.
 
 
 def train_batches(num_samples: int, batch_size: int, world_size: int) -> int:
-    """Full batches that every rank gets in an epoch.
+    """Number of full batches per rank and epoch.
 
     Raises:
-        ValueError: There is not one.
+        ValueError: There are too few samples for a single batch.
     """
     batches = num_samples // (batch_size * world_size)
     if not batches:
@@ -50,11 +50,11 @@ def train_shard(
         world_size: int,
         contiguous: bool = False,
 ) -> np.ndarray:
-    """The part of a global order that one rank trains on.
+    """Samples of a global order that one rank trains on.
 
-    By default ranks take turns, so that step k of all ranks together is always samples [k * B, (k + 1) * B) of the
-    order (B the global batch size), for any number of ranks. `contiguous` gives each rank a stretch instead, for
-    orders that follow the pages of a file: then each rank reads its own pages only.
+    By default ranks take turns, so that step k of all ranks together uses samples [k * B, (k + 1) * B) of the order (B
+    is the global batch size) for any number of ranks. With `contiguous`, each rank gets one stretch of the order and so
+    reads only its own pages of the file.
     """
     samples = train_batches(len(order), batch_size, world_size) * batch_size
     if contiguous:
@@ -63,5 +63,5 @@ def train_shard(
 
 
 def eval_shard(num_samples: int, rank: int, world_size: int) -> np.ndarray:
-    """The samples that one rank evaluates, in order: the ranks' parts differ by at most one sample."""
+    """Samples that one rank evaluates, in order. Shards differ in length by at most one sample."""
     return np.array_split(np.arange(num_samples), world_size)[rank]

@@ -1,5 +1,4 @@
-"""The built-in sample: scikit-learn's handwritten digits, 1,797 real images of 8 x 8 pixels that pip already
-installed."""
+"""Built-in sample: the 1,797 handwritten digits, 8 x 8 pixels each, that come with scikit-learn."""
 import logging
 import os
 import shutil
@@ -44,7 +43,7 @@ def _write_betons(folder: Path) -> None:
 
 
 def _make_once(folder: Path, make: Callable[[Path], None]) -> Path:
-    """Fill a folder beside its final place, then rename it. Of several processes that do, the first wins."""
+    """Fill a temporary folder, then rename it. If several processes do so, the first one wins."""
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -64,15 +63,15 @@ def _make_once(folder: Path, make: Callable[[Path], None]) -> Path:
 
 
 def sample_dir(kind: str = 'ffcv') -> Path:
-    """The folder of the sample, written to the cache when first asked for.
+    """Return the folder of the sample, which is written to the cache on first use.
 
-    1,437 training and 360 validation images, a fixed split with the same share of each digit.
+    1,437 training and 360 validation images, a fixed split stratified by digit.
 
     Args:
         kind: 'ffcv' for train.beton and val.beton, 'timm' for an ImageFolder.
 
     Raises:
-        ImportError: scikit-learn is missing, or FFCV for 'ffcv'.
+        ImportError: scikit-learn is not installed, or FFCV for 'ffcv'.
     """
     if kind == 'timm':
         return _make_once(cache_dir() / 'digits-images-v1', _write_images)

@@ -1,7 +1,7 @@
-"""Global generators seeded for one sample and left as they were, which is what makes timm's augmentation repeat.
+"""Reproducible augmentation through timm: the global random generators are seeded per sample and then restored.
 
-timm's transforms and its random erasing draw from Python's, numpy's and torch's global generators. Seeded by (seed,
-epoch, sample), a sample is augmented alike in every run, process and worker, wherever the epoch was entered.
+timm's transforms and random erasing draw from the global generators of Python, numpy and torch. With a seed from (seed,
+epoch, sample), a sample is augmented alike in every run, process and worker, from whichever batch the epoch starts.
 """
 import contextlib
 import random
@@ -14,7 +14,7 @@ from timm.data.random_erasing import RandomErasing
 
 @contextlib.contextmanager
 def generators_kept(device: torch.device | None = None) -> Iterator[None]:
-    """Restore Python's, numpy's and torch's CPU generators afterwards, and that of `device`."""
+    """Restore the generators of Python, numpy, torch's CPU and `device` on exit."""
     states = random.getstate(), np.random.get_state()
     devices = [] if device is None or device.type == 'cpu' else [device]
     try:
@@ -26,22 +26,22 @@ def generators_kept(device: torch.device | None = None) -> Iterator[None]:
 
 
 def seed_generators(*key: int, device: torch.device | None = None) -> None:
-    """Seed Python's, numpy's and torch's CPU generators, and that of `device`, by a tuple of integers."""
+    """Seed the generators of Python, numpy, torch's CPU and `device` with a tuple of integers."""
     words = np.random.SeedSequence(key).generate_state(3)
     random.seed(int(words[0]))
     np.random.seed(words[1])
-    torch.default_generator.manual_seed(int(words[2]))  # torch.manual_seed() takes 100 times longer
+    torch.default_generator.manual_seed(int(words[2]))  # torch.manual_seed() is 100 times slower
     if device is not None and device.type != 'cpu':
         getattr(torch, device.type).manual_seed(int(words[2]))
 
 
 class SeededErasing:
-    """timm's random erasing of batches, drawn for each sample from (seed, epoch, number of the sample).
+    """timm's random erasing, seeded for each sample with (seed, epoch, number of the sample).
 
     Args:
         erasing: timm's operation.
         seed: Seed of the run.
-        device: Where the batches are.
+        device: Device of the batches.
     """
 
     def __init__(self, erasing: RandomErasing, seed: int, device: torch.device):
@@ -52,7 +52,7 @@ class SeededErasing:
         self._numbers: Iterator[int] = iter(())
 
     def begin(self, epoch: int, numbers: Iterator[int]) -> None:
-        """Start an epoch: the batches that follow hold the samples of these numbers, in this order."""
+        """Start an epoch whose samples have these numbers, in this order."""
         self._epoch = epoch
         self._numbers = numbers
 
@@ -60,7 +60,7 @@ class SeededErasing:
         """Erase in (B, C, H, W) images, in place."""
         with generators_kept(self._device):
             for image in images:
-                # 1: not the draws that the sample's transform started with
+                # 1: draws other than those of the sample's transform
                 seed_generators(self._seed, self._epoch, next(self._numbers), 1, device=self._device)
                 self._erasing(image)
         return images

@@ -1,10 +1,10 @@
 """Batches through timm's datasets and transforms, for images that are not in .beton files.
 
-timm's create_loader() pads evaluation to the number of ranks, draws its order and augmentation from global generators,
-and replaces an image it cannot read by the next one. So its parts are put together here: the order comes from (seed,
-epoch), each sample is augmented from a seed of (seed, epoch, index) whatever the number of workers, evaluation counts
-each sample once, and an unreadable image ends the run with its name. Datasets that are read in sequence (webdataset
-and the like) keep timm's own loader.
+timm's create_loader() pads evaluation to a multiple of the ranks, uses the global random generators, and replaces an
+unreadable image by the next one. So its parts are assembled differently here: the order follows from (seed, epoch),
+each sample is augmented with a seed from (seed, epoch, index) whatever the number of workers, evaluation counts each
+sample once, and an unreadable image stops the run with its name. Sequential datasets such as webdataset keep timm's
+reader.
 """
 import itertools
 from collections.abc import Callable, Iterator
@@ -17,30 +17,53 @@ from PIL import Image
 from timm.data.loader import fast_collate
 from timm.data.readers.shared_count import SharedCount
 
+from .device_loader import IndexedBatches
 from .images.decode import decode_image, read_bytes
 from .images.sources import ImageSource
-from .order import eval_shard, shuffled, train_batches, train_shard
+from .options import LoaderOptions
 from .seeding import generators_kept, seed_generators
 from .transforms import Size
 from .worker_signals import end_with_parent, iterate
 
-MakeTransform = Callable[[Size], Callable]  # as SizedTransform does
+MakeTransform = Callable[[Size], Callable]  # as SizedTransform
 
 
-def _check_label(label: int, num_classes: int, where: str) -> None:
-    if not 0 <= label < num_classes:
-        raise RuntimeError(f'{where} has the label {label}; --num-classes {num_classes} allows 0 to {num_classes - 1}')
+def _check_label(label: int, num_classes: int | None, where: str) -> None:
+    if label < 0 or (num_classes is not None and label >= num_classes):
+        allowed = 'labels start at 0' if num_classes is None else \
+            f'--num-classes {num_classes} allows 0 to {num_classes - 1}'
+        raise RuntimeError(f'{where} has the label {label}; {allowed}')
+
+
+def _data_loader(
+        dataset: torch.utils.data.Dataset,
+        options: LoaderOptions,
+        train: bool,
+        **arguments: Any,
+) -> torch.utils.data.DataLoader:
+    return torch.utils.data.DataLoader(
+        dataset,
+        batch_size=options.split_batch_size(train),
+        collate_fn=fast_collate,
+        num_workers=options.workers,
+        pin_memory=options.pin_mem and options.on_cuda,
+        persistent_workers=options.workers > 0,
+        generator=torch.Generator(),  # torch's global one would advance with every epoch
+        worker_init_fn=end_with_parent,
+        **arguments,
+    )
 
 
 class _TransformedImages(torch.utils.data.Dataset):
-    """Indexed by (epoch, size, index), so that workers that live through all epochs know which one they are in."""
+    """Indexed by (epoch, size, index), because workers live through all epochs."""
 
-    def __init__(self, source: ImageSource, make_transform: MakeTransform, mode: str, num_classes: int, seed: int):
+    def __init__(self, source: ImageSource, make_transform: MakeTransform, options: LoaderOptions):
         self.source = source
         self.make_transform = make_transform
-        self.mode = mode
-        self.num_classes = num_classes
-        self.seed = seed
+        self.options = options
+        self.mode = {1: 'L', 3: 'RGB'}.get(options.input_size[0])
+        if self.mode is None:
+            raise ValueError(f'images have 1 or 3 channels, not {options.input_size[0]}')
 
     def __getitem__(self, key: tuple[int, Size, int]) -> tuple[Any, int]:
         epoch, size, index = key
@@ -50,98 +73,35 @@ class _TransformedImages(torch.utils.data.Dataset):
         except Exception as error:
             raise RuntimeError(
                 f'{self.source.describe(index)} cannot be read ({type(error).__name__}: {error}); repair or remove it, '
-                'or convert the data with python -m alignmix_lab convert, which leaves such images out') from error
-        _check_label(label, self.num_classes, self.source.describe(index))
+                'or convert the data with python -m alignmix_lab convert, which skips such images') from error
+        _check_label(label, self.options.num_classes, self.source.describe(index))
         with generators_kept():
-            seed_generators(self.seed, epoch, index)
+            seed_generators(self.options.seed, epoch, index)
             return self.make_transform(size)(image), label
 
-    def __len__(self) -> int:
-        return self.source.num_samples
 
-
-class TimmBatches:
+class TimmBatches(IndexedBatches):
     """CPU batches of one rank from a dataset with random access: uint8 images and int64 labels.
 
     Args:
         source: Images and labels.
-        make_transform: Gives timm's create_transform(use_prefetcher=True) for a (height, width).
-        size: (height, width) of the images.
-        batch_size: Samples per batch and rank.
+        make_transform: Returns timm's create_transform(use_prefetcher=True) for a (height, width).
+        options: Loader options.
         train: Shuffled full batches, or every sample once in order.
-        channels: 3 for RGB, 1 for grey.
-        num_classes: Labels must be below.
-        workers: Processes; 0 reads in this one.
-        pin_memory: Whether to pin batches.
-        seed: Seed of order and augmentation.
-        rank: This process.
-        world_size: Processes.
     """
 
-    def __init__(
-            self,
-            source: ImageSource,
-            make_transform: MakeTransform,
-            size: Size,
-            batch_size: int,
-            train: bool,
-            channels: int,
-            num_classes: int,
-            workers: int = 4,
-            pin_memory: bool = False,
-            seed: int = 42,
-            rank: int = 0,
-            world_size: int = 1,
-    ):
-        self.num_samples = source.num_samples
-        self._train = train
-        self._seed = seed
-        self._batch_size = batch_size
-        self._rank_of = rank, world_size
-        self._epoch, self._start = 0, 0
-        self._size = size
-        if train:
-            self.num_own = train_batches(self.num_samples, batch_size, world_size) * batch_size
-        else:
-            self.num_own = len(eval_shard(self.num_samples, rank, world_size))
-        mode = {1: 'L', 3: 'RGB'}.get(channels)
-        if mode is None:
-            raise ValueError(f'images have 1 or 3 channels, not {channels}')
-        self._loader = torch.utils.data.DataLoader(
-            _TransformedImages(source, make_transform, mode, num_classes, seed),
-            batch_size=batch_size,
-            sampler=_Keys(self),
-            collate_fn=fast_collate,
-            num_workers=workers,
-            pin_memory=pin_memory,
-            persistent_workers=workers > 0,
-            generator=torch.Generator(),  # not torch's global one, which would lose a number to every epoch
-            worker_init_fn=end_with_parent,
-        )
-
-    def set_epoch(self, epoch: int, start: int = 0) -> None:
-        self._epoch, self._start = epoch, start
+    def __init__(self, source: ImageSource, make_transform: MakeTransform, options: LoaderOptions, train: bool):
+        super().__init__(source.num_samples, options, train)
+        self._size = tuple(options.input_size[1:])
+        self._loader = _data_loader(
+            _TransformedImages(source, make_transform, options), options, train, sampler=_Keys(self))
 
     def set_size(self, side: int) -> None:
         self._size = side, side
 
-    def order(self) -> np.ndarray:
-        """Indices of the samples of this rank in the current epoch."""
-        rank, world_size = self._rank_of
-        if not self._train:
-            return eval_shard(self.num_samples, rank, world_size)
-        return train_shard(shuffled(self.num_samples, self._seed, self._epoch), self._batch_size, rank, world_size)
-
-    def numbers(self) -> Iterator[int]:
-        """Indices of the samples that the next iteration yields."""
-        return iter(self.order()[self._start * self._batch_size:].tolist())
-
     def keys(self) -> Iterator[tuple[int, Size, int]]:
-        """(epoch, size, index) of these samples."""
+        """(epoch, size, index) of the samples that the next iteration yields."""
         return zip(itertools.repeat(self._epoch), itertools.repeat(self._size), self.numbers())
-
-    def __len__(self) -> int:
-        return len(self._loader)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         return iterate(self._loader)
@@ -154,24 +114,20 @@ class _Keys(torch.utils.data.Sampler):
     def __iter__(self) -> Iterator[tuple[int, Size, int]]:
         return self.batches.keys()
 
-    def __len__(self) -> int:
-        return self.batches.num_own
-
 
 class _SeededTransform:
-    """A transform whose draws follow from (seed, epoch, rank, worker, place in the worker's part of the stream)."""
+    """Transform whose draws follow from (seed, epoch, rank, worker, position in the worker's part of the stream)."""
 
-    def __init__(self, make_transform: MakeTransform, size: Size, seed: int, rank: int):
-        self.epoch, self.height, self.width = SharedCount(), SharedCount(size[0]), SharedCount(size[1])  # with workers
+    def __init__(self, make_transform: MakeTransform, options: LoaderOptions):
+        height, width = options.input_size[1:]
+        self.epoch, self.height, self.width = SharedCount(), SharedCount(height), SharedCount(width)  # with workers
         self._make_transform = make_transform
-        self._seed = seed
-        self._rank = rank
-        self._keys: Iterator[tuple[int, ...]] = iter(())
+        self._options = options
 
     def begin(self) -> None:
         """Start an epoch in this worker."""
         worker = torch.utils.data.get_worker_info()
-        prefix = self._seed, self.epoch.value, self._rank, 0 if worker is None else worker.id
+        prefix = self._options.seed, self.epoch.value, self._options.rank, 0 if worker is None else worker.id
         self._keys = ((*prefix, place) for place in itertools.count())
         self._transform = self._make_transform((self.height.value, self.width.value))
 
@@ -182,9 +138,9 @@ class _SeededTransform:
 
 
 class _EveryNth(torch.utils.data.IterableDataset):
-    """Every n-th sample of a stream, from the first-th on."""
+    """Every n-th sample of a stream, beginning with `first`."""
 
-    def __init__(self, source: ImageSource, first: int, n: int, num_classes: int):
+    def __init__(self, source: ImageSource, first: int, n: int, num_classes: int | None):
         self.source = source
         self.first = first
         self.n = n
@@ -201,63 +157,31 @@ class _EveryNth(torch.utils.data.IterableDataset):
 
 
 class StreamBatches:
-    """CPU batches of one rank from a dataset that is read in sequence.
+    """CPU batches of one rank from a dataset that is read sequentially.
 
-    Training follows timm's reader: it shuffles within buffers and splits shards between ranks and workers, so a sample
-    may be repeated or left out at the end of an epoch, and an epoch repeats exactly for the same number of ranks and
-    workers only. An epoch entered late reads and discards what came before. For evaluation every rank reads the whole
-    stream and keeps every n-th sample: exact, but slow on many ranks (convert to .beton where that matters).
+    Training follows timm's reader: it shuffles within buffers and splits shards between ranks and workers. A sample may
+    therefore be repeated or left out at the end of an epoch, and an epoch repeats exactly only with the same number of
+    ranks and workers. An epoch that is entered late reads and discards what came before. In evaluation, every rank
+    reads the whole stream and keeps every n-th sample, which is exact but slow on many ranks; convert to .beton then.
 
-    Args:
-        source: Images and labels.
-        make_transform: Gives timm's create_transform(use_prefetcher=True) for a (height, width).
-        size: (height, width) of the images.
-        batch_size: Samples per batch and rank.
-        train: Which of the two.
-        num_classes: Labels must be below.
-        workers: Processes; 0 reads in this one.
-        pin_memory: Whether to pin batches.
-        seed: Seed of augmentation.
-        rank: This process.
-        world_size: Processes.
+    The arguments are those of :class:`TimmBatches`.
     """
 
-    def __init__(
-            self,
-            source: ImageSource,
-            make_transform: MakeTransform,
-            size: Size,
-            batch_size: int,
-            train: bool,
-            num_classes: int,
-            workers: int = 4,
-            pin_memory: bool = False,
-            seed: int = 42,
-            rank: int = 0,
-            world_size: int = 1,
-    ):
+    def __init__(self, source: ImageSource, make_transform: MakeTransform, options: LoaderOptions, train: bool):
         self.num_samples = source.num_samples
         self._source = source
-        self._rank = rank
-        self._batch_size = batch_size
+        self._train = train
+        self._rank, self._world_size = options.rank, options.world_size
+        self._batch_size = options.split_batch_size(train)
         self._start = 0
         dataset = source.dataset
         if not train:
             dataset.reader.dist_rank, dataset.reader.dist_num_replicas = 0, 1  # every rank reads all shards
-        dataset.transform = self._transform = _SeededTransform(make_transform, size, seed, rank)
-        dataset.set_loader_cfg(num_workers=workers)  # timm's readers count samples per worker
-        self._loader = torch.utils.data.DataLoader(
-            _EveryNth(source, *((0, 1) if train else (rank, world_size)), num_classes),
-            batch_size=batch_size,
-            collate_fn=fast_collate,
-            num_workers=workers,
-            pin_memory=pin_memory,
-            drop_last=train,
-            persistent_workers=workers > 0,
-            generator=torch.Generator(),
-            worker_init_fn=end_with_parent,
-        )
-        self._length = len(self._loader) if train else -(-self.num_samples // (batch_size * world_size))
+        dataset.transform = self._transform = _SeededTransform(make_transform, options)
+        dataset.set_loader_cfg(num_workers=options.workers)  # timm's readers count samples per worker
+        first, n = (0, 1) if train else (self._rank, self._world_size)
+        self._loader = _data_loader(
+            _EveryNth(source, first, n, options.num_classes), options, train, drop_last=train)
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
         self._source.dataset.set_epoch(epoch)
@@ -268,16 +192,18 @@ class StreamBatches:
         self._transform.height.value = self._transform.width.value = side
 
     def order(self) -> np.ndarray:
+        if not self._train:
+            return np.arange(self._rank, self.num_samples, self._world_size)
         raise RuntimeError(
             f'{self._source.title} is read in sequence: its samples have no indices, and their order is not known; '
             'convert it with python -m alignmix_lab convert')
 
     def numbers(self) -> Iterator[int]:
-        """Places in this rank's stream, marked by the rank, of the samples that the next iteration yields."""
+        """Positions in this rank's stream, marked with the rank."""
         return itertools.count((self._rank << 40) + self._start * self._batch_size)
 
     def __len__(self) -> int:
-        return self._length
+        return len(self._loader) if self._train else -(-self.num_samples // (self._batch_size * self._world_size))
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        return itertools.islice(self._loader, self._start, None)
+        return itertools.islice(iterate(self._loader), self._start, None)

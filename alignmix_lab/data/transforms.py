@@ -1,4 +1,4 @@
-"""timm's transforms for either split, with the random crops that timm lacks."""
+"""timm's transforms, extended by the random crops that timm lacks."""
 from collections.abc import Callable
 
 from timm.data import create_transform
@@ -11,21 +11,21 @@ Size = tuple[int, int]  # (height, width) in pixels
 
 
 class SizedTransform:
-    """The transform of a split for any size, made once for each; an object that loader processes can be sent.
+    """Transform of a split for any image size; created once per size and picklable for worker processes.
 
     Args:
-        options: Those of the loaders.
-        train: Which of the splits.
+        options: Loader options.
+        train: Training or evaluation transform.
     """
 
     def __init__(self, options: LoaderOptions, train: bool):
         self._options = options
         self._train = train
         self._made: dict[Size, Callable] = {}
-        self(tuple(options.input_size[1:]))  # an option that timm refuses is refused now
+        self(tuple(options.input_size[1:]))  # raise now for options that timm rejects
 
     def __call__(self, size: Size) -> Callable:
-        """PIL image -> (C, height, width) uint8 tensor."""
+        """Return a function from a PIL image to a (C, height, width) uint8 tensor."""
         if size not in self._made:
             self._made[size] = self._make(size)
         return self._made[size]
@@ -49,27 +49,8 @@ class SizedTransform:
             use_prefetcher=True,
         )
         if train and not o.no_aug and (o.crop_resize or o.crop_padding):
-            transform.transforms[0] = random_crop(size, o.crop_resize, o.crop_padding, o.interpolation)
+            crop = [transforms.RandomCrop(size, padding=o.crop_padding or None)]
+            if o.crop_resize:
+                crop.insert(0, transforms.Resize((o.crop_resize,) * 2, str_to_interp_mode(o.interpolation)))
+            transform.transforms[0] = transforms.Compose(crop)
         return transform
-
-
-def random_crop(
-        size: Size,
-        resize: int | None = None,
-        padding: int = 0,
-        interpolation: str = 'bilinear',
-) -> transforms.Compose:
-    """A crop at a random place, at the scale of the image or of a square it is resized to.
-
-    Older than random resized crops: of CIFAR's recipes, and of fine-tuning on whole objects.
-
-    Args:
-        size: Height and width of the crop.
-        resize: Side of the square that the whole image is resized to first; None leaves it as it is.
-        padding: Black pixels put on every side before the crop.
-        interpolation: Of the resizing.
-    """
-    steps = [transforms.RandomCrop(size, padding=padding or None)]
-    if resize:
-        steps.insert(0, transforms.Resize((resize, resize), str_to_interp_mode(interpolation)))
-    return transforms.Compose(steps)

@@ -1,7 +1,7 @@
-"""Loader workers that outlive the signals with which a cluster announces the end of a job.
+"""Loader workers that survive the signals by which a cluster announces the end of a job.
 
-A scheduler signals every process of a job. The one that trains finishes its update and saves, for which it needs its
-workers; it would die of an error if one of them were gone.
+A scheduler signals every process of a job. The training process then finishes its update and saves a checkpoint, but it
+would fail if one of its workers had exited.
 """
 import multiprocessing
 import os
@@ -16,7 +16,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 def iterate(loader: DataLoader) -> Iterator[Any]:
-    """iter(loader), whose workers start with the signals blocked, so that no thread of theirs ever gets one."""
+    """iter(loader) with the signals blocked while the workers start, so that none of their threads receives one."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
         return iter(loader)
@@ -25,11 +25,7 @@ def iterate(loader: DataLoader) -> Iterator[Any]:
 
 
 def end_with_parent(worker_id: int) -> None:
-    """End a worker that blocks the signals at one of its parent process, which is how processes end their children.
-
-    Args:
-        worker_id: Not used; this is a DataLoader's `worker_init_fn`.
-    """
+    """Exit on a signal of the parent process, which is how torch ends its workers; a `worker_init_fn`."""
     parent = multiprocessing.parent_process().pid
 
     def wait() -> None:

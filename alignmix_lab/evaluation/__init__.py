@@ -1,4 +1,4 @@
-"""Evaluations of trained models, one file a protocol; `base` says how to add one."""
+"""Evaluation protocols for trained models, one file each; `base` explains how to add one."""
 from . import protocols
 from .base import NotApplicable, Protocol, get_protocol, list_protocols, options_class, register_protocol
 from .config import EvalConfig

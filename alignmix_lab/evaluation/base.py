@@ -1,10 +1,10 @@
-"""The frame of every evaluation: what a protocol is, what it gets, and what it gives back.
+"""Protocols and their registry.
 
-To add a protocol, write one file in protocols/ with an options class and one function, and name it in
-`protocols/__init__.py`:
+To add a protocol, write one file in protocols/ with an options class (unless it has no options) and one function, and
+import it in `protocols/__init__.py`:
 
     @dataclass
-    class SharpnessOptions(Options):                             # runs.options.Options; may be empty
+    class SharpnessOptions(Options):                             # runs.options.Options
         sharpness_radius: float = config_option('Sharpness', 0.05, 'radius of the ball', float, low=0)
 
     @register_protocol('sharpness', SharpnessOptions)
@@ -12,26 +12,23 @@ To add a protocol, write one file in protocols/ with an options class and one fu
         '''Flatness of the loss around the weights.'''            # the first line is the help text
         rows = []
         for model in ev.models:
-            losses, indices = [], []
-            with ev.progress(f'sharpness {model.label}', len(ev.loader(model))) as bar:
-                for batch in ev.batches(model):                  # this process's pixels in [0, 1], labels, indices
-                    losses.append(...)                           # model.network takes these pixels
-                    bar.update()
-            values = ev.gather(indices, loss=losses)             # of all processes, in the order of the data, once each
-            rows.append({'model': model.label, 'loss': values['loss'].mean()})
+            loader = ev.loader(model)                            # pixels in [0, 1], labels and indices of this process
+            found = ev.measure(
+                f'sharpness {model.label}', loader, len(loader),
+                lambda batch: {'loss': ...})                     # model.network takes these pixels
+            rows.append({'model': model.label, 'loss': found['loss'].mean()})  # all images, in dataset order
         return Result(
-            columns={'loss': Column('loss', '.3f')},             # keys of rows; model comes first by itself
+            columns={'loss': Column('loss', '.3f')},             # keys of the rows; `model` is always the first column
             rows=rows,
-            notes=['Loss: mean over images of ...'],             # what fixes the numbers, printed below tables
-            details={...},                                       # anything for the JSON file
+            notes=['Loss: mean over images of ...'],             # definitions, printed below the table
+            details={...},                                       # more for the JSON file
             figures={'': draw(rows)},                            # '' is PROTOCOL.png, 'x' is PROTOCOL-x.png
         )
 
-Rules: names of options are unique over all protocols (`all` has every flag at once). A protocol runs on every process
-and gives the same result on each; only the main one writes. It raises ValueError for wrong input, with the remedy, and
-NotApplicable where the data given is of another kind (`all` then goes on without it). Heavy or rare libraries are
-imported inside the function. A long computation keeps what is done in `ev.store(...)`, keyed by image. Figures come
-from `plotting.py`, which holds the colours.
+Rules: option names are unique over all protocols, because `all` has every flag. A protocol runs on every process and
+returns the same result on each; only the main process writes. It raises ValueError with the remedy for wrong input, and
+NotApplicable if the data is of another kind (`all` then skips it). Import heavy or rare libraries inside the function.
+A long computation keeps its progress in `ev.store(...)`, keyed by image. Draw with `runs/plotting.py`.
 """
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -44,7 +41,7 @@ from .result import Result
 
 
 class NotApplicable(ValueError):
-    """The data or models given are not of the kind that a protocol measures."""
+    """The data or the models are not of the kind that a protocol measures."""
 
 
 @dataclass(frozen=True)
@@ -52,18 +49,14 @@ class Protocol:
     """An evaluation.
 
     Attributes:
-        name: Its name on the command line and of its files.
+        name: Name on the command line and of the result files.
         options: Dataclass of its own options.
         run: Computes the result.
-        in_all: Whether `all` runs it.
-        needs_models: Whether it takes --model; the others get an empty list.
-        timed: Whether it measures time, so that the machine and options of speed decide on its result too.
+        timed: Whether it measures time, so that the result also depends on the machine.
     """
     name: str
     options: type[Options]
     run: Callable[[Evaluation], Result]
-    in_all: bool = True
-    needs_models: bool = True
     timed: bool = False
 
     @property
@@ -76,12 +69,10 @@ _protocols: dict[str, Protocol] = {}
 
 def register_protocol(
         name: str,
-        options: type[Options],
-        in_all: bool = True,
-        needs_models: bool = True,
+        options: type[Options] = Options,
         timed: bool = False,
 ) -> Callable[[Callable], Callable]:
-    """Make a function the protocol `name`.
+    """Register a function as the protocol `name`.
 
     Raises:
         ValueError: The name, or that of an option, is taken.
@@ -96,21 +87,21 @@ def register_protocol(
         raise ValueError(f'protocol {name!r}: taken already: {", ".join(taken)}')
 
     def register(run: Callable[[Evaluation], Result]) -> Callable[[Evaluation], Result]:
-        _protocols[name] = Protocol(name, options, run, in_all, needs_models, timed)
+        _protocols[name] = Protocol(name, options, run, timed)
         return run
     return register
 
 
 def list_protocols() -> list[str]:
-    """Names of all protocols, in the order in which `all` runs them."""
+    """Names of all protocols, in the order of `all`."""
     return list(_protocols)
 
 
 def get_protocol(name: str) -> Protocol:
-    """The protocol of a name.
+    """Look up a protocol.
 
     Raises:
-        ValueError: There is none; lists those that are.
+        ValueError: There is none of this name; the message lists those there are.
     """
     if name not in _protocols:
         known = [*_protocols, 'all']
@@ -119,7 +110,7 @@ def get_protocol(name: str) -> Protocol:
 
 
 def options_class(name: str) -> type[EvalConfig]:
-    """Dataclass of all options of a protocol, or of all of them for 'all'."""
-    chosen = [p for p in _protocols.values() if p.in_all] if name == 'all' else [get_protocol(name)]
-    bases = (EvalConfig, *(protocol.options for protocol in chosen))
+    """Dataclass of all options of a protocol, or of every protocol for 'all'."""
+    chosen = _protocols.values() if name == 'all' else [get_protocol(name)]
+    bases = (EvalConfig, *dict.fromkeys(protocol.options for protocol in chosen if protocol.options is not Options))
     return dataclass(type(f'{name.capitalize()}Config', bases, {'__doc__': f'Options of {name}.'}))

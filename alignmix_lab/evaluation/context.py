@@ -1,9 +1,7 @@
-"""What a protocol works with: the models, their images, and what is shared between processes."""
-import logging
-from collections.abc import Iterator
+"""Working environment of a protocol: models, their images, and communication between processes."""
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from dataclasses import fields
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,33 +11,35 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
+from alignmix_lab.data.images.sources import ImageSource
+from alignmix_lab.data.options import LoaderOptions
+from alignmix_lab.data.transforms import Size
 from alignmix_lab.runs.logs import progress_bar
 
 from .config import EvalConfig
-from .data import Batch, EvalLoader, open_split
+from .data import Batch, EvalLoader, open_split, open_unlabelled
 from .models import EvalModel, open_models
 from .predictions import Predictions, summarize
 from .store import Store
 
-_logger = logging.getLogger(__name__)
-
 
 class Evaluation:
-    """Models and data of one call of evaluate.py.
+    """Models and data of one evaluation.
 
     Attributes:
-        config: All options, those of the protocol included.
+        config: All options, including those of the protocol.
         accelerator: Processes and device.
         output: Folder of the results.
-        used: Descriptions of the data that the running protocol has asked for, in order.
+        used: Descriptions of the data that the running protocol has used, in order.
     """
 
     def __init__(self, config: EvalConfig, accelerator: Accelerator):
         self.config = config
         self.accelerator = accelerator
         self.output = Path(config.output)
-        self._loaders: dict[Any, EvalLoader] = {}
-        self._predictions: dict[tuple[str, str], Predictions] = {}
+        self._loaders: dict[tuple, EvalLoader] = {}
+        self._unlabelled: dict[tuple, EvalLoader] = {}  # of the running protocol
+        self._predictions: dict[str, Predictions] = {}
         self._stores: list[Store] = []
         self.used: dict[str, None] = {}
 
@@ -53,80 +53,117 @@ class Evaluation:
 
     @cached_property
     def models(self) -> list[EvalModel]:
-        """The models of --model, on the device."""
+        """Models of --model, on the device."""
         return open_models(self.config, self.device)
 
-    def loader(self, model: EvalModel, split: str | None = None, labelled: bool = True) -> EvalLoader:
-        """This process's share of a split, with the images a model takes; made once for models that take the same.
+    def loader(self, model: EvalModel, split: str | None = None) -> EvalLoader:
+        """Open this process's share of a split in the form that a model takes; models that take the same share it.
 
         Args:
             model: The model.
             split: Name of the split; None for --split.
-            labelled: Whether labels must be classes of the model.
         """
-        split = split or self.config.split
-        images = tuple(str(model.data_config[key]) for key in ('input_size', 'interpolation', 'crop_pct', 'crop_mode'))
-        names = model.class_names if labelled else None
-        key = (split, images, model.num_classes if labelled else None, tuple(names or ()))
-        if key not in self._loaders:
-            with self.accelerator.local_main_process_first():  # what is written once is written by the first
-                self._loaders[key] = open_split(
-                    self.config, split, model.data_config, names, model.num_classes if labelled else None, self.device,
-                    self.accelerator.process_index, self.accelerator.num_processes)
-        self.used[self._loaders[key].description] = None
-        return self._loaders[key]
+        split, names = split or self.config.split, model.class_names
+        options = self._loader_options(model, num_classes=model.num_classes)
+        key = (split, *(names or ()), str(options))
+        return self._open_once(self._loaders, key, partial(open_split, options, split, names))
 
-    def batches(self, model: EvalModel, split: str | None = None) -> Iterator[Batch]:
-        """This process's images of a split: pixels in [0, 1] and labels on the device, and places in the data."""
-        return iter(self.loader(model, split))
+    def unlabelled(
+            self,
+            model: EvalModel,
+            source: ImageSource,
+            make_transform: Callable[[Size], Callable] | None = None,
+            **options: Any,
+    ) -> EvalLoader:
+        """Open this process's share of images without classes; models that take the same images share it.
 
-    def predictions(self, model: EvalModel) -> Predictions:
-        """Predictions for every image of --split, on every process; computed once for all protocols."""
-        key = (model.label, self.config.split)
-        self.loader(model)  # counts as used
-        if key not in self._predictions:
-            self._predictions[key] = self._predict(model)
-        return self._predictions[key]
+        Args:
+            model: The model.
+            source: The images.
+            make_transform: Other than timm's transform: returns a function from a PIL image to (C, H, W) uint8.
+            **options: Loader options other than the model's.
+        """
+        options = self._loader_options(model, num_classes=None, **options)
+        key = (source, str(options))
+        return self._open_once(self._unlabelled, key, partial(open_unlabelled, source, options, make_transform))
+
+    def _loader_options(self, model: EvalModel, **decided: Any) -> LoaderOptions:
+        """Options for this process's share of the images of a model, as pixels in [0, 1]."""
+        shown = {key: model.data_config[key] for key in ('input_size', 'interpolation', 'crop_pct', 'crop_mode')}
+        channels = shown['input_size'][0]
+        return LoaderOptions.of(self.config, **{
+            **shown, 'mean': (0.0,) * channels, 'std': (1.0,) * channels, 'device': self.device,
+            'rank': self.accelerator.process_index, 'world_size': self.accelerator.num_processes, **decided})
+
+    def _open_once(self, loaders: dict[tuple, EvalLoader], key: tuple, create: Callable[[], EvalLoader]) -> EvalLoader:
+        if key not in loaders:
+            with self.accelerator.local_main_process_first():  # the others find what the first has written
+                loaders[key] = create()
+        self.used[loaders[key].description] = None
+        return loaders[key]
 
     @torch.inference_mode()
-    def _predict(self, model: EvalModel) -> Predictions:
-        loader, indices, parts = self.loader(model), [], []
-        with self.progress(f'predict {model.label}', len(loader)) as bar:
-            for batch in loader:
-                with self.autocast():
-                    logits = model.network(batch.images)
-                indices.append(batch.indices)
-                parts.append(summarize(logits, batch.labels, model.label))
-                bar.update()
-        names = [field.name for field in fields(Predictions)]
-        return Predictions(**{
-            name: values for name, values in self.gather(
-                indices, **{name: [part[name] for part in parts] for name in names}).items() if name in names})
+    def measure(
+            self,
+            name: str,
+            batches: Iterable[Batch],
+            total: int,
+            function: Callable[[Batch], dict[str, Any]],
+    ) -> dict[str, np.ndarray]:
+        """Apply a function to every batch, under --amp and without gradients, and gather the values of all images.
 
-    def autocast(self) -> AbstractContextManager:
-        """Mixed precision, where --amp asks for it."""
-        return self.accelerator.autocast()
+        Args:
+            name: Title of the progress bar.
+            batches: Batches of this process.
+            total: Number of batches.
+            function: Returns arrays or tensors by name, with one entry per image.
+
+        Returns:
+            As :meth:`gather`.
+        """
+        indices: list[torch.Tensor] = []
+        found: dict[str, list[Any]] = {}
+        with self.progress(name, total) as bar:
+            for batch in batches:
+                with self.accelerator.autocast():
+                    values = function(batch)
+                indices.append(batch.indices)
+                for key, value in values.items():
+                    found.setdefault(key, []).append(value)
+                bar.update()
+        return self.gather(indices, **found)
+
+    def predictions(self, model: EvalModel) -> Predictions:
+        """Predictions for all images of --split, on every process; computed once for all protocols."""
+        loader = self.loader(model)  # also marks the data as used
+        if model.label not in self._predictions:
+            found = self.measure(
+                f'predict {model.label}', loader, len(loader),
+                lambda batch: summarize(model.network(batch.images), batch.labels, model.label))
+            del found['index']
+            self._predictions[model.label] = Predictions(**found)
+        return self._predictions[model.label]
 
     def progress(self, name: str, total: int) -> AbstractContextManager[tqdm]:
-        """A progress bar of the main process."""
+        """Progress bar of the main process."""
         return progress_bar(self, name, total)
 
     def gather(self, indices: Any, **values: Any) -> dict[str, np.ndarray]:
-        """Values of all images from all processes, in the order of the data, each image once.
+        """Gather values of all images from all processes, in dataset order.
 
         Args:
-            indices: Places in the data, a tensor, an array or a list of them (one a batch).
-            **values: For each name a tensor or array of as many entries, or a list of them.
+            indices: Positions in the dataset: a tensor, an array, or a list of them (one per batch).
+            **values: Tensors or arrays of the same length, or lists of them.
 
         Returns:
-            `index`, sorted, and each name, the same on every process.
+            `index`, sorted, and the values by name, the same on every process.
 
         Raises:
-            RuntimeError: An image was counted twice.
+            RuntimeError: An image was evaluated twice.
         """
         own = {'index': _join(indices), **{name: _join(value) for name, value in values.items()}}
         parts = gather_object([own])
-        # A process without images has empty arrays, whose type and shape say nothing, or none.
+        # Leave out processes without images: their arrays are missing, or empty and of arbitrary type and shape.
         filled = [part for part in parts if len(part['index'])] or parts[:1]
         merged = {name: np.concatenate([part[name] for part in filled]) for name in filled[0]}
         order = np.argsort(merged['index'], kind='stable')
@@ -136,20 +173,21 @@ class Evaluation:
         return merged
 
     def store(self, name: str, **facts: Any) -> Store:
-        """What is kept of a computation over images, so that it goes on where it was cut.
+        """Open a store for intermediate values of a long computation, so that it can resume after an interruption.
 
         Args:
-            name: Name of the computation, part of the file's name.
-            **facts: All that decides on its values (fingerprint of the model, options, data); other facts, other store.
+            name: Name of the computation, part of the file name.
+            **facts: Everything that its values depend on (fingerprint of the model, options, data).
         """
         self._stores.append(Store(self.output / '.partial', name, facts, self.accelerator.process_index))
         return self._stores[-1]
 
-    def clear_stores(self) -> None:
-        """Remove what was kept: the result is written."""
+    def end_protocol(self) -> None:
+        """Remove the stores, because the result is written, and drop the loaders of unlabelled images."""
         for store in self._stores:
             store.remove()
         self._stores.clear()
+        self._unlabelled.clear()
 
 
 def _join(value: Any) -> np.ndarray:

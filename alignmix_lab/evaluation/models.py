@@ -1,11 +1,11 @@
-"""The models to evaluate: from names, folders and checkpoints to networks that take pixels."""
+"""Models for evaluation: from names, folders and checkpoints to networks that take pixels."""
 import hashlib
 import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,9 @@ from .config import EvalConfig
 
 
 class PixelModel(nn.Module):
-    """A timm model that takes pixels in [0, 1], the normalisation inside, and stays in evaluation mode.
+    """A timm model that normalises pixels in [0, 1] itself and stays in evaluation mode, also after `train()`.
 
-    Batch norms use their running statistics and dropout is off, whoever calls `train()`. Parameters need no gradient.
+    Its parameters do not require gradients.
 
     Args:
         network: The timm model.
@@ -45,17 +45,17 @@ class PixelModel(nn.Module):
         return super().train(False)
 
     def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
-        """(B, C, H, W) as the network wants them."""
+        """Normalise pixels (B, C, H, W) for the network."""
         return (pixels - self.mean) / self.std
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Logits (B, classes) in float32 of pixels (B, C, H, W) in [0, 1]."""
+        """Compute logits (B, classes) in float32 from pixels (B, C, H, W) in [0, 1]."""
         return self.network(self.normalize(pixels)).float()
 
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[nn.Module]:
-    """A model in evaluation mode; every module gets its own mode back."""
+    """Put a model in evaluation mode and restore the mode of every module on exit."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -71,14 +71,12 @@ class EvalModel:
 
     Attributes:
         label: Short name in tables and pictures.
-        source: What the user named.
         network: The network with its normalisation; `network.network` is the timm model.
-        data_config: `input_size`, `mean`, `std`, `interpolation`, `crop_pct` of its images.
-        class_names: Names of its classes in order, where it knows them.
-        training: Facts of its training (`mix`, `mix_options`, `dataset`, ...), empty where not known.
+        data_config: `input_size`, `mean`, `std`, `interpolation`, `crop_pct` and `crop_mode` of its images.
+        class_names: Names of its classes in order, if known.
+        training: Facts of its training (`mix`, `mix_options`, `dataset`, ...), empty if unknown.
     """
     label: str
-    source: str
     network: PixelModel
     data_config: dict[str, Any]
     class_names: list[str] | None
@@ -94,7 +92,7 @@ class EvalModel:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of the weights, buffers and normalisation: the same model under another name or path has the same."""
+        """Hash of weights, buffers and normalisation, independent of the name or path of the model."""
         digest = hashlib.sha256(f'{self.arch} {self.data_config}'.encode())
         for name, value in self.network.network.state_dict().items():
             digest.update(name.encode())
@@ -102,7 +100,7 @@ class EvalModel:
         return digest.hexdigest()[:16]
 
     def describe(self) -> dict[str, Any]:
-        """Plain facts for the result files, without paths of this machine."""
+        """Facts for the result files, without paths."""
         shown = ('input_size', 'interpolation', 'crop_pct', 'crop_mode', 'mean', 'std')
         return {
             'label': self.label,
@@ -114,62 +112,62 @@ class EvalModel:
         }
 
 
-@dataclass(frozen=True)
-class _Source:
-    """One network to open: what it is called and how."""
-    name: str
-    open: Callable[[], tuple[nn.Module, list[str] | None, dict[str, Any]]]
+# A network, the names of its classes and the facts of its training.
+Opened = tuple[nn.Module, list[str] | None, dict[str, Any]]
 
 
 def open_models(config: EvalConfig, device: torch.device) -> list[EvalModel]:
-    """Open every model named by the options, on a device.
+    """Open all models named by the options.
 
     Raises:
-        ValueError: No such model or file, weights that do not fit, or labels that do not; names it and the remedy.
+        ValueError: A model or file does not exist, or weights or labels do not fit; the message states the remedy.
     """
     sources = [source for name, checkpoint in _pairs(config) for source in _sources(name, checkpoint, config)]
-    labels = config.labels or short_labels([source.name for source in sources])
-    if len(labels) != len(sources) or len(set(labels)) != len(labels):
-        names = ', '.join(source.name for source in sources)
-        raise ValueError(f'--labels needs {len(sources)} different names, for {names}; got {", ".join(labels)}')
+    names = [name for name, _ in sources]
+    labels = config.labels or short_labels(names)
+    if len(labels) != len(names) or len(set(labels)) != len(labels):
+        raise ValueError(
+            f'--labels needs {len(names)} different names, for {", ".join(names)}; got {", ".join(labels)}')
     models = []
-    for source, label in zip(sources, labels, strict=True):
-        network, class_names, training = source.open()
+    for (_, open_network), label in zip(sources, labels, strict=True):
+        network, class_names, training = open_network()
         overrides = {key: getattr(config, key) for key in ('img_size', 'crop_pct', 'interpolation')}
         data_config = resolve_data_config(
             {key: value for key, value in overrides.items() if value}, model=network, use_test_size=True)
         pixel_model = PixelModel(network, data_config['mean'], data_config['std']).to(device)
         if config.channels_last:
             pixel_model.to(memory_format=torch.channels_last)
-        models.append(EvalModel(label, source.name, pixel_model, data_config, class_names, training))
+        models.append(EvalModel(label, pixel_model, data_config, class_names, training))
     return models
 
 
 def _pairs(config: EvalConfig) -> list[tuple[str, str | None]]:
     models, checkpoints = config.model or [], config.checkpoint or []
     if not models:
-        raise ValueError('--model is missing: name a timm model, a folder of exported weights or a training checkpoint')
+        raise ValueError(
+            '--model is missing: pass a timm model name, a folder of exported weights or a training checkpoint')
     if not checkpoints:
         return [(name, None) for name in models]
     return list(zip(models * len(checkpoints) if len(models) == 1 else models, checkpoints, strict=True))
 
 
-def _sources(name: str, checkpoint: str | None, config: EvalConfig) -> list[_Source]:
+def _sources(name: str, checkpoint: str | None, config: EvalConfig) -> list[tuple[str, Callable[[], Opened]]]:
+    """Names of the networks behind a --model, and functions that open them."""
     if checkpoint is not None:
-        return [_Source(f'{name}/{checkpoint}', lambda: _open_state(name, checkpoint, config))]
+        return [(f'{name}/{checkpoint}', partial(_open_state, name, checkpoint, config))]
     folder = Path(name.removeprefix('local-dir:'))
     if name.startswith('local-dir:') or (folder / CONFIG).is_file():
-        return [_Source(str(folder), lambda: _open_folder(folder))]
+        return [(str(folder), partial(_open_folder, folder))]
     if folder.is_file():
-        return [_Source(name, lambda: _open_checkpoint(folder, config))]
+        return [(name, partial(_open_checkpoint, folder, config))]
     if folder.is_dir():
         found = [path for path in (folder / 'last.pth.tar', folder / 'model_best.pth.tar') if path.is_file()]
         if not found:
             raise ValueError(
                 f'--model {name}: the folder has neither exported weights ({CONFIG}) nor training checkpoints '
                 '(last.pth.tar, model_best.pth.tar)')
-        return [_Source(str(path), lambda path=path: _open_checkpoint(path, config)) for path in found]
-    return [_Source(name, lambda: _open_name(name, config))]
+        return [(str(path), partial(_open_checkpoint, path, config)) for path in found]
+    return [(name, partial(_open_name, name, config))]
 
 
 def _create(name: str, **kwargs: Any) -> nn.Module:
@@ -179,7 +177,7 @@ def _create(name: str, **kwargs: Any) -> nn.Module:
         raise ValueError(f'--model {name}: timm cannot build it ({e})') from e
 
 
-def _open_name(name: str, config: EvalConfig) -> tuple[nn.Module, list[str] | None, dict[str, Any]]:
+def _open_name(name: str, config: EvalConfig) -> Opened:
     if ':' not in name and not timm.is_model(name):
         raise ValueError(
             f'--model {name}: no file or folder of this name, and no timm model'
@@ -194,7 +192,7 @@ def _open_name(name: str, config: EvalConfig) -> tuple[nn.Module, list[str] | No
     return network, list(names) if names else None, {}
 
 
-def _open_state(name: str, path: str, config: EvalConfig) -> tuple[nn.Module, list[str] | None, dict[str, Any]]:
+def _open_state(name: str, path: str, config: EvalConfig) -> Opened:
     if not Path(path).is_file():
         raise ValueError(f'--checkpoint {path}: no such file')
     state = load_state_dict(path, use_ema=config.ema is not False)
@@ -208,29 +206,31 @@ def _open_state(name: str, path: str, config: EvalConfig) -> tuple[nn.Module, li
     return network, names, {}
 
 
-def _open_folder(folder: Path) -> tuple[nn.Module, list[str] | None, dict[str, Any]]:
+def _open_folder(folder: Path) -> Opened:
     exported = weights.verify(folder)
     return _create(f'local-dir:{folder}', pretrained=True), exported.get('label_names'), exported.get('training', {})
 
 
-def _open_checkpoint(path: Path, config: EvalConfig) -> tuple[nn.Module, list[str] | None, dict[str, Any]]:
-    """Export a training checkpoint and read the export, which knows the network and the images of the run."""
+def _open_checkpoint(path: Path, config: EvalConfig) -> Opened:
+    """Open a training checkpoint through its export, which describes the network and the images of the run."""
     with tempfile.TemporaryDirectory() as folder:
         export_checkpoint(path, folder, ema=config.ema)
         return _open_folder(Path(folder))
 
 
 def short_labels(names: list[str]) -> list[str]:
-    """What differs between names: 'runs/photos-none-0/last.pth.tar' among its like is 'none'.
+    """Shorten names to the parts that differ, such as 'none' for 'runs/photos-none-0/last.pth.tar'.
 
-    Where the words in common leave two labels alike or empty, more is kept.
+    If that makes labels equal or empty, the names are kept.
     """
     def clean(name: str) -> str:
         name = re.sub(r'(\.pth)?\.tar$|\.pth?$|\.safetensors$', '', name).rstrip('/')
         return re.sub(r'/model_best$', '/best', name)
 
     if len(names) == 1:
-        return [_last_telling(clean(names[0]))]
+        name = clean(names[0])
+        parts = [part for part in name.split('/') if part not in ('last', 'best', 'export', '')]
+        return [parts[-1] if parts else name]
     tokens = [re.split(r'([/\-_. ])', clean(name)) for name in names]
     shortest = min(map(len, tokens))
     start = next((i for i in range(shortest) if len({t[i] for t in tokens}) > 1), shortest)
@@ -239,9 +239,3 @@ def short_labels(names: list[str]) -> list[str]:
     if len(set(labels)) == len(labels) and all(labels):
         return labels
     return [clean(name) if names.count(name) == 1 else f'{clean(name)} {i + 1}' for i, name in enumerate(names)]
-
-
-def _last_telling(name: str) -> str:
-    """The last part of a path that is not the same in every run."""
-    parts = [part for part in name.split('/') if part not in ('last', 'best', 'export', '')]
-    return parts[-1] if parts else name

@@ -1,4 +1,4 @@
-"""One pass of a model over the labelled images: what accuracy, calibration and OOD detection are computed from."""
+"""Predictions of a model for all labelled images, shared by accuracy, calibration and OOD detection."""
 from dataclasses import dataclass
 
 import numpy as np
@@ -7,15 +7,14 @@ import torch
 
 @dataclass(frozen=True)
 class Predictions:
-    """Of N images, in the order of the data; probabilities in float64.
+    """Predictions for N images, in dataset order; probabilities in float64.
 
     Attributes:
         label: (N,) true class.
         prediction: (N,) most probable class.
         confidence: (N,) its probability.
-        rank: (N,) number of classes that are more probable than the true one; of equal ones the lower index counts as
-            more probable.
-        nll: (N,) negative log-probability of the true class, nats.
+        rank: (N,) number of classes that are more probable than the true one; ties go to the lower index.
+        nll: (N,) negative log-probability of the true class, in nats.
         brier: (N,) sum over classes of (probability - 1[true class])^2.
     """
     label: np.ndarray
@@ -27,16 +26,16 @@ class Predictions:
 
     @property
     def correct(self) -> np.ndarray:
-        """(N,) bool: the prediction is right."""
+        """(N,) bool, whether the prediction is right."""
         return self.prediction == self.label
 
     def top(self, k: int) -> float:
-        """Share of images whose true class is among the k most probable ones, in per cent."""
+        """Percentage of images whose true class is among the k most probable ones."""
         return 100 * float(np.mean(self.rank < k))
 
 
 def summarize(logits: torch.Tensor, labels: torch.Tensor, where: str) -> dict[str, torch.Tensor]:
-    """The entries of `Predictions` for a batch.
+    """Compute the entries of `Predictions` for a batch.
 
     Args:
         logits: (B, C).
@@ -52,13 +51,11 @@ def summarize(logits: torch.Tensor, labels: torch.Tensor, where: str) -> dict[st
     probs = log_probs.exp()
     own = logits.gather(1, labels[:, None])
     earlier = torch.arange(logits.shape[1]) < labels[:, None]
-    confidence = probs.amax(dim=1)
-    prediction = logits.argmax(dim=1)
     one_hot = torch.nn.functional.one_hot(labels, logits.shape[1])
     return {
         'label': labels,
-        'prediction': prediction,
-        'confidence': confidence,
+        'prediction': logits.argmax(dim=1),
+        'confidence': probs.amax(dim=1),
         'rank': ((logits > own) | ((logits == own) & earlier)).sum(dim=1),
         'nll': -log_probs.gather(1, labels[:, None])[:, 0],
         'brier': (probs - one_hot).square().sum(dim=1),
@@ -66,13 +63,13 @@ def summarize(logits: torch.Tensor, labels: torch.Tensor, where: str) -> dict[st
 
 
 def check_finite(logits: torch.Tensor, where: str) -> None:
-    """Refuse logits that are NaN or infinite.
+    """Check logits or embeddings.
 
     Raises:
-        ValueError: Some are; says how many.
+        ValueError: Some are NaN or infinite.
     """
     bad = (~logits.isfinite()).any(dim=1).sum().item()
     if bad:
         raise ValueError(
-            f'{where}: the output for {bad} of {len(logits)} images is not finite, so there are no probabilities; are '
-            'these the weights of a run that diverged, or does --amp-dtype float16 overflow?')
+            f'{where}: the output for {bad} of {len(logits)} images is not finite; did the training run diverge, or '
+            'does --amp-dtype float16 overflow?')

@@ -1,4 +1,4 @@
-"""Run protocols and write what they find."""
+"""Running of protocols and writing of their results."""
 import hashlib
 import json
 import logging
@@ -23,42 +23,38 @@ _logger = logging.getLogger(__name__)
 def evaluate(name: str, config: EvalConfig) -> dict[str, Result]:
     """Run a protocol, or all of them, on every process of the launcher.
 
-    Results that are already in the output folder for the same models, data and options are kept.
+    Results in the output folder for the same models, data and options are kept.
 
     Args:
         name: Name of a protocol or 'all'.
         config: Its options, an instance of `options_class(name)`.
 
     Returns:
-        Of each protocol that was computed, its result.
+        The result of each protocol that was computed.
 
     Raises:
-        ValueError: The models, the data or an option do not fit; names them and the remedy.
+        ValueError: The models, the data or an option do not fit; the message states the remedy.
     """
     accelerator = create_accelerator(config.device, config.amp, config.amp_dtype)
     ev = Evaluation(config, accelerator)
-    if name != 'all':
-        result = run_protocol(ev, get_protocol(name))
-        return {} if result is None else {name: result}
     results = {}
-    for protocol in map(get_protocol, list_protocols()):
-        if protocol.in_all:
-            try:
-                result = run_protocol(ev, protocol)
-            except NotApplicable as e:
-                _logger.warning(f'{protocol.name} is left out: {e}')
-            else:
-                results.update({} if result is None else {protocol.name: result})
-    return results
+    for protocol in map(get_protocol, list_protocols() if name == 'all' else [name]):
+        try:
+            results[protocol.name] = run_protocol(ev, protocol)
+        except NotApplicable as e:
+            if name != 'all':
+                raise
+            _logger.warning(f'{protocol.name} is left out: {e}')
+    return {name: result for name, result in results.items() if result is not None}
 
 
 def run_protocol(ev: Evaluation, protocol: Protocol) -> Result | None:
-    """Compute and write one protocol; None where the output folder has its result."""
+    """Run one protocol and write its result; None if the output folder has it already."""
     key = result_key(ev, protocol)
     kept = find_result(ev.output, protocol.name, key)
-    ev.accelerator.wait_for_everyone()  # all have looked before one writes
+    ev.accelerator.wait_for_everyone()  # nobody writes before all have looked
     if kept is not None and not ev.config.redo:
-        _logger.info(f'{protocol.name}: {kept} has the result; --redo computes it anew')
+        _logger.info(f'{protocol.name}: {kept} has the result; --redo computes it again')
         return None
     ev.used.clear()
     result = protocol.run(ev)
@@ -70,30 +66,29 @@ def run_protocol(ev: Evaluation, protocol: Protocol) -> Result | None:
             'environment': environment(ev.device, ev.accelerator.num_processes),
             'data': '; '.join(ev.used) or None,
             'options': plain(own),
-            'models': [model.describe() for model in ev.models] if protocol.needs_models else [],
+            'models': [model.describe() for model in ev.models],
         }
         files = write_result(ev.output, protocol.name, protocol.help, result, facts)
         print(f'\n{protocol.name}\n\n{table(result)}\n', flush=True)
         _logger.info('Written: ' + ', '.join(map(str, files)))
     ev.accelerator.wait_for_everyone()
-    ev.clear_stores()
+    ev.end_protocol()
     return result
 
 
 def result_key(ev: Evaluation, protocol: Protocol) -> str:
-    """Hash of all that a result depends on: weights, labels, options and version, not paths; speed if that is timed."""
+    """Hash of all inputs of a result: weights, labels, options, version; also the machine if it is timed."""
     names = {*result_options(EvalConfig), *result_options(protocol.options)}
     facts: dict[str, Any] = {name: getattr(ev.config, name) for name in sorted(names)}
     if protocol.timed:
         facts['machine'] = [hardware(ev.device), ev.config.channels_last]
-    if protocol.needs_models:
-        facts['models'] = [(model.label, model.fingerprint) for model in ev.models]
+    facts['models'] = [(model.label, model.fingerprint) for model in ev.models]
     text = json.dumps([protocol.name, __version__, facts], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def command_line(name: str, config: EvalConfig) -> str:
-    """The command that computes a result: options that differ from their defaults."""
+    """Command that reproduces a result, with all options that differ from their defaults."""
     words = ['python', 'evaluate.py', name]
     default = type(config)()
     for option in fields(config):
@@ -104,7 +99,7 @@ def command_line(name: str, config: EvalConfig) -> str:
 
 
 def find_result(folder: Path, name: str, key: str) -> Path | None:
-    """The JSON file of a result, or None where there is none or one of something else."""
+    """JSON file of a result, or None if there is none with this key."""
     path = folder / f'{name}.json'
     try:
         found = json.loads(path.read_text(encoding='utf-8'))
@@ -114,10 +109,10 @@ def find_result(folder: Path, name: str, key: str) -> Path | None:
 
 
 def resolve(name: str, flags: dict[str, Any], config_file: str | None = None) -> EvalConfig:
-    """Options of a protocol from flags, which win, a YAML file and the defaults.
+    """Combine flags, which win, with a YAML file and the defaults.
 
     Raises:
-        ValueError: An unknown key or a value that its option does not take, by name.
+        ValueError: A key is unknown, or an option does not accept its value.
     """
     config_class = options_class(name)
     return config_class(**{**(read_yaml(config_file, config_class) if config_file else {}), **flags})

@@ -1,4 +1,4 @@
-"""What a long computation over images has done so far, so that it goes on where it was cut."""
+"""Stored progress of long computations over images, so that they resume after an interruption."""
 import hashlib
 import io
 import json
@@ -16,20 +16,20 @@ _logger = logging.getLogger(__name__)
 
 
 class Store:
-    """Values by image, kept on disk after every batch.
+    """Values by image, written to disk after every batch.
 
-    Entries belong to places in the data, so what one process did with one batch size is used by any number of processes
-    with another. The file's name holds a hash of all facts that the values depend on: with other models, options or
-    data the store is empty.
+    Entries are keyed by position in the dataset, so that a run can resume with another batch size or number of
+    processes. The file name contains a hash of everything that the values depend on: for other models, options or data
+    the store is empty.
 
     Args:
-        folder: Where the files are.
+        folder: Folder of the files.
         name: Name of the computation.
-        facts: All that decides on the values; must be plain.
-        rank: This process, which writes a file of its own and reads those of all.
+        facts: Everything that the values depend on, as plain values.
+        rank: Rank of this process, which writes its own file and reads those of all ranks.
 
     Attributes:
-        done: Values by place in the data.
+        done: Values by position in the dataset.
     """
 
     def __init__(self, folder: Path, name: str, facts: dict[str, Any], rank: int):
@@ -45,14 +45,14 @@ class Store:
             if path == self._file:
                 self._own = read
         if self.done:
-            _logger.info(f'{name}: going on, {len(self.done)} images are done')
+            _logger.info(f'{name}: resuming after {len(self.done)} images')
 
     def has(self, indices: Any) -> bool:
         """Whether all these images are done."""
         return all(int(index) in self.done for index in indices)
 
     def add(self, indices: Any, **values: Any) -> None:
-        """Keep the values of some images, each an array of as many entries, and write them to the disk."""
+        """Add the values of some images, arrays with one entry per image, and write the file."""
         arrays = {key: np.asarray(value) for key, value in values.items()}
         for place, index in enumerate(indices):
             self._own[int(index)] = self.done[int(index)] = {key: value[place] for key, value in arrays.items()}
@@ -68,9 +68,9 @@ class Store:
         return {key: np.stack([row[key] for row in rows]) for key in (rows[0] if rows else ())}
 
     def remove(self) -> None:
-        """Remove the files of all processes; the result that they led to is written."""
+        """Remove the files of all processes."""
         for path in self._folder.glob(f'{self._stem}-*.npz'):
-            path.unlink(missing_ok=True)  # another process may be faster
+            path.unlink(missing_ok=True)  # another process may have done it
 
 
 def _read(path: Path) -> dict[int, dict[str, np.ndarray]]:
@@ -78,7 +78,7 @@ def _read(path: Path) -> dict[int, dict[str, np.ndarray]]:
         with np.load(path) as file:
             arrays = {key: file[key] for key in file.files}
     except (OSError, ValueError, zipfile.BadZipFile) as e:
-        _logger.warning(f'{path} cannot be read and is computed again ({e})')
+        _logger.warning(f'{path} cannot be read, its values are computed again ({e})')
         return {}
     indices = arrays.pop('index')
     return {int(index): {key: value[place] for key, value in arrays.items()} for place, index in enumerate(indices)}

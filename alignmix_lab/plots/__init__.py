@@ -1,13 +1,14 @@
-"""Pictures that explain the methods, on your own images and model.
+"""Pictures that explain the methods, for your own images and model.
 
-    python -m alignmix_lab plot gallery A.jpg B.jpg                        # what input mixes make of a pair
-    python -m alignmix_lab plot alignment A.jpg B.jpg --model RUN          # where the mass of each position goes
-    python -m alignmix_lab plot hull IMAGES... --model RUN                 # pairs against the convex hull
+    python -m alignmix_lab plot gallery A.jpg B.jpg                        # input mixes of a pair
+    python -m alignmix_lab plot alignment A.jpg B.jpg --model RUN          # transport plan between two images
+    python -m alignmix_lab plot hull IMAGES... --model RUN                 # mixed pairs and the convex hull
     python -m alignmix_lab plot attention IMAGES... --model RUN            # attention of Dense MultiMix
     python -m alignmix_lab plot morph A.jpg B.jpg --model RUN              # decoded mixes of an alignmix_ae run
 
-RUN is what `evaluate.py --model` takes: a timm model's name, a folder of exported weights, a training checkpoint or
-run. Each picture is also a function of a timm model and pixels (B, 3, H, W) in [0, 1] that returns a matplotlib figure.
+RUN is anything that `evaluate.py --model` accepts: a timm model name, a folder of exported weights, a training
+checkpoint or run. Each picture is also a function of a timm model and pixels (B, 3, H, W) in [0, 1] that returns a
+matplotlib figure.
 """
 from .alignment import alignment
 from .attention import attention

@@ -1,4 +1,4 @@
-"""The alignment of AlignMixup, arXiv 2103.15375: where the mass of chosen positions goes, and the plan as a matrix."""
+"""Alignment of AlignMixup, arXiv 2103.15375: destinations of selected positions, and the plan as a matrix."""
 from collections.abc import Sequence
 
 import matplotlib
@@ -15,7 +15,7 @@ from timm_alignmix.functional import sinkhorn_plan, transport_cost
 
 from .images import network_input, show, spotlight
 
-# Those of the palette that stay apart on photos, dark or bright.
+# Colours of the palette that are distinguishable on dark and bright photos.
 _MARKS = (COLORS[1], COLORS[5], COLORS[4], COLORS[2], COLORS[3], COLORS[0])
 
 
@@ -28,14 +28,14 @@ def alignment(
         eps: float = 0.1,
         iterations: int = 100,
 ) -> Figure:
-    """Two images, positions of each, and where the plan takes them in the other.
+    """Draw two images with positions of each, and where the plan moves them in the other image.
 
     Args:
         model: A timm model.
         pixels: (2, 3, H, W) in [0, 1].
-        layer: Where to align, as `align_at` of alignmix.
-        positions: Rows and columns of the feature map; None takes some that stand out.
-        count: How many stand out.
+        layer: Layer to align, as `align_at` of alignmix.
+        positions: Rows and columns of the feature map; None selects salient ones.
+        count: Number of salient positions.
         eps: Entropy coefficient of the plan.
         iterations: Sinkhorn iterations.
 
@@ -72,13 +72,13 @@ def alignment(
 
 
 def _grid_height(positions: int, aspect: float) -> int:
-    """Rows of a map of so many positions, of the image's shape."""
+    """Rows of a feature map with the aspect ratio of the image."""
     rows = [r for r in range(1, positions + 1) if positions % r == 0]
     return min(rows, key=lambda r: abs(r * r / positions - aspect))
 
 
 def _standing_out(feat_DR: torch.Tensor, height: int, count: int) -> list[int]:
-    """Positions whose features are farthest from the mean and not next to each other, from top to bottom."""
+    """Find positions whose features are farthest from the mean and not adjacent, in order from the top."""
     width = feat_DR.shape[1] // height
     score = (feat_DR - feat_DR.mean(dim=1, keepdim=True)).square().sum(dim=0).view(height, width)
     chosen = []

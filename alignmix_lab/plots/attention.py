@@ -1,4 +1,4 @@
-"""The attention of Dense MultiMix, arXiv 2311.05538: each form over photos, and the weights it gives positions."""
+"""Attention of Dense MultiMix, arXiv 2311.05538: all its forms over photos, and the resulting weights."""
 import torch
 from matplotlib.figure import Figure
 from torch import nn
@@ -20,15 +20,15 @@ def attention(
         n: int = 1000,
         seed: int = 0,
 ) -> Figure:
-    """Attention of every form, and the share that each image has in the mixed examples of each position.
+    """Draw every form of attention, and the share of each image in the mixed examples of each position.
 
     Args:
         model: A timm model that Dense MultiMix can train.
         pixels: (B, 3, H, W) in [0, 1], a mini-batch.
-        labels: (B,) classes, for 'cam'; None takes what the model predicts.
+        labels: (B,) classes for 'cam'; None uses the model's predictions.
         class_names: Names of the classes.
-        n: Mixed examples drawn at each position for the last column.
-        seed: Of that drawing.
+        n: Number of mixed examples per position for the last column.
+        seed: Random seed of the mixed examples.
 
     Raises:
         UnsupportedModel: The model has no dense head.
@@ -45,7 +45,7 @@ def attention(
     height = x.shape[2] if head.layout.kind == 'NCHW' else round((R * pixels.shape[2] / pixels.shape[3]) ** 0.5)
     shares_BR = position_shares(maps['gap', 'relu'], n, torch.Generator().manual_seed(seed))
 
-    title = f'Attention over {R} positions; without attention each would have {100 / R:.1f} %'
+    title = f'Attention over {R} positions; uniform attention would be {100 / R:.1f} %'
     fig, axes = figure(B, len(_FORMS) + 2, size=(1.5, 1.72), title=title)
     for i, row in enumerate(axes):
         name = class_names[int(labels[i])] if class_names else f'as class {int(labels[i])}'
@@ -59,7 +59,7 @@ def attention(
 
 
 def position_shares(attention_BR: torch.Tensor, n: int, generator: torch.Generator) -> torch.Tensor:
-    """Mean share (B, R) of each example in the n mixed ones of a position: columns of [M] (11), averaged over n."""
+    """Mean share (B, R) of each example in the n mixed examples of a position: the columns of M in (11)."""
     B, R = attention_BR.shape
     weights_RNB = convex_weights(n, B, generator=generator, positions=R)
     mixed_RNB = weights_RNB * attention_BR.t().unsqueeze(1)

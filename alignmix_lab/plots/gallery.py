@@ -1,4 +1,4 @@
-"""Every mix of input images on one pair, from one image to the other."""
+"""All input mixes of one pair of images, from one image to the other."""
 from collections.abc import Sequence
 
 import torch
@@ -20,13 +20,13 @@ def gallery(
         lams: Sequence[float] = LAMS,
         centre: tuple[float, float] = (0.5, 0.5),
 ) -> Figure:
-    """What each input mix makes of two images, and the target that goes with it.
+    """Draw the result of each input mix for two images, with its target.
 
     Args:
         pixels: (2, 3, H, W) in [0, 1].
-        names: What the images show, their classes for example.
+        names: Names of the images, e.g. their classes.
         lams: Weights of the first image.
-        centre: Centre of CutMix's box, as parts of height and width; a step draws it at random.
+        centre: Centre of the CutMix box relative to height and width; random in training.
     """
     fig, axes = figure(len(_TITLES), len(lams) + 2, size=(1.35, 1.55))
     for row, name in zip(axes, _TITLES, strict=True):
@@ -40,13 +40,8 @@ def gallery(
     return fig
 
 
-def mixed_pair(
-        name: str,
-        pixels: torch.Tensor,
-        lam: float,
-        centre: tuple[float, float],
-) -> tuple[torch.Tensor, float]:
-    """The first image as an input mix makes it, (3, H, W), and its weight in the target."""
+def mixed_pair(name: str, pixels: torch.Tensor, lam: float, centre: tuple[float, float]) -> tuple[torch.Tensor, float]:
+    """Mix a pair of images; returns the mixed image (3, H, W) and the weight of the first one in the target."""
     draw = dict(mode='input', lam=torch.tensor(lam), perm=torch.tensor([1, 0]))
     if name == 'cutmix':
         H, W = pixels.shape[2:]

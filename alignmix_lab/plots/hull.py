@@ -1,4 +1,4 @@
-"""MultiMix's convex hull, arXiv 2311.05538 Figure 1: what pairs reach among embeddings, and what the hull does."""
+"""MultiMix's convex hull of embeddings, compared with mixed pairs: arXiv 2311.05538, Figure 1."""
 from collections.abc import Sequence
 
 import torch
@@ -22,18 +22,18 @@ def hull(
         alpha: float = 2.0,
         seed: int = 0,
 ) -> Figure:
-    """Embeddings of a mini-batch in the plane of their two main directions, and the points that mixing makes of them.
+    """Draw the embeddings of a mini-batch and their mixes in the plane of the two principal directions.
 
     Args:
         model: A timm model.
-        pixels: (B, 3, H, W) in [0, 1], 3 or more.
-        names: Names of the examples, classes for example.
+        pixels: (B, 3, H, W) in [0, 1], with B >= 3.
+        names: Names of the examples, e.g. their classes.
         n: Points that MultiMix draws.
-        alpha: lam ~ Beta(alpha, alpha) of the pairs.
-        seed: Of the drawing.
+        alpha: Parameter of lam ~ Beta(alpha, alpha) for pairs.
+        seed: Random seed.
 
     Raises:
-        ValueError: Fewer than 3 images.
+        ValueError: There are fewer than 3 images.
     """
     B = len(pixels)
     if B < 3:
@@ -65,7 +65,7 @@ def hull(
     share = (scale[:2].square().sum() / scale.square().sum()).item()
     for ax in (left, right):
         _examples(ax, z_B2, names)
-        ax.set(xlabel=f'plane of the two main directions ({100 * share:.0f} % of the variance)', xticks=[], yticks=[])
+        ax.set(xlabel=f'two principal directions ({100 * share:.0f} % of the variance)', xticks=[], yticks=[])
         ax.legend(loc='upper center', bbox_to_anchor=(0.5, -0.09), ncols=2, fontsize=9)
     return fig
 

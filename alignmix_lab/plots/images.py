@@ -1,4 +1,4 @@
-"""What the pictures share: images and networks from files, and how images and weights of positions are drawn."""
+"""Helpers of all pictures: loading images and networks, and drawing images and weights of positions."""
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,14 +19,14 @@ SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp', '.bmp')
 
 
 def find_images(paths: Sequence[str | Path], count: int) -> list[Path]:
-    """Files as given, of folders some spread evenly over their images.
+    """Collect image files; of each folder, some that are spread evenly over it.
 
     Args:
         paths: Files or folders.
-        count: Images wanted in all; files given beyond it are left out.
+        count: Total number of images; further ones are ignored.
 
     Raises:
-        ValueError: A path does not exist, or there are fewer images.
+        ValueError: A path does not exist, or there are too few images.
     """
     found: list[Path] = []
     for path in map(Path, paths):
@@ -44,7 +44,7 @@ def find_images(paths: Sequence[str | Path], count: int) -> list[Path]:
 
 
 def read_images(files: Sequence[str | Path], img_size: int, crop_pct: float = 1.0) -> torch.Tensor:
-    """Pixels (B, 3, img_size, img_size) in [0, 1]: the shorter side resized, the centre cropped."""
+    """Read pixels (B, 3, img_size, img_size) in [0, 1], after resizing the shorter side and cropping the centre."""
     transform = create_transform((3, img_size, img_size), crop_pct=crop_pct, mean=(0, 0, 0), std=(1, 1, 1))
     pixels = []
     for file in files:
@@ -54,24 +54,27 @@ def read_images(files: Sequence[str | Path], img_size: int, crop_pct: float = 1.
 
 
 def network_input(model: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
-    """Pixels normalised as the model's configuration says."""
-    config = resolve_data_config({}, model=model)
-    mean, std = (torch.tensor(config[key], dtype=pixels.dtype).view(1, -1, 1, 1) for key in ('mean', 'std'))
+    """Normalise pixels for a model."""
+    mean, std = _normalisation(model, pixels)
     return (pixels - mean) / std
 
 
 def to_pixels(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """The inverse of :func:`network_input`, in [0, 1]."""
-    config = resolve_data_config({}, model=model)
-    mean, std = (torch.tensor(config[key], dtype=images.dtype).view(1, -1, 1, 1) for key in ('mean', 'std'))
+    """Invert :func:`network_input`, clamped to [0, 1]."""
+    mean, std = _normalisation(model, images)
     return (images * std + mean).clamp(0, 1)
 
 
+def _normalisation(model: nn.Module, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    config = resolve_data_config({}, model=model)
+    return tuple(torch.tensor(config[key], dtype=like.dtype).view(1, -1, 1, 1) for key in ('mean', 'std'))
+
+
 def open_network(name: str, pretrained: bool = True, img_size: int | None = None) -> EvalModel:
-    """A network by what evaluate.py --model takes; of the folder of a run, its last epoch.
+    """Open a network, named as for evaluate.py --model; the folder of a run stands for its last epoch.
 
     Raises:
-        ValueError: No such model, folder or checkpoint.
+        ValueError: The model, folder or checkpoint does not exist.
     """
     last = Path(name) / 'last.pth.tar'
     config = EvalConfig(model=[str(last) if last.is_file() else name], pretrained=pretrained, img_size=img_size)
@@ -79,13 +82,13 @@ def open_network(name: str, pretrained: bool = True, img_size: int | None = None
 
 
 def open_autoencoder(name: str) -> tuple[nn.Module, AlignMixAE]:
-    """The network of an alignmix_ae training run and its method with the trained decoder, in evaluation mode.
+    """Open the network of an alignmix_ae run and its method with the trained decoder, in evaluation mode.
 
     Args:
         name: A training checkpoint, or the folder of a run.
 
     Raises:
-        ValueError: It is no checkpoint of such a run.
+        ValueError: It is not a checkpoint of such a run.
     """
     path = Path(name)
     path = path / 'last.pth.tar' if path.is_dir() else path
@@ -93,7 +96,7 @@ def open_autoencoder(name: str) -> tuple[nn.Module, AlignMixAE]:
     opened = open_network(str(path))
     facts = opened.training
     if facts.get('mix') != 'alignmix_ae' or not facts['mix_options']['decoder']:
-        raise ValueError(f'{path} was trained with mix {facts.get("mix")!r}; a decoder comes of --mix alignmix_ae')
+        raise ValueError(f'{path} was trained with mix {facts.get("mix")!r}; only --mix alignmix_ae trains a decoder')
     model, size = opened.network.network, opened.data_config['input_size'][1:]
     task = MixTask(model, 'alignmix_ae', facts['mix_options'], img_size=size, verbose=False)
     task.load_task_state(state['task_state_ema' if facts['weights'] == 'ema' else 'task_state'])
@@ -103,21 +106,13 @@ def open_autoencoder(name: str) -> tuple[nn.Module, AlignMixAE]:
 
 
 def show(ax: Axes, pixels_CHW: torch.Tensor, title: str = '', frame: str | None = None) -> None:
-    """An image without axes; `frame` is the colour of a frame around it."""
+    """Draw an image without axes; `frame` is the colour of a frame around it."""
     ax.imshow(pixels_CHW.permute(1, 2, 0).clamp(0, 1).numpy(), interpolation='nearest')
-    bare(ax)
-    ax.set_title(title, pad=3)
-    if frame is not None:
-        for spine in ax.spines.values():
-            spine.set(visible=True, edgecolor=frame, linewidth=3)
-
-
-def bare(ax: Axes) -> None:
-    """Take ticks, grid and spines off."""
     ax.set(xticks=[], yticks=[])
     ax.grid(visible=False)
+    ax.set_title(title, pad=3)
     for spine in ax.spines.values():
-        spine.set_visible(False)
+        spine.set(visible=frame is not None, edgecolor=frame, linewidth=3)
 
 
 def spotlight(
@@ -127,14 +122,9 @@ def spotlight(
         title: str = '',
         frame: str | None = None,
 ) -> None:
-    """An image lit where the weights are large, relative to the largest; the rest is dim and grey."""
+    """Draw an image that is bright where the weights are large relative to their maximum, else dim and grey."""
     side = pixels_CHW.shape[1:]
     lit = weight_HW / weight_HW.max().clamp_min(1e-12)
     lit = torch.nn.functional.interpolate(lit[None, None].float(), side, mode='nearest')[0]
     grey = pixels_CHW.mean(dim=0, keepdim=True).expand_as(pixels_CHW)
     show(ax, lit * pixels_CHW + (1 - lit) * 0.25 * grey, title, frame)
-
-
-def square(weight_BR: torch.Tensor, height: int) -> torch.Tensor:
-    """Weights of positions (B, R) as maps (B, height, R // height)."""
-    return weight_BR.unflatten(-1, (height, -1))

@@ -1,4 +1,4 @@
-"""AlignMixup's Figures 1 and 3, arXiv 2103.15375: mixed features, decoded by the autoencoder."""
+"""Mixed features decoded by the autoencoder: Figures 1 and 3 of AlignMixup, arXiv 2103.15375."""
 from collections.abc import Sequence
 
 import torch
@@ -16,10 +16,10 @@ LAMS = (1.0, 0.8, 0.6, 0.4, 0.2, 0.0)
 
 @torch.no_grad()
 def morph(model: nn.Module, mix: AlignMixAE, pixels: torch.Tensor, lams: Sequence[float] = LAMS) -> Figure:
-    """Two images, and decoded mixes of their feature maps, with lambda from 1 to 0.
+    """Draw two images and decoded mixes of their feature maps, with lambda from 1 to 0.
 
-    With alignment the features of the other image are brought to the positions of the one named: (11) keeps where
-    things are in A, (12), as printed in the paper, where they are in B.
+    Alignment moves the features of one image to the positions of the other: equation (11) keeps the positions of A, and
+    (12), as printed in the paper, those of B.
 
     Args:
         model: The encoder.

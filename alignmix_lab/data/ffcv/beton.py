@@ -1,9 +1,8 @@
-"""FFCV's .beton files (format 2): written sample by sample, and inspected before anything is read from them.
+"""Writing and checking of FFCV's .beton files (format 2).
 
-FFCV's own DatasetWriter waits forever when one of its workers fails, and its reader takes any bytes for a dataset.
-Here a single writer appends samples that others encoded, so that a failure is an exception, the file does not depend
-on the number of workers, and a sample that cannot be read is simply not appended. Field types and record layouts are
-FFCV's.
+FFCV's own DatasetWriter waits forever if one of its workers fails, and its reader accepts any bytes as a dataset. Here
+a single writer appends samples that workers have encoded, so that failures are exceptions, the file does not depend on
+the number of workers, and unreadable samples are simply not appended. Field types and record layouts are FFCV's.
 """
 import json
 import zlib
@@ -21,8 +20,8 @@ CONVERT = 'write it again with: python -m alignmix_lab convert --data-dir IMAGES
 
 
 class EncodedSample(NamedTuple):
-    """One sample as it goes to the file."""
-    image_record: bytes  # FFCV's metadata of the image; its data pointer is filled in by the writer
+    """One sample as it is stored."""
+    image_record: bytes  # FFCV's metadata of the image; the writer fills in the data pointer
     payload: bytes  # JPEG file or raw pixels
     label: int
 
@@ -38,7 +37,7 @@ def encode_sample(pixels: np.ndarray, label: int, as_jpeg: bool, jpeg_quality: i
     Args:
         pixels: (H, W, 3) uint8.
         label: Class index.
-        as_jpeg: JPEG, or raw pixels. A JPEG larger than the raw pixels is stored raw.
+        as_jpeg: Store as JPEG, unless that is larger than the raw pixels.
         jpeg_quality: 1 to 100.
     """
     field_type = import_ffcv().fields.rgb_image.RGBImageField
@@ -58,7 +57,7 @@ def encode_sample(pixels: np.ndarray, label: int, as_jpeg: bool, jpeg_quality: i
 
 
 def page_size_for(max_side: int) -> int:
-    """The smallest page that holds any image of this longer side: a sample may not cross a page border."""
+    """Smallest page that holds any image with this longer side; samples may not cross page borders."""
     page_size = MIN_PAGE_SIZE
     while page_size < 3 * max_side ** 2:
         page_size *= 2
@@ -68,11 +67,11 @@ def page_size_for(max_side: int) -> int:
 
 
 class BetonWriter:
-    """Writes one .beton file from start to end.
+    """Sequential writer of one .beton file.
 
     Args:
         path: File to create.
-        capacity: Room to keep for this many samples; fewer may be appended.
+        capacity: Maximum number of samples.
         page_size: Page size in bytes, a power of two.
     """
 
@@ -93,10 +92,10 @@ class BetonWriter:
         self._file.seek(self._data_start)
 
     def append(self, sample: EncodedSample) -> None:
-        """Add a sample; its index is the number of samples before it."""
+        """Append a sample; its index is the number of samples before it."""
         if len(self._records) == self._capacity:
             raise ValueError(
-                f'the dataset gave more than the {self._capacity} samples it announced; state the right number '
+                f'the dataset yields more than the {self._capacity} samples it announced; state the right number '
                 "(webdataset splits: 'name-{0000..0099}.tar|NUMBER')")
         if len(self._page) + len(sample.payload) > self._page_size:
             self._page.extend(bytes(self._page_size - len(self._page)))
@@ -112,7 +111,7 @@ class BetonWriter:
         self._page.clear()
 
     def close(self) -> dict:
-        """Write what is left and return the file's checksums.
+        """Finish the file and return its checksums.
 
         Returns:
             {'size', 'head', 'data_start', 'page_size', 'pages', 'table'}: sizes in bytes and CRC-32 values of the part
@@ -127,7 +126,6 @@ class BetonWriter:
         head = self._head(table_start)
         self._file.seek(0)
         self._file.write(head)
-        self._file.flush()
         self._file.close()
         return {
             'size': size, 'head': zlib.crc32(head), 'data_start': self._data_start, 'page_size': self._page_size,
@@ -160,13 +158,13 @@ class BetonWriter:
 
 
 def sidecar_path(path: Path) -> Path:
-    """The JSON file beside a .beton: class names, source, settings, checksums."""
+    """JSON file beside a .beton with class names, source, settings and checksums."""
     return path.with_name(path.name + '.json')
 
 
 @dataclass(frozen=True)
 class BetonInfo:
-    """What inspect_beton() found in a file."""
+    """Index and description of a .beton file."""
     path: Path
     labels: np.ndarray  # (N,) int64
     heights: np.ndarray  # (N,) pixels
@@ -175,12 +173,16 @@ class BetonInfo:
     pointers: np.ndarray  # (N,) byte offset of each image
     sizes: np.ndarray  # (N,) bytes of each image
     page_size: int
-    class_names: list[str] | None  # None where no JSON file lies beside it
+    class_names: list[str] | None  # None without a JSON file beside it
     sidecar: dict
 
     @property
     def num_samples(self) -> int:
         return len(self.labels)
+
+    @property
+    def num_classes(self) -> int:
+        return max(len(self.class_names or []), int(self.labels.max()) + 1)
 
     @property
     def pages(self) -> np.ndarray:
@@ -189,12 +191,12 @@ class BetonInfo:
 
 
 def inspect_beton(path: str | Path) -> BetonInfo:
-    """Read a .beton's index and check that the file is whole and holds images with integer labels.
+    """Read the index of a .beton file and check that it is complete and holds images with integer labels.
 
-    Damage inside the pages is not seen here: that takes a full read, `python -m alignmix_lab verify FILE`.
+    Damage inside the pages needs a full read: `python -m alignmix_lab verify FILE`.
 
     Raises:
-        ValueError: Missing, not a .beton of the format FFCV reads, cut short, of other fields, or inconsistent.
+        ValueError: The file is missing, of another format, truncated, inconsistent, or has other fields.
     """
     path = Path(path)
     types = import_ffcv().types
@@ -212,7 +214,7 @@ def inspect_beton(path: str | Path) -> BetonInfo:
         if header['version'] != types.CURRENT_VERSION or not 0 < header['num_fields'] < 256:
             raise ValueError(
                 f'{path} is not a .beton file of format {types.CURRENT_VERSION} (it says {header["version"]}), '
-                f'the one this FFCV reads; {CONVERT}')
+                f'which this FFCV reads; {CONVERT}')
         descriptors = read(types.FieldDescType, int(header['num_fields']), types.HeaderType.itemsize)
         names = [bytes(name).split(b'\0')[0].decode('ascii', 'replace') for name in descriptors['name']]
         expected = [type(field) for field in _fields().values()]

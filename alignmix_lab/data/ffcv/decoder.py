@@ -1,13 +1,13 @@
-"""FFCV's image decoder with crops and flips that repeat: every draw is a hash of (seed, epoch, sample, draw).
+"""FFCV's image decoder with reproducible crops and flips: every draw is a hash of (seed, epoch, sample, draw).
 
-FFCV draws from numba's generators, of which each thread has its own, so what a sample gets depends on which thread
-takes it when. Here nothing has a state: a draw is an output of SplitMix64 (Steele, Lea and Flood, "Fast splittable
-pseudorandom number generators", 2014), at a place computed from the sample's index and a key of seed and epoch. The key
-comes in as an argument, since compiled code keeps captured values for good.
+FFCV draws from numba's per-thread generators, so the result depends on which thread processes a sample and when. Here
+the draws are stateless: outputs of SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators",
+2014) at a position computed from the sample index and a key made of seed and epoch. The key is an argument because
+compiled code never updates captured values.
 
-Images are decoded into memory of their own size and mirrored in place, where FFCV keeps room for a batch of the
-largest image several times over and copies every batch to flip it. What the JPEG decoder reports is passed on; FFCV
-ignores it and serves what was in the memory before.
+Each image is decoded into a buffer of its own size and mirrored in place, whereas FFCV allocates several batches of the
+largest image and copies every batch to flip it. The status of the JPEG decoder is passed on; FFCV ignores it and
+returns whatever was in memory before.
 """
 import math
 from collections.abc import Callable
@@ -23,16 +23,16 @@ _ffcv = import_ffcv()
 
 _STEP = np.uint64(0x9E3779B97F4A7C15)
 _FACTORS = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
-_FLIP_DRAW, _CROP_DRAW = 0, 1  # places in a sample's sequence of draws
+_FLIP_DRAW, _CROP_DRAW = 0, 1  # positions in a sample's sequence of draws
 _CROP_TRIES = 10  # torchvision's
 
-# Without the reordering of sums that FFCV compiles with: one thread and several must agree to the last bit.
+# Without the fast-math that FFCV compiles with: results must be bit-identical for any number of threads.
 _compiled = numba.njit(nogil=True, error_model='numpy')
 
 
 @_compiled
 def split_mix(seed, place):
-    """The output of SplitMix64 at a place (from 0) of the sequence of a seed, both uint64."""
+    """Output of SplitMix64 at a position (from 0) in the sequence of a seed, both uint64."""
     value = np.uint64(seed) + (np.uint64(place) + np.uint64(1)) * _STEP
     value = (value ^ (value >> np.uint64(30))) * _FACTORS[0]
     value = (value ^ (value >> np.uint64(27))) * _FACTORS[1]
@@ -41,17 +41,17 @@ def split_mix(seed, place):
 
 @_compiled
 def uniform(seed, place):
-    """The same as a float64 in [0, 1), of 53 bits."""
+    """The same as a float64 in [0, 1) with 53 bits."""
     return np.float64(split_mix(seed, place) >> np.uint64(11)) * 2.0 ** -53
 
 
 def epoch_key(seed: int, epoch: int) -> np.uint64:
-    """The seed of an epoch's samples: sample i draws from the sequence of split_mix(key, i)."""
+    """Key of an epoch: sample i draws from the sequence of split_mix(key, i)."""
     return np.random.SeedSequence([seed, epoch, 1]).generate_state(1, np.uint64)[0]
 
 
 def random_resized_crop(scale: tuple[float, float], ratio: tuple[float, float]) -> Callable:
-    """Compiled (seed, height, width) -> (top, left, height, width), distributed as torchvision's RandomResizedCrop.
+    """Compile (seed, height, width) -> (top, left, height, width), distributed as torchvision's RandomResizedCrop.
 
     Args:
         scale: Range of the crop's area, relative to the image's.
@@ -84,11 +84,7 @@ def random_resized_crop(scale: tuple[float, float], ratio: tuple[float, float]) 
 
 
 def centre_crop(share: float) -> Callable:
-    """Compiled (seed, height, width) -> (top, left, height, width) of a square.
-
-    Args:
-        share: Its side, relative to the shorter side of the image.
-    """
+    """Compile (seed, height, width) -> (top, left, height, width) of a square, `share` of the shorter image side."""
     @_compiled
     def crop(seed, height, width):
         side = int(share * min(height, width))
@@ -110,13 +106,13 @@ def _mirror(image_HWC):
 
 
 class SeededDecoder(_ffcv.fields.rgb_image.SimpleRGBImageDecoder):
-    """Decode, crop, resize (by area averages) and flip, in one compiled loop over the batch.
+    """Decode, crop, resize (by area averages) and flip in one compiled loop over the batch.
 
-    The memory of each batch has three parts: the images, the epoch's key for each sample, to be filled in before, and
-    the status of each sample, 0 where it was decoded without complaint.
+    Each batch has three buffers: the images, the epoch key of each sample, which must be filled in first, and the
+    status of each sample, 0 if it was decoded without error.
 
     Args:
-        side: Height and width of the output in pixels; takes effect when memory is allocated, without compilation.
+        side: Output height and width in pixels; takes effect at the next memory allocation, without recompilation.
         crop: From random_resized_crop() or centre_crop().
         hflip: Probability of a horizontal flip.
     """

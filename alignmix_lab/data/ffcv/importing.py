@@ -1,4 +1,4 @@
-"""The one place that imports FFCV, so that everything else works without it."""
+"""The only place that imports FFCV, so that everything else works without it."""
 import contextlib
 import os
 from collections.abc import Callable, Iterator
@@ -16,7 +16,7 @@ INSTALL = (
 
 @contextlib.contextmanager
 def torch_threads_kept() -> Iterator[None]:
-    """Undo torch.set_num_threads(): FFCV calls it for the whole process on import and for every loader."""
+    """Restore the number of torch threads, which FFCV changes on import and with every loader."""
     threads = torch.get_num_threads()
     try:
         yield
@@ -28,8 +28,8 @@ def import_ffcv() -> ModuleType:
     """Import FFCV.
 
     Raises:
-        ImportError: FFCV or a library it needs is missing; the message says how to install them.
-        ValueError: NUMBA_THREADING_LAYER asks for the layer that aborts the process when two loaders run at once.
+        ImportError: FFCV or one of its libraries is missing; the message says how to install them.
+        ValueError: NUMBA_THREADING_LAYER selects the layer that aborts the process if two loaders run at once.
     """
     if os.environ.get('NUMBA_THREADING_LAYER') == 'workqueue':
         raise ValueError(
@@ -54,10 +54,10 @@ def import_ffcv() -> ModuleType:
 
 
 def _compile_reader(manager: Any) -> Callable:
-    """FFCV's reader of the page cache, with types of its own.
+    """Compile FFCV's page cache reader with its own numba types.
 
-    FFCV's marks numba's uint8[::1] read-only, an object that the whole process shares and uses as a dictionary key:
-    numba's finalizers then fail for every function compiled before, whenever the garbage collector gets to them.
+    FFCV's version marks the shared type uint8[::1] as read-only. The process uses that object as a dictionary key, so
+    the finalizers of all functions compiled before fail at the next garbage collection.
     """
     import ffcv
     from numba import types, uint64

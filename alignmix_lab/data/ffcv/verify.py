@@ -1,8 +1,8 @@
-"""Find damage in .beton files.
+"""Verification of .beton files.
 
-FFCV does not notice a damaged image: it trains on the pixels of whatever image was decoded there before. So every byte
-of the file is compared with the checksums that the converter left beside it. A file without them (converted by other
-software) has each of its JPEG images decoded instead.
+FFCV does not notice a damaged image: it trains on the pixels of whatever image was decoded before. So every byte of the
+file is compared with the checksums that the converter wrote beside it. If there are none (the file was converted by
+other software), all JPEG images are decoded instead.
 """
 import io
 import logging
@@ -24,8 +24,8 @@ def _damaged_by_checksum(info: BetonInfo, progress: bool) -> list[int]:
     damaged = []
     with open(info.path, 'rb') as file:
         if zlib.crc32(file.read(start)) != checksums['head']:
-            raise ValueError(f'{info.path}: the index (sizes, labels, places of the images) is damaged')
-        table_start = checksums['size'] - _table_size(info)
+            raise ValueError(f'{info.path}: the index (labels and offsets) is damaged; copy or convert the file again')
+        table_start = checksums['size'] - 24 * info.num_samples  # three 64-bit numbers per sample
         pages = tqdm(checksums['pages'], desc=info.path.name, unit='page', disable=not progress)
         for page, expected in enumerate(pages):
             begin = start + page * page_size
@@ -34,12 +34,8 @@ def _damaged_by_checksum(info: BetonInfo, progress: bool) -> list[int]:
                 inside = (info.pointers >= begin) & (info.pointers < begin + page_size)
                 damaged += np.flatnonzero(inside).tolist()
         if zlib.crc32(file.read()) != checksums['table']:
-            raise ValueError(f'{info.path}: the allocation table is damaged')
+            raise ValueError(f'{info.path}: the allocation table is damaged; copy or convert the file again')
     return damaged
-
-
-def _table_size(info: BetonInfo) -> int:
-    return 24 * info.num_samples  # three 64-bit numbers a sample
 
 
 def _damaged_by_decoding(info: BetonInfo, progress: bool) -> list[int]:
@@ -60,19 +56,16 @@ def _damaged_by_decoding(info: BetonInfo, progress: bool) -> list[int]:
 
 
 def verify_beton(path: str | Path, progress: bool = True) -> list[int]:
-    """Read a .beton file in full.
+    """Read a .beton file in full and return the indices of damaged samples.
 
     With checksums, all samples of a damaged page count as damaged. Without, only JPEG images can be checked.
 
-    Returns:
-        Indices of damaged samples; empty where the file is sound.
-
     Raises:
-        ValueError: Not a .beton file, cut short, or its index is damaged.
+        ValueError: It is not a .beton file, is truncated, or has a damaged index.
     """
     info = inspect_beton(path)
     check = _damaged_by_checksum if info.sidecar else _damaged_by_decoding
     if not info.sidecar:
-        _logger.warning(f'{path} has no checksums beside it: decoding its {info.is_jpeg.sum()} JPEG images instead; '
+        _logger.warning(f'{path} has no checksum file: decoding its {info.is_jpeg.sum()} JPEG images instead; '
                         f'{np.sum(~info.is_jpeg)} raw images cannot be checked')
     return check(info, progress)

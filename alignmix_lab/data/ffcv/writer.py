@@ -1,10 +1,9 @@
-"""Convert images to .beton files for FFCV. The command is in write.py.
+"""Conversion of images to .beton files for FFCV.
 
-Every image is decoded in full, turned upright, made RGB and reduced to --max-resolution. An image that cannot be read
-is left out and listed in a CSV file beside the .beton, with the files and folders that are no images; nothing else is
-left out, and any other error ends the run. The file is written under a temporary name and renamed when complete. Beside
-it, NAME.beton.json holds the class names, the source, the settings and the checksums that `python -m
-alignmix_lab.data.ffcv.verify` compares with.
+Every image is decoded in full, turned upright, converted to RGB and reduced to --max-resolution. Unreadable images are
+left out and listed in a CSV file beside the .beton, together with files and folders that are not images; any other
+error ends the run. The file is written under a temporary name and renamed when complete. NAME.beton.json beside it
+holds the class names, the source, the settings and the checksums for `python -m alignmix_lab verify`.
 """
 import csv
 import json
@@ -22,27 +21,27 @@ from tqdm import tqdm
 
 from ..images.decode import MAX_PIXELS, decode_image, read_bytes
 from ..images.folders import Skipped
-from ..images.sources import STREAMS, ImageSource, open_source
+from ..images.sources import ImageSource, open_source
 from ..order import shuffled
 from .beton import BetonWriter, EncodedSample, encode_sample, page_size_for, sidecar_path
 from .importing import import_ffcv
 
 _logger = logging.getLogger(__name__)
 
-MIN_SIDE = 2  # a crop of a thinner image can round to no pixels, which FFCV's decoder does not survive
+MIN_SIDE = 2  # a crop of a thinner image may round to zero pixels, which crashes FFCV's decoder
 
 
 @dataclass(frozen=True)
 class WriteSettings:
-    """How images are stored. The defaults are ffcv-imagenet's for ResNet-50: 500 px, half of them JPEG of quality 90.
+    """Storage settings. The defaults are ffcv-imagenet's for ResNet-50: 500 px, half of the images as JPEG, quality 90.
 
     Args:
-        max_resolution: Longer side in pixels; larger images are reduced.
+        max_resolution: Maximum longer side in pixels; larger images are reduced.
         write_mode: 'proportion' (JPEG with compress_probability, else raw pixels), 'jpg' or 'raw'.
         compress_probability: Share of JPEG images in 'proportion'.
         jpeg_quality: 1 to 100.
-        max_pixels: Images of more pixels than this are not decoded (JPEGs are reduced while decoding).
-        seed: Seed of the sample order and of the choice of JPEG or raw.
+        max_pixels: Maximum number of pixels to decode (JPEGs are reduced while decoding).
+        seed: Seed for the sample order and for the choice of JPEG or raw.
     """
     max_resolution: int = 500
     write_mode: str = 'proportion'
@@ -75,11 +74,11 @@ class Unreadable(NamedTuple):
 
 @dataclass(frozen=True)
 class WriteReport:
-    """What write_beton() did."""
+    """Summary of a written file."""
     path: Path
     num_samples: int
-    unreadable: list[Unreadable]  # images
-    skipped: Sequence[Skipped] = ()  # files and folders that are no images, or are elsewhere in the set
+    unreadable: list[Unreadable]
+    skipped: Sequence[Skipped] = ()  # files and folders that are not images, or repeat others
 
 
 def _encode(image: Any, label: int, index: int, name: str, settings: WriteSettings) -> EncodedSample | Unreadable:
@@ -90,17 +89,17 @@ def _encode(image: Any, label: int, index: int, name: str, settings: WriteSettin
         scale = min(1.0, settings.max_resolution / max(image.size))
         if int(min(image.size) * scale) < MIN_SIDE:
             raise ValueError(f'too thin: {image.width} x {image.height} pixels')
-    except Exception as error:  # Pillow raises many types on damaged files; errors after this are ours and not caught
+    except Exception as error:  # Pillow raises many types on damaged files; later errors are ours, and not caught
         return Unreadable(name, label, f'{type(error).__name__}: {error}')
     as_jpeg = np.random.default_rng([settings.seed, index]).random() < settings.jpeg_share
     pixels = import_ffcv().fields.rgb_image.resizer(np.asarray(image), settings.max_resolution)
     return encode_sample(pixels, label, as_jpeg, settings.jpeg_quality)
 
 
+@dataclass
 class _EncodedImages(torch.utils.data.Dataset):
-    def __init__(self, source: ImageSource, settings: WriteSettings):
-        self.source = source
-        self.settings = settings
+    source: ImageSource
+    settings: WriteSettings
 
     def __getitem__(self, index: int) -> EncodedSample | Unreadable:
         name = self.source.describe(index)
@@ -114,10 +113,10 @@ class _EncodedImages(torch.utils.data.Dataset):
         return self.source.num_samples
 
 
+@dataclass
 class _EncodedStream(torch.utils.data.IterableDataset):
-    def __init__(self, source: ImageSource, settings: WriteSettings):
-        self.source = source
-        self.settings = settings
+    source: ImageSource
+    settings: WriteSettings
 
     def __iter__(self) -> Iterator[EncodedSample | Unreadable]:
         for index, (image, label) in enumerate(self.source.dataset):
@@ -125,7 +124,7 @@ class _EncodedStream(torch.utils.data.IterableDataset):
 
 
 def _samples(source: ImageSource, settings: WriteSettings, workers: int, shuffle: bool) -> Iterator:
-    """Encoded samples, in order; torch's DataLoader notices workers that die and re-raises their exceptions."""
+    """Encode samples, in order; torch's DataLoader notices dead workers and re-raises their exceptions."""
     options = {'batch_size': 16, 'collate_fn': list, 'num_workers': workers}
     if source.is_stream:
         source.dataset.set_loader_cfg(num_workers=workers)
@@ -146,20 +145,20 @@ def write_beton(
         shuffle: bool = False,
         progress: bool = True,
 ) -> WriteReport:
-    """Write one split to a .beton file, with its JSON description and the list of unreadable images beside it.
+    """Write one split to a .beton file, with a JSON description and the list of unreadable images beside it.
 
     Args:
         source: Images and labels, from open_source().
         path: File to write; an existing one is replaced when the new one is complete.
-        settings: How to store images; None for ffcv-imagenet's settings.
-        workers: Processes that decode and encode; None for one per visible CPU, 0 for this process.
-        shuffle: Store the samples in random order. For training sets: a file in class order cannot be mixed well when
-            it is too large for memory and is read page by page.
+        settings: Storage settings; None for those of ffcv-imagenet.
+        workers: Worker processes; None for one per visible CPU, 0 for this process.
+        shuffle: Store the samples in random order. Advisable for training sets: a file in class order cannot be
+            shuffled well if it is too large for memory and read page by page.
         progress: Show a progress bar.
 
     Raises:
         RuntimeError: No image could be read, or a worker failed.
-        ValueError: The source holds more samples than it announced, or does not say how many.
+        ValueError: The source has more samples than it announced, or does not say how many.
         OSError: The file cannot be written.
     """
     settings = settings or WriteSettings()
@@ -172,10 +171,9 @@ def write_beton(
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
     unreadable: list[Unreadable] = []
-    written = np.zeros(0, dtype=np.int64)
+    labels: list[int] = []
     writer = BetonWriter(temporary, count, page_size_for(settings.max_resolution))
     try:
-        labels = []
         for sample in tqdm(_samples(source, settings, workers, shuffle), total=count, desc=path.name, unit='img',
                            disable=not progress):
             if isinstance(sample, Unreadable):
@@ -186,20 +184,18 @@ def write_beton(
         if not labels:
             raise RuntimeError(
                 f'none of the {count} images of {source.title} could be read; the first: {unreadable[:1]}')
-        written = np.array(labels)
-        checksums = writer.close()
-        _write_reports(path, source, settings, checksums, len(written), count, unreadable)
+        _write_reports(path, source, settings, writer.close(), len(labels), unreadable)
         os.replace(temporary, path)
     except BaseException:
         writer.abort()
         temporary.unlink(missing_ok=True)
         raise
-    _log_result(path, source, written, count, unreadable)
-    return WriteReport(path, len(written), unreadable, source.skipped)
+    _log_result(path, source, labels, unreadable)
+    return WriteReport(path, len(labels), unreadable, source.skipped)
 
 
 def unreadable_path(path: Path) -> Path:
-    """The CSV file beside a .beton that lists what was left out."""
+    """CSV file beside a .beton that lists what was left out."""
     return path.with_name(path.name + '.unreadable.csv')
 
 
@@ -209,7 +205,6 @@ def _write_reports(
         settings: WriteSettings,
         checksums: dict,
         num_samples: int,
-        num_expected: int,
         unreadable: list[Unreadable],
 ) -> None:
     listing = unreadable_path(path)
@@ -225,7 +220,7 @@ def _write_reports(
         'num_samples': num_samples,
         'num_unreadable': len(unreadable),
         'num_skipped': len(source.skipped),
-        'num_expected': num_expected,
+        'num_expected': source.num_samples,
         'source': source.title,
         'settings': asdict(settings),
         'checksums': checksums,
@@ -233,7 +228,8 @@ def _write_reports(
     sidecar_path(path).write_text(json.dumps(description) + '\n', encoding='utf-8')
 
 
-def _log_result(path: Path, source: ImageSource, labels: np.ndarray, count: int, unreadable: list[Unreadable]) -> None:
+def _log_result(path: Path, source: ImageSource, labels: list[int], unreadable: list[Unreadable]) -> None:
+    count = source.num_samples
     _logger.info(f'{path}: {len(labels)} of {count} images, {path.stat().st_size / 2 ** 20:.1f} MiB')
     if unreadable:
         _logger.warning(f'{len(unreadable)} images could not be read and were left out; see {unreadable_path(path)}')
@@ -241,11 +237,11 @@ def _log_result(path: Path, source: ImageSource, labels: np.ndarray, count: int,
             _logger.warning(f'  {sample.name!r}: {sample.reason}')  # any bytes may be in a name
     missing = count - len(labels) - len(unreadable)
     if missing:
-        _logger.warning(f'{missing} of the {count} samples that {source.title} announced were not delivered')
+        _logger.warning(f'{source.title} announced {count} samples but did not yield {missing} of them')
     if source.class_names and source.labels is not None:
-        lost = sorted({source.class_names[label] for label in set(source.labels) - set(labels.tolist())})
+        lost = sorted({source.class_names[label] for label in set(source.labels) - set(labels)})
         if lost:
-            _logger.warning(f'classes left without a readable image: {", ".join(lost[:20])}')
+            _logger.warning(f'classes without a readable image: {", ".join(lost[:20])}')
 
 
 def convert(
@@ -261,36 +257,34 @@ def convert(
         overwrite: bool = False,
         progress: bool = True,
 ) -> list[WriteReport]:
-    """Write train.beton and val.beton. Both splits are opened and checked before the first is written.
+    """Write train.beton and val.beton, after opening and checking both splits.
 
     Args:
         data_dir: ImageFolder root, or the folder of a named dataset.
         output: Folder to write to.
         dataset: timm dataset name; '' for folders.
-        train_split: Training split; '' writes none.
-        val_split: Evaluation split; '' writes none.
+        train_split: Training split; '' to skip it.
+        val_split: Evaluation split; '' to skip it.
         class_map: timm class map file; '' for none.
         dataset_download: Let the dataset's library download it.
-        settings: How to store images.
-        workers: Processes that decode and encode.
-        overwrite: Replace files that exist.
+        settings: Storage settings.
+        workers: Worker processes.
+        overwrite: Replace existing files.
         progress: Show a progress bar.
 
     Raises:
-        ImportError: FFCV is missing.
-        ValueError: Nothing to convert, or the files exist.
+        ImportError: FFCV is not installed.
+        ValueError: There is nothing to convert, or the files exist.
     """
     import_ffcv()
-    jobs = []
-    class_to_idx = None
+    jobs, class_to_idx = [], None
     for split, name in ((train_split, 'train.beton'), (val_split, 'val.beton')):
         if not split:
             continue
         path = Path(output) / name
         if path.exists() and not overwrite:
             raise ValueError(f'{path} exists; pass --overwrite to replace it')
-        stream = {'is_training': False} if dataset.partition('/')[0].lower() in STREAMS else {}
-        source = open_source(data_dir, dataset, split, class_map, dataset_download, class_to_idx, **stream)
+        source = open_source(data_dir, dataset, split, class_map, dataset_download, class_to_idx, is_training=False)
         class_to_idx = source.class_to_idx
         classes = f', {len(source.class_names)} classes' if source.class_names else ''
         _logger.info(f'{source.title}: {source.num_samples} images{classes} -> {path}')

@@ -1,4 +1,4 @@
-"""Decode any image file to 8-bit RGB (or grey), the same way for the converter and for timm's readers."""
+"""Image decoding to 8-bit RGB or grey, shared by the converter and timm's readers."""
 import functools
 import io
 import logging
@@ -10,31 +10,30 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 _logger = logging.getLogger(__name__)
 
-# Pillow's own limit for an error (twice its limit for a warning): 0.5 GB once decoded to RGB.
-MAX_PIXELS = 2 * 89_478_485
-MAX_BYTES = 1 << 30  # of a file: more than MAX_PIXELS take
+MAX_PIXELS = 2 * 89_478_485  # Pillow raises above this: 0.5 GB once decoded to RGB
+MAX_BYTES = 1 << 30  # file size; more than MAX_PIXELS can need
 
 
 @functools.cache
 def _formats() -> tuple[str, ...]:
-    """All that Pillow decodes itself. For EPS it would run Ghostscript on whatever calls itself a JPEG."""
+    """Formats that Pillow decodes itself: for EPS it would run Ghostscript, even on a file named .jpg."""
     Image.init()
     return tuple(sorted(set(Image.ID) - {'EPS'}))
 
 
 def _open(source: BinaryIO | str | Path) -> Image.Image:
-    """Pillow's open without its global pixel limit: decode_image() applies its own after the scaled JPEG decode."""
+    """Open without Pillow's global pixel limit: decode_image() has its own, applied after JPEG scaling."""
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
         return Image.open(source, formats=_formats())
     except UnidentifiedImageError:
-        raise ValueError('not an image in any format that is read') from None
+        raise ValueError('not an image in any supported format') from None
     finally:
         Image.MAX_IMAGE_PIXELS = limit
 
 
 def _to_eight_bits(image: Image.Image) -> Image.Image:
-    """Keep the high byte of 16-bit greys, where Pillow's convert() would clip everything above 255 to white."""
+    """Keep the high byte of 16-bit grey images; Pillow's convert() would clip everything above 255 to white."""
     if image.mode == 'F':
         raise ValueError('floating-point pixels have no fixed range')
     if not image.mode.startswith('I'):
@@ -45,14 +44,6 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray((pixels >> 8).astype(np.uint8))
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception as error:  # a damaged EXIF block (many error types in Pillow) says nothing about the pixels
-        _logger.debug(f'EXIF orientation ignored: {error}')
-        return image
-
-
 def decode_image(
         source: Image.Image | BinaryIO | str | Path,
         mode: str = 'RGB',
@@ -61,19 +52,19 @@ def decode_image(
 ) -> Image.Image:
     """Decode every pixel of an image, upright and as 8-bit `mode`.
 
-    Grey, 16-bit, CMYK, palette and transparent images become RGB; transparency is dropped, as timm does. Of an
-    animation, the first frame counts. The EXIF orientation is applied.
+    Grey, 16-bit, CMYK, palette and transparent images become RGB; transparency is dropped, as in timm. Animations yield
+    their first frame. The EXIF orientation is applied.
 
     Args:
-        source: File, path, or an image already opened.
+        source: File, path or opened image.
         mode: 'RGB' or 'L'.
-        max_side: Longer side that suffices: a JPEG of more than max_pixels is decoded at a reduced scale, no smaller
+        max_side: Sufficient longer side: a JPEG of more than max_pixels is decoded at a reduced scale, but no smaller
             than this. Other images keep their size.
-        max_pixels: Refuse to decode more pixels than this.
+        max_pixels: Maximum number of pixels to decode.
 
     Raises:
-        ValueError: No image, too many pixels, or a pixel type without an 8-bit meaning.
-        Exception: Whatever Pillow raises for a damaged file (OSError, SyntaxError, struct.error, ...).
+        ValueError: Not an image, too many pixels, or a pixel type without an 8-bit equivalent.
+        Exception: Whatever Pillow raises for damaged files (OSError, SyntaxError, struct.error, ...).
     """
     image = source if isinstance(source, Image.Image) else _open(source)
     width, height = image.size
@@ -82,7 +73,10 @@ def decode_image(
     if image.width * image.height > max_pixels:
         raise ValueError(f'{width} x {height} pixels are more than the limit of {max_pixels} (a decompression bomb?)')
     image.load()
-    image = _upright(image)
+    try:
+        image = ImageOps.exif_transpose(image)
+    except Exception as error:  # a damaged EXIF block (many error types in Pillow) says nothing about the pixels
+        _logger.debug(f'EXIF orientation ignored: {error}')
     image = _to_eight_bits(image)
     if image.mode == 'P' and 'transparency' in image.info:
         image = image.convert('RGBA')
@@ -90,10 +84,10 @@ def decode_image(
 
 
 def read_bytes(source: BinaryIO) -> io.BytesIO:
-    """Take the whole file into memory and close it: Pillow keeps lazily read files open.
+    """Read a whole file into memory and close it; Pillow would keep it open.
 
     Raises:
-        ValueError: It is larger than any image that decode_image() would take.
+        ValueError: The file is larger than any image that decode_image() accepts.
     """
     with source:
         size = source.seek(0, io.SEEK_END)

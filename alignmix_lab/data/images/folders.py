@@ -1,7 +1,7 @@
-"""ImageFolder roots: which folder is which split, which files are its images, and what was passed over.
+"""ImageFolder roots: folders of the splits, their images, and the files that are skipped.
 
-timm's own scan follows symbolic links without an end, passes over folders that it may not read in silence, opens pipes
-and devices named like images, and fails on some digits in names ('1\\u00b22.jpg'). Labels and order are timm's.
+timm's own scan follows symbolic links endlessly, silently skips unreadable folders, opens pipes and devices named like
+images, and fails on some digits in names ('1\\u00b22.jpg'). Labels and order are timm's.
 """
 import collections
 import logging
@@ -20,16 +20,16 @@ EVAL_FOLDERS = ('validation', 'val', 'valid', 'eval', 'evaluation', 'test')
 
 
 class Skipped(NamedTuple):
-    """A file or folder below a split's folder that is not read."""
+    """A file or folder of a split that is not read."""
     name: str
     reason: str
 
 
 def find_split_folder(root: str | Path, split: str) -> Path:
-    """The folder of a split in an ImageFolder root; the usual names of training and evaluation folders are synonyms.
+    """Find the folder of a split in an ImageFolder root; the usual names of training or evaluation are synonyms.
 
     Raises:
-        ValueError: The root or the folder is missing; the message lists what is there.
+        ValueError: The root or the folder is missing; the message lists the folders there are.
     """
     root = Path(root).expanduser()
     if not root.is_dir():
@@ -50,19 +50,19 @@ def find_split_folder(root: str | Path, split: str) -> Path:
 
 
 class FolderReader(ReaderImageFolder):
-    """timm's reader of a folder per class, by a scan that survives any content.
+    """timm's class-per-folder reader, with a scan that survives any content.
 
     Args:
         root: Folder of a split.
-        class_to_idx: Labels by folder name; other folders are left out. None: all folders, in natural order.
+        class_to_idx: Labels by folder name; other folders are left out. None takes all folders, in natural order.
 
     Attributes:
         samples: (file name, label) of every image, in natural order.
         class_to_idx: Labels by folder name.
-        skipped: What was not listed, and why.
+        skipped: Files and folders that are not read, with reasons.
 
     Raises:
-        ValueError: No images there.
+        ValueError: There are no images.
     """
 
     def __init__(self, root: str, class_to_idx: dict[str, int] | None = None):
@@ -79,16 +79,16 @@ class FolderReader(ReaderImageFolder):
 
 
 def _natural(name: str) -> list[int | str]:
-    """Sort key that counts: 'a10' after 'a9'. Every other part is a number, so that any two keys can be compared."""
+    """Natural sort key: 'a10' after 'a9'. Every second part is a number, so that any two keys compare."""
     parts = re.split(r'(\d+)', name.lower())
     return [int(part) if index % 2 else part for index, part in enumerate(parts)]
 
 
 def list_images(root: str) -> tuple[list[str], list[Skipped]]:
-    """Files below a folder that are images by their extension, in natural order, and what is not listed.
+    """List the images below a folder by their extension, in natural order, and everything that is skipped.
 
-    Symbolic links are followed where they lead to a folder that is not listed anyway: after all real folders, and never
-    to one that holds `root`.
+    Symbolic links are followed after all real folders, unless they lead to a folder already listed or to one that
+    contains `root`.
     """
     files: list[str] = []
     skipped: list[Skipped] = []
@@ -123,14 +123,14 @@ def list_images(root: str) -> tuple[list[str], list[Skipped]]:
     while links:
         link = links.popleft()
         if f'{real_root}{os.sep}'.startswith(f'{os.path.realpath(link)}{os.sep}'):
-            skipped.append(Skipped(link, f'a symbolic link to a folder that holds {root!r}'))
+            skipped.append(Skipped(link, f'a symbolic link to a folder that contains {root!r}'))
         else:
             visit(link)
     return sorted(files, key=_natural), sorted(skipped)
 
 
 def _reason_to_skip(entry: os.DirEntry) -> str:
-    """Why a file is not listed; '' where it is. Links that lead nowhere are listed: reading them says what is wrong."""
+    """Reason to skip a file, or ''. Broken links are listed: reading them reports the error."""
     extension = os.path.splitext(entry.name)[1]
     if extension.lower() not in EXTENSIONS:
         return f'the extension {extension!r} is not read'
@@ -140,10 +140,10 @@ def _reason_to_skip(entry: os.DirEntry) -> str:
 
 
 def check_folders(reader: FolderReader) -> None:
-    """Every folder in a split has images, and none lie outside of the folders.
+    """Check that every class folder has images and that all images are in class folders.
 
     Raises:
-        ValueError: The message names them.
+        ValueError: The message names the folders or images.
     """
     folder = Path(reader.root)
     places = [os.path.relpath(os.path.dirname(name), folder).split(os.sep)[0] for name, _ in reader.samples]
@@ -160,9 +160,9 @@ def check_folders(reader: FolderReader) -> None:
 
 
 def log_skipped(reader: FolderReader) -> None:
-    """Say how much was passed over, and show some."""
+    """Warn about skipped files and folders."""
     if not reader.skipped:
         return
     shown = '; '.join(f'{name!r}: {reason}' for name, reason in reader.skipped[:5])  # any bytes may be in a name
     more = '; ...' if len(reader.skipped) > 5 else ''
-    _logger.warning(f'{reader.root}: {len(reader.skipped)} files or folders are not read ({shown}{more})')
+    _logger.warning(f'{reader.root}: {len(reader.skipped)} files or folders are skipped ({shown}{more})')

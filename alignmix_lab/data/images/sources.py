@@ -1,4 +1,4 @@
-"""Find images and labels: ImageFolder roots and timm's dataset names, checked before any work starts."""
+"""Sources of images and labels: ImageFolder roots and timm's dataset names."""
 from collections.abc import Sequence
 from typing import Any
 
@@ -6,23 +6,20 @@ import torch.utils.data
 from timm.data import ImageDataset, create_dataset
 from timm.data.readers.class_map import load_class_map
 
-from .folders import EVAL_FOLDERS as EVAL_FOLDERS
-from .folders import EXTENSIONS as EXTENSIONS
-from .folders import TRAIN_FOLDERS as TRAIN_FOLDERS
 from .folders import FolderReader, Skipped, check_folders, find_split_folder, log_skipped
 
 PREFIXES = ('torch', 'hfds', 'hfids', 'tfds', 'wds')
-STREAMS = ('hfids', 'tfds', 'wds')  # read in sequence only
+STREAMS = ('hfids', 'tfds', 'wds')  # read sequentially
 
 
 class ImageSource:
     """A split of a dataset: images with integer labels.
 
     Args:
-        dataset: A dataset made by timm's create_dataset().
+        dataset: A dataset from timm's create_dataset().
         title: Name for messages.
-        class_names: Names by label, where known.
-        class_to_idx: Class map to hand on to the evaluation split, where the classes are folder names.
+        class_names: Names by label, if known.
+        class_to_idx: Class map for the evaluation split, if the classes are folder names.
         skipped: Files and folders that are not read.
     """
 
@@ -45,26 +42,34 @@ class ImageSource:
         return isinstance(self.dataset, torch.utils.data.IterableDataset)
 
     @property
+    def _listed(self) -> list[tuple[str, int]] | None:
+        return getattr(getattr(self.dataset, 'reader', None), 'samples', None)
+
+    @property
     def labels(self) -> list[int] | None:
-        """Labels of all samples, where they are known without reading images."""
-        samples = getattr(getattr(self.dataset, 'reader', None), 'samples', None)
-        return None if samples is None else [label for _, label in samples]
+        """Labels of all samples, if they are known without reading images."""
+        return None if self._listed is None else [label for _, label in self._listed]
+
+    @property
+    def num_classes(self) -> int | None:
+        """Number of classes by name or label, if known."""
+        return max(len(self.class_names or []), max(self.labels or [-1]) + 1) or None
 
     @property
     def num_samples(self) -> int:
-        """Samples of the split, over all processes. 0 where a stream does not say."""
+        """Samples of the split over all processes; 0 if a stream does not say."""
         return self.dataset.reader.num_samples if self.is_stream else len(self.dataset)
 
     def read(self, index: int) -> tuple[Any, int]:
-        """An open file or a PIL image, and its label."""
+        """Return an open file or a PIL image, and its label."""
         if not hasattr(self.dataset, 'reader'):
             return self.dataset[index]  # torchvision's
         image, label = self.dataset.reader[index]
         return image, label
 
     def describe(self, index: int) -> str:
-        """File name of a sample, or its place in the dataset."""
-        if getattr(getattr(self.dataset, 'reader', None), 'samples', None) is not None:
+        """File name of a sample, or its index in the dataset."""
+        if self._listed is not None:
             return self.dataset.filename(index, absolute=True)
         return f'{self.title}[{index}]'
 
@@ -104,7 +109,7 @@ def _open_named(name: str, root: str | None, split: str, class_map: str, downloa
             'such as torch/cifar10, or leave --dataset out for folders')
     if prefix in ('torch', 'wds') and not root:
         raise ValueError(
-            f'dataset {name!r} needs --data-dir, the folder where it is (or, with --dataset-download, goes)')
+            f'dataset {name!r} needs --data-dir, the folder that holds it (or will, with --dataset-download)')
     options = {} if prefix == 'torch' else {'class_map': class_map}
     if prefix in STREAMS:
         options.update(stream)
@@ -134,11 +139,11 @@ def open_source(
         split: Name of the split or of its folder.
         class_map: timm class map file; '' for none.
         download: Let the dataset's library download it.
-        class_to_idx: Labels by class folder, those of the training split, so that evaluation counts classes alike.
-        **stream: Options of create_dataset() for datasets read in sequence: is_training, batch_size, seed.
+        class_to_idx: Labels by class folder, from the training split.
+        **stream: Options of create_dataset() that only sequential datasets take: is_training, batch_size, seed.
 
     Raises:
-        ValueError: Nothing usable is there; the message says what was looked for.
+        ValueError: The data is missing or unusable; the message says what was looked for.
     """
     if dataset:
         return _open_named(dataset, data_dir, split, class_map, download, **stream)

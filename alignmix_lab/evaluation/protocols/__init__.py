@@ -1,4 +1,4 @@
-"""The evaluations of the papers, one file each; they register themselves, in the order in which `all` runs them."""
+"""Evaluations of the papers, one file each; they register themselves in the order of `all`."""
 from . import accuracy  # noqa: F401  # isort: skip
 from . import robustness  # noqa: F401  # isort: skip
 from . import calibration  # noqa: F401  # isort: skip

@@ -1,8 +1,6 @@
 """Top-1 and top-5 accuracy and loss."""
 import math
-from dataclasses import dataclass
 
-from alignmix_lab.runs.options import Options
 from alignmix_lab.runs.plotting import bars, figure
 
 from ..base import register_protocol
@@ -10,15 +8,9 @@ from ..context import Evaluation
 from ..result import Column, Result
 
 
-@dataclass
-class AccuracyOptions(Options):
-    """None of its own."""
-
-
-@register_protocol('accuracy', AccuracyOptions)
+@register_protocol('accuracy')
 def accuracy(ev: Evaluation) -> Result:
-    """Top-1 and top-5 accuracy and loss; of a training run both the last and the best epoch."""
-
+    """Top-1 and top-5 accuracy and loss; for a training run, of the last and the best epoch."""
     rows = []
     for model in ev.models:
         found = ev.predictions(model)
@@ -49,15 +41,15 @@ def accuracy(ev: Evaluation) -> Result:
         },
         rows=rows,
         notes=[
-            'Loss: mean cross-entropy in nats. Standard error of top-1: sqrt(p (1 - p) / images), from the choice of '
-            'images alone.',
-            'A best epoch was chosen on validation images; measured on the same ones it is optimistic.',
+            'Loss: mean cross-entropy in nats. Standard error of top-1: sqrt(p (1 - p) / images), for the sampling of '
+            'images only.',
+            'The best epoch was selected on validation images; its accuracy on the same images is optimistic.',
         ],
         figures={'': fig},
     )
 
 
 def standard_error(percent: float, count: int) -> float:
-    """Standard error of a share of `count` independent images, both in per cent."""
+    """Standard error, in per cent, of a percentage of `count` independent images."""
     share = percent / 100
     return 100 * math.sqrt(share * (1 - share) / count)

@@ -1,4 +1,4 @@
-"""Images with boxes to localize: folders in the format of CUB-200-2011 or of VOC."""
+"""Localization data: image folders with boxes in the format of CUB-200-2011 or VOC."""
 import xml.etree.ElementTree as ET
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,38 +6,28 @@ from typing import Any
 
 import numpy as np
 
+from alignmix_lab.data.images.folders import TRAIN_FOLDERS
 from alignmix_lab.data.images.sources import ImageSource
 
 from ..base import NotApplicable
 
 CUB_FILES = ('images.txt', 'image_class_labels.txt', 'train_test_split.txt', 'bounding_boxes.txt')
-TRAIN_SPLITS = ('train', 'training')
 
 
 @dataclass(frozen=True)
 class BoxImage:
-    """An image and the objects it shows.
+    """An image and its objects.
 
     Attributes:
         path: Image file.
-        boxes: For each class shown, by name, (N, 4) boxes (x0, y0, x1, y1) in pixels of the file from 0, the last ones
-            inside.
+        boxes: (N, 4) boxes (x0, y0, x1, y1) of each class shown, by name, in pixels of the file, inclusive and from 0.
     """
     path: Path
     boxes: dict[str, np.ndarray]
 
 
 class BoxSource(ImageSource):
-    """Images with boxes of a folder.
-
-    Args:
-        images: The images.
-        title: Name for messages.
-        class_names: All classes of the data, in order.
-    """
-
-    def __init__(self, images: list[BoxImage], title: str, class_names: list[str]) -> None:
-        super().__init__(images, title, class_names)
+    """Images with boxes; `dataset` is a list of :class:`BoxImage`, and labels have no meaning."""
 
     def read(self, index: int) -> tuple[Any, int]:
         return open(self.dataset[index].path, 'rb'), 0
@@ -47,14 +37,15 @@ class BoxSource(ImageSource):
 
 
 def open_boxes(folder: str | None, split: str) -> BoxSource:
-    """Images with boxes from a folder in either format.
+    """Open a folder of images with boxes.
 
     Args:
-        folder: CUB-200-2011's (images.txt and its like), or VOC's (Annotations, JPEGImages, ImageSets/Main).
-        split: Of CUB 'train', else its test images; of VOC a file of ImageSets/Main, with 'validation' for val or test.
+        folder: CUB-200-2011 (images.txt etc.) or VOC (Annotations, JPEGImages, ImageSets/Main).
+        split: For CUB: 'train', or else the test images. For VOC: a file of ImageSets/Main; 'validation' also finds val
+            or test.
 
     Raises:
-        NotApplicable: The folder is of neither format.
+        NotApplicable: The folder has neither format.
         ValueError: A file is missing or damaged.
     """
     root = Path(folder or '')
@@ -68,14 +59,14 @@ def open_boxes(folder: str | None, split: str) -> BoxSource:
 
 
 def read_cub(root: Path, split: str) -> BoxSource:
-    """The training or the test images of a folder in the format of CUB-200-2011.
+    """Read the training or test images of a CUB-200-2011 folder.
 
-    Boxes are written as x, y, width, height; as in public evaluations x + width is the last column of a box.
+    Its files list boxes as x, y, width, height. As in public evaluations, x + width is the last column of a box.
     """
     tables = {name: cub_table(root, name) for name in CUB_FILES}
     paths, labels, is_train, boxes = tables.values()
     names = cub_class_names(root, paths, labels)
-    wanted = '1' if split in TRAIN_SPLITS else '0'
+    wanted = '1' if split in TRAIN_FOLDERS else '0'
     images = []
     for key, (path, *_) in paths.items():
         if is_train[key][0] != wanted:
@@ -89,10 +80,10 @@ def read_cub(root: Path, split: str) -> BoxSource:
 
 
 def cub_table(root: Path, name: str) -> dict[str, list[str]]:
-    """Rows of one of CUB's text files, by id, the same ids in all.
+    """Read the rows of one of CUB's text files, by id.
 
     Raises:
-        ValueError: No such file, or its ids are not those of images.txt.
+        ValueError: The file is missing, or its ids are not those of images.txt.
     """
     if not (root / name).is_file():
         raise ValueError(f'{root} has no {name}; the format of CUB-200-2011 has {", ".join(CUB_FILES)} and images')
@@ -100,7 +91,7 @@ def cub_table(root: Path, name: str) -> dict[str, list[str]]:
     columns = {'bounding_boxes.txt': 5}.get(name, 2)
     wrong = next((row for row in rows if len(row) != columns), None)
     if wrong:
-        raise ValueError(f'{root / name}: expected {columns} values a line, got {" ".join(wrong)!r}')
+        raise ValueError(f'{root / name}: expected {columns} values per line, got {" ".join(wrong)!r}')
     table = {key: values for key, *values in rows}
     if name not in ('images.txt', 'classes.txt'):
         ids = cub_table(root, 'images.txt').keys()
@@ -111,16 +102,17 @@ def cub_table(root: Path, name: str) -> dict[str, list[str]]:
 
 
 def cub_class_names(root: Path, paths: dict[str, list[str]], labels: dict[str, list[str]]) -> dict[str, str]:
-    """Class names by CUB's class ids, in order: the names of the folders of their images."""
+    """Class names by CUB's class ids, in order; the names are those of the image folders."""
     names = {labels[key][0]: Path(path).parent.name for key, (path,) in paths.items()}
     ordered = sorted(names.items(), key=lambda entry: int(entry[0]))
     if [name for _, name in ordered] != sorted(names.values()) or len(set(names.values())) != len(names):
-        raise ValueError(f'{root / "image_class_labels.txt"}: classes are not the folders of images in order of name')
+        raise ValueError(
+            f'{root / "image_class_labels.txt"}: the classes are not the image folders in alphabetical order')
     return dict(ordered)
 
 
 def read_voc(root: Path, split: str) -> BoxSource:
-    """The images of a split of a VOC-format folder that show objects; all boxes count, difficult ones too."""
+    """Read the images of a split of a VOC folder that show objects; difficult boxes are included."""
     lists = root / 'ImageSets' / 'Main'
     candidates = (split, 'val', 'test') if split == 'validation' else (split,)
     path = next((lists / f'{name}.txt' for name in candidates if (lists / f'{name}.txt').is_file()), None)
@@ -141,12 +133,12 @@ def read_voc(root: Path, split: str) -> BoxSource:
 
 
 def _voc_boxes(path: Path) -> dict[str, np.ndarray]:
-    """Boxes by class; VOC counts pixels from 1."""
+    """Read boxes by class; VOC counts pixels from 1."""
     boxes: dict[str, list[list[float]]] = {}
     try:
         for item in ET.parse(path).getroot().findall('object'):
             corners = [float(item.findtext(f'bndbox/{key}')) - 1 for key in ('xmin', 'ymin', 'xmax', 'ymax')]
             boxes.setdefault(str(item.findtext('name')).strip(), []).append(corners)
-    except (OSError, ET.ParseError, TypeError, ValueError) as e:  # no number where one belongs, or nothing at all
-        raise ValueError(f'{path} is missing, damaged or no VOC annotation ({e!r})') from e
+    except (OSError, ET.ParseError, TypeError, ValueError) as e:  # e.g. a missing or malformed number
+        raise ValueError(f'{path} is missing, damaged or not a VOC annotation ({e!r})') from e
     return {name: np.array(corners) for name, corners in boxes.items()}

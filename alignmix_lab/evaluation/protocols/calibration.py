@@ -1,4 +1,4 @@
-"""Calibration: does a model that says 80 % get 80 % right?
+"""Calibration: is a model that is 80 % confident right in 80 % of the cases?
 
 ECE: Naeini et al. 2015; Guo et al. 2017, arXiv 1706.04599. OE: Thulasidasan et al. 2019, arXiv 1905.11001. Brier score:
 Brier 1950, summed over classes.
@@ -19,34 +19,28 @@ from ..result import Column, Result
 
 @dataclass
 class CalibrationOptions(Options):
-    """How confidences are counted."""
-
-    bins: int = config_option('Calibration', 15, 'bins of equal width on the confidence', int, low=1)
+    """Options of the calibration protocol."""
+    bins: int = config_option('Calibration', 15, 'number of equal-width confidence bins', int, low=1)
 
 
 @dataclass(frozen=True)
 class Bins:
-    """Confidences in bins of equal width, [low, high), the last one with 1.
+    """Confidences in bins of equal width, [low, high); the last one includes 1.
 
     Attributes:
         edges: (M + 1,) from 0 to 1.
         count: (M,) images.
-        confidence: (M,) their mean confidence, NaN where there are none.
-        accuracy: (M,) share of them that is right, NaN where there are none.
+        confidence: (M,) their mean confidence, NaN for an empty bin.
+        accuracy: (M,) their accuracy, NaN for an empty bin.
     """
     edges: np.ndarray
     count: np.ndarray
     confidence: np.ndarray
     accuracy: np.ndarray
 
-    @property
-    def weight(self) -> np.ndarray:
-        """(M,) share of all images."""
-        return self.count / self.count.sum()
-
 
 def fill_bins(confidence: np.ndarray, correct: np.ndarray, bins: int = 15) -> Bins:
-    """Count confidences.
+    """Sort confidences into bins.
 
     Args:
         confidence: (N,) probability of the predicted class.
@@ -54,14 +48,14 @@ def fill_bins(confidence: np.ndarray, correct: np.ndarray, bins: int = 15) -> Bi
         bins: Number of bins.
 
     Raises:
-        ValueError: No images, or confidences that are not probabilities.
+        ValueError: There are no images, or confidences that are not probabilities.
     """
     confidence, correct = np.asarray(confidence, dtype=np.float64), np.asarray(correct, dtype=np.float64)
     if len(confidence) == 0 or len(confidence) != len(correct):
         raise ValueError(f'calibration needs as many confidences as outcomes, got {len(confidence)} and {len(correct)}')
-    if not np.all((confidence >= 0) & (confidence <= 1)):  # NaN is neither
-        bad = confidence[~((confidence >= 0) & (confidence <= 1))]
-        raise ValueError(f'{len(bad)} of {len(confidence)} confidences are no probabilities, such as {bad[0]}')
+    bad = confidence[~((confidence >= 0) & (confidence <= 1))]  # NaN included
+    if len(bad):
+        raise ValueError(f'{len(bad)} of {len(confidence)} confidences are not probabilities, e.g. {bad[0]}')
     edges = np.linspace(0, 1, bins + 1)
     place = np.minimum(np.searchsorted(edges, confidence, side='right') - 1, bins - 1)
     count = np.bincount(place, minlength=bins)
@@ -75,9 +69,9 @@ def fill_bins(confidence: np.ndarray, correct: np.ndarray, bins: int = 15) -> Bi
 
 
 def expected_calibration_error(confidence: np.ndarray, correct: np.ndarray, bins: int = 15) -> float:
-    """ECE with the l1 norm, as torchmetrics' MulticlassCalibrationError; from 0 to 1.
+    """ECE with the l1 norm, like torchmetrics' MulticlassCalibrationError; from 0 to 1.
 
-    torchmetrics counts a confidence of exactly 1 in a bin of its own; here it belongs to the last one.
+    torchmetrics puts a confidence of exactly 1 in a bin of its own; here it belongs to the last one.
     """
     from torchmetrics.functional.classification import binary_calibration_error
     below_one = np.minimum(confidence, np.nextafter(1, 0))
@@ -89,8 +83,8 @@ def expected_calibration_error(confidence: np.ndarray, correct: np.ndarray, bins
 def overconfidence_error(bins: Bins) -> float:
     """OE: sum over bins of weight * confidence * max(confidence - accuracy, 0); from 0 to 1."""
     full = bins.count > 0
-    weight, confidence, accuracy = bins.weight[full], bins.confidence[full], bins.accuracy[full]
-    return float(np.sum(weight * confidence * np.maximum(confidence - accuracy, 0)))
+    weight, confidence = (bins.count / bins.count.sum())[full], bins.confidence[full]
+    return float(np.sum(weight * confidence * np.maximum(confidence - bins.accuracy[full], 0)))
 
 
 @register_protocol('calibration', CalibrationOptions)
@@ -124,11 +118,11 @@ def calibration(ev: Evaluation) -> Result:
         },
         rows=rows,
         notes=[
-            f'Confidence: the largest softmax probability. ECE and OE: {count} bins of equal width, [low, high), the '
-            'last with 1; ECE is the l1 norm (torchmetrics); OE = sum of weight x confidence x max(confidence - '
+            f'Confidence: the largest softmax probability. ECE and OE use {count} bins of equal width, [low, high), '
+            'the last one including 1. ECE: l1 norm (torchmetrics). OE: sum of weight x confidence x max(confidence - '
             'accuracy, 0).',
-            'Brier: squared error of all probabilities, summed over classes (0 to 2). NLL: nats. No temperature was '
-            'fitted.',
+            'Brier: squared error of all probabilities, summed over classes (0 to 2). NLL: in nats. No temperature '
+            'scaling.',
         ],
         details={'bins': {label: vars(filled) for label, filled in diagrams.items()}},
         figures={'': draw(diagrams, rows)},
@@ -136,8 +130,7 @@ def calibration(ev: Evaluation) -> Result:
 
 
 def draw(diagrams: dict[str, Bins], rows: list[dict]) -> Figure:
-    """Reliability diagrams of all models on one page, with the number of images in each bin below."""
-
+    """Draw reliability diagrams of all models, with the number of images in each bin below."""
     fig, pairs = paired_panels(len(diagrams), title='Reliability: accuracy of the images in each bin of confidence')
     highest = max(bins.count.max() for bins in diagrams.values())
     for place, ((label, bins), row, (upper, lower)) in enumerate(zip(diagrams.items(), rows, pairs, strict=True)):
@@ -152,6 +145,6 @@ def draw(diagrams: dict[str, Bins], rows: list[dict]) -> Figure:
         lower.set(xlabel='confidence', xlim=(0, 1), ylim=(0, 1.05 * highest))
         upper.set_ylabel('accuracy')
         lower.set_ylabel('images')
-    pairs[0][0].bar(0, 0, color=GREY, label='accuracy')  # in the legend, for all colours
+    pairs[0][0].bar(0, 0, color=GREY, label='accuracy')  # one legend entry for all colours
     shared_legend(fig, pairs[0][0])
     return fig

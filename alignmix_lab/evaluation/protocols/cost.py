@@ -1,4 +1,4 @@
-"""Time and memory of a training step with each mix, in one run: Table 3 of the MultiMix paper, 2 of AlignMixup's."""
+"""Time and memory of a training step with each mix, as in Table 3 of MultiMix and Table 2 of AlignMixup."""
 import copy
 import logging
 import time
@@ -24,29 +24,29 @@ from ..result import Column, Result
 
 _logger = logging.getLogger(__name__)
 
-CYCLE = 6  # steps of one timing: halves and thirds of the modes come out whole
+CYCLE = 6  # steps per timing: modes with a probability of 1/2 or 1/3 get a whole number of steps
 BASE = 'none'
 
 
 class TrainingStep:
-    """Training steps of one mix on fixed images: draws, forward, loss, backward, update. A call makes a cycle of them.
+    """Training steps of one mix on fixed images: draws, forward, loss, backward, update. A call runs one cycle of them.
 
-    A method draws one of its modes each step, and modes differ in cost. So that a short measurement is that of a long
-    training, a cycle has each mode in its proportion instead of drawing it. The learning rate is 0: the weights stay,
-    and every step is the same work.
+    A method draws one of its modes at each step, and modes differ in cost. For a short measurement to represent a long
+    training, a cycle contains each mode in proportion to its probability. The learning rate is 0, so that all steps do
+    the same work.
 
     Args:
-        model: A timm model, in training mode, on the device of the images; it is trained in place.
+        model: A timm model, on the device of the images; trained in place.
         mix: Name of a method, or a method.
         images: (B, C, H, W), normalised.
         target: (B,) int64.
         mix_kwargs: Options of a method given by name.
-        amp_dtype: Type of mixed precision; float16 comes with loss scaling. None: the model's own precision.
+        amp_dtype: Mixed precision type; float16 uses loss scaling. None: the model's own precision.
         compile: Compile the step with torch.compile.
-        cycle: Steps of a call.
+        cycle: Steps per call.
 
     Raises:
-        ValueError: The method cannot mix this model exactly.
+        ValueError: The method does not support this model.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class TrainingStep:
             self.step(mode)
 
     def step(self, mode: str | None = None) -> str:
-        """One step in a given mode, or in one that is drawn; returns the mode."""
+        """Run one step in the given mode, or in a drawn one, and return the mode."""
         if mode is not None:
             self.task.mix.probs = {mode: 1.0}
         self.optimizer.zero_grad()
@@ -91,23 +91,19 @@ class TrainingStep:
         return result['mode']
 
     def state_bytes(self) -> int:
-        """Bytes of parameters, buffers and optimizer state: what is held between steps."""
+        """Bytes of parameters, buffers and optimizer state, which are held between steps."""
         module = self.task.trainable_module
         tensors = [*module.parameters(), *module.buffers()]
         tensors += [v for entry in self.optimizer.state.values() for v in entry.values() if isinstance(v, torch.Tensor)]
         return sum(tensor.nbytes for tensor in tensors)
 
-    def free_gradients(self) -> None:
-        """Drop gradients, so that measuring another case does not hold them."""
-        self.optimizer.zero_grad()
-
 
 def modes_in_proportion(probs: dict[str, float], count: int) -> list[str | None]:
-    """`count` modes with shares as near to their probabilities as whole numbers are (largest remainders).
+    """List `count` modes in proportion to their probabilities, rounded by largest remainders.
 
     Args:
         probs: Probability of each mode, summing to 1; empty for methods with one mode.
-        count: How many.
+        count: Length of the list.
     """
     if not probs:
         return [None] * count
@@ -121,19 +117,16 @@ def modes_in_proportion(probs: dict[str, float], count: int) -> list[str | None]
 
 @dataclass(frozen=True)
 class StepCost:
-    """What steps of one mix cost.
+    """Cost of a training step with one mix.
 
     Attributes:
-        step: Seconds of one step, an entry a round.
+        step: Seconds per step, one entry per round.
         state_bytes: Bytes held between steps.
-        step_bytes: Bytes held at the peak of a step, beyond those.
+        step_bytes: Additional bytes at the peak of a step.
     """
     step: Timing
     state_bytes: int
     step_bytes: int
-
-    def images_per_second(self, batch: int) -> float:
-        return batch / self.step.spread.median
 
     @property
     def memory(self) -> int:
@@ -146,31 +139,31 @@ def measure_steps(
         warmup: int = 1,
         tick: Callable[[], Any] = lambda: None,
 ) -> dict[str, StepCost]:
-    """Time steps against each other, interleaved in one run, then their memory one by one.
+    """Time steps interleaved in one run, then measure their memory one by one.
 
     Args:
-        steps: By name; all on one device.
+        steps: Steps by name, all on one device.
         rounds: Rounds; each times one cycle of every case.
-        warmup: Rounds before those.
-        tick: Called after every cycle that is timed and every memory that is measured.
+        warmup: Additional rounds before, not timed.
+        tick: Called after every timing and every memory measurement.
     """
     device = next(iter(steps.values())).images.device
     cases = {name: lambda step=step: (step(), tick()) for name, step in steps.items()}
     timings = time_interleaved(cases, device, rounds, warmup, clock=clock_for(device))
     for step in steps.values():
-        step.free_gradients()
+        step.optimizer.zero_grad()  # do not hold gradients while another case is measured
     costs = {}
     for name, step in steps.items():
         step_bytes = peak_memory(step.each_mode, device)
         tick()
-        step.free_gradients()
+        step.optimizer.zero_grad()
         seconds = [value / len(step.modes) for value in timings[name].seconds]
         costs[name] = StepCost(Timing(seconds), step.state_bytes(), step_bytes)
     return costs
 
 
 def clock_for(device: torch.device) -> Callable[[], float]:
-    """Seconds of the process where it is one thread on a CPU, so that other programs do not count; else of the wall."""
+    """Clock for a device: process time for a single CPU thread, to ignore other programs; else wall-clock time."""
     is_alone = device.type == 'cpu' and torch.get_num_threads() == 1
     return time.process_time if is_alone else time.perf_counter
 
@@ -179,7 +172,7 @@ def clock_for(device: torch.device) -> Callable[[], float]:
 class CostOptions(Options):
     """Options of the cost protocol."""
     cost_mixes: list[str] | None = config_option(
-        'Cost', None, 'mixes to time besides none; default: all', nargs='+')
+        'Cost', None, 'mixes to time in addition to none; default: all', nargs='+')
     cost_batch: int = config_option('Cost', 128, 'images per step', int, low=2)
     cost_rounds: int = config_option('Cost', 10, 'rounds; each times six steps of every mix', int, low=1)
     cost_compile: bool = config_option('Cost', False, 'compile the steps with torch.compile', bool)
@@ -222,13 +215,13 @@ def cost(ev: Evaluation) -> Result:
         rows=rows,
         notes=[
             f'One process, {where}, {hardware(ev.device)}.',
-            'A step is drawing, forward, loss, backward and SGD update on images that are already on the device; no '
-            f'data loading. Each of {config.cost_rounds} rounds times {CYCLE} steps of every mix, with the modes of a '
-            'mix in their proportions; ms/step and images/s are medians over rounds.',
-            *(['Seconds are those of the process (one thread), not of the clock on the wall.']
+            'A step consists of random draws, forward, loss, backward and SGD update on images that are already on the '
+            f'device, without data loading. Each of {config.cost_rounds} rounds times {CYCLE} steps of every mix, with '
+            'the modes of a mix in proportion to their probabilities; ms/step and images/s are medians over rounds.',
+            *(['Times are CPU times of the process (one thread), not wall-clock times.']
               if clock_for(ev.device) is time.process_time else []),
-            'Time vs none: median and quartiles of the ratio within a round, so that drifts of the machine cancel.',
-            'Memory: parameters, buffers and momentum, plus the peak of tensors within a step.',
+            'Time vs none: median and quartiles of the ratio within each round, which cancels drift of the machine.',
+            'Memory: parameters, buffers and momentum, plus the peak of the tensors within a step.',
             *notes,
         ],
         details={'seconds_per_step': spreads},
@@ -237,13 +230,13 @@ def cost(ev: Evaluation) -> Result:
 
 
 def one_of_each_kind(models: Sequence[EvalModel]) -> list[EvalModel]:
-    """Of models of one architecture, image size and number of classes the first: weights do not change the cost."""
+    """Keep the first model of each architecture, image size and number of classes; weights do not affect the cost."""
     kinds = {(model.arch, model.num_classes, tuple(model.data_config['input_size'])): model for model in models[::-1]}
     return list(kinds.values())[::-1]
 
 
 def network_for(model: EvalModel, mix: str, model_kwargs: dict[str, Any]) -> nn.Module:
-    """A network of a model's kind to train with a mix: for dense mixing, without the class token."""
+    """Create a network like that of a model for training with a mix; for dense mixing, without the class token."""
     network = model.network.network
     extra = dense_model_kwargs(model.arch) if mix == 'densemultimix' else {}
     if not extra or getattr(network, 'global_pool', None) != 'token':
@@ -260,14 +253,14 @@ def build_steps(
         target: torch.Tensor,
         **options: Any,
 ) -> tuple[dict[str, TrainingStep], dict[str, str]]:
-    """Steps of several mixes, each with a network of its own, and the reasons of the mixes that refuse the network.
+    """Build the steps of several mixes, and the reasons why other mixes do not support the network.
 
     Args:
-        create: Network for a mix, on the device.
-        mixes: Names.
+        create: Returns a new network for a mix, on the device.
+        mixes: Names of the mixes.
         images: (B, C, H, W).
         target: (B,) int64.
-        **options: Of :class:`TrainingStep`.
+        **options: Options of :class:`TrainingStep`.
     """
     steps, refused = {}, {}
     for mix in mixes:
@@ -284,7 +277,7 @@ def _row(label: str, mix: str, cost: StepCost, base: StepCost, batch: int) -> di
     return {
         'model': label,
         'mix': mix,
-        'images_s': cost.images_per_second(batch),
+        'images_s': batch / cost.step.spread.median,
         'ms': 1000 * cost.step.spread.median,
         **{key: 100 * (value - 1) if mix != BASE else None
            for key, value in (('overhead', ratio.median), ('low', ratio.low), ('high', ratio.high))},
@@ -294,7 +287,6 @@ def _row(label: str, mix: str, cost: StepCost, base: StepCost, batch: int) -> di
 
 
 def _draw(rows: list[dict[str, Any]], where: str) -> Figure:
-
     labels = list(dict.fromkeys(row['model'] for row in rows))
     fig, axes = panels(2 * len(labels), 2, size=(4.6, 0.9 + 0.3 * len(rows) / len(labels)))
     for i, label in enumerate(labels):

@@ -1,4 +1,4 @@
-"""The embedding space: alignment within classes, uniformity over all, and a map in two dimensions.
+"""Embedding space: alignment within classes, uniformity over all images, and a 2-D map.
 
 Wang and Isola, "Understanding Contrastive Representation Learning through Alignment and Uniformity on the Hypersphere",
 ICML 2020, arXiv 2005.10242, as section 4.4 of the MultiMix paper (arXiv 2311.05538) and section 4.3 of the AlignMixup
@@ -22,7 +22,9 @@ from timm_alignmix.anatomy import Anatomy
 
 from ..base import register_protocol
 from ..context import Evaluation
+from ..data import Batch
 from ..models import EvalModel
+from ..predictions import check_finite
 from ..result import Column, Result
 
 _logger = logging.getLogger(__name__)
@@ -32,9 +34,9 @@ NO_UMAP = 'No 2-D map: umap-learn is not installed (pip install umap-learn).'
 
 
 class ClassifierInput:
-    """While open, keeps what goes into a model's linear classifier: the embedding.
+    """Context manager that records the embedding: the input of a model's linear classifier.
 
-    Of a model with two averaged classifiers (distilled ones) it is both inputs, one after the other.
+    For a model with two averaged classifiers (distilled ones), the embedding is the concatenation of both inputs.
 
     Args:
         network: A timm model.
@@ -61,53 +63,45 @@ class ClassifierInput:
         self._kept[module] = inputs[0].flatten(1).float()
 
     def take(self) -> torch.Tensor:
-        """(N, D) float32 of the last forward pass."""
+        """Return the embeddings (N, D) float32 of the last forward pass."""
         return torch.cat([self._kept.pop(module) for module in self._modules], dim=1)
 
 
-@torch.inference_mode()
-def embed(ev: Evaluation, model: EvalModel, split: str | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Embeddings of all images of a split, on every process and on its device.
+def embed(ev: Evaluation, model: EvalModel) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute the embeddings of all images, on every process and its device.
 
     Returns:
-        embed_ND float32 and labels (N,) int64, in the order of the data.
+        embed_ND float32 and labels (N,) int64, in dataset order.
 
     Raises:
-        ValueError: Embeddings that are not finite.
+        ValueError: Some embeddings are not finite.
     """
-    indices, parts, labels = [], [], []
-    tap = ClassifierInput(model.network.network, model.data_config['input_size'][1:])
-    with tap, ev.progress(f'embed {model.label}', len(ev.loader(model, split))) as bar:
-        for batch in ev.batches(model, split):
-            with ev.autocast():
-                model.network(batch.images)
-            indices.append(batch.indices)
-            parts.append(tap.take())
-            labels.append(batch.labels)
-            bar.update()
-    found = ev.gather(indices, embed=parts, label=labels)
-    embed_ND = torch.from_numpy(found['embed']).to(ev.device)
-    if not embed_ND.isfinite().all():
-        raise ValueError(
-            f'{model.label}: embeddings are not finite; are these the weights of a run that diverged, or does '
-            '--amp-dtype float16 overflow?')
-    return embed_ND, torch.from_numpy(found['label']).to(ev.device)
+    def run(batch: Batch) -> dict[str, torch.Tensor]:
+        model.network(batch.images)
+        return {'embed': tap.take(), 'label': batch.labels}
+
+    loader = ev.loader(model)
+    with ClassifierInput(model.network.network, model.data_config['input_size'][1:]) as tap:
+        found = ev.measure(f'embed {model.label}', loader, len(loader), run)
+    embed_ND, labels = (torch.from_numpy(found[name]).to(ev.device) for name in ('embed', 'label'))
+    check_finite(embed_ND, model.label)
+    return embed_ND, labels
 
 
 def squared_distances(a_ND: torch.Tensor, b_MD: torch.Tensor) -> torch.Tensor:
-    """(N, M) squared Euclidean distances; pass float64, float32 loses close neighbours."""
+    """Squared Euclidean distances (N, M); pass float64, because float32 is inaccurate for close neighbours."""
     dot_NM = a_ND @ b_MD.T
     return (a_ND.square().sum(1)[:, None] + b_MD.square().sum(1) - 2 * dot_NM).clamp(min=0)
 
 
 def alignment(embed_ND: torch.Tensor, labels: torch.Tensor, power: float = 1.0, normalize: bool = True) -> float:
-    """Mean of distance ** power over all pairs of images of one class.
+    """Mean of distance ** power over all pairs of images of the same class.
 
     Args:
         embed_ND: Embeddings.
         labels: (N,) classes.
-        power: 1 is the mean distance, 2 the mean squared one (Wang and Isola's default).
-        normalize: Bring embeddings to length 1 first.
+        power: 1 for the mean distance, 2 for the mean squared distance (Wang and Isola's default).
+        normalize: Scale embeddings to length 1 first.
 
     Raises:
         ValueError: No class has two images.
@@ -123,7 +117,9 @@ def alignment(embed_ND: torch.Tensor, labels: torch.Tensor, power: float = 1.0, 
             distance_NM = squared_distances(rows_ND, mine_ND[start:]) ** (power / 2)
             total += distance_NM.triu(diagonal=1).sum().item()
     if not pairs:
-        raise ValueError(f'no class has two images among {len(labels)}: there is no distance within a class')
+        raise ValueError(
+            f'no class has two images among {len(labels)}, so there are no distances within a class; evaluate more '
+            'images')
     return total / pairs
 
 
@@ -133,7 +129,7 @@ def uniformity(embed_ND: torch.Tensor, t: float = 2.0, normalize: bool = True) -
     Args:
         embed_ND: Embeddings.
         t: Sharpness of the kernel.
-        normalize: Bring embeddings to length 1 first.
+        normalize: Scale embeddings to length 1 first.
 
     Raises:
         ValueError: Fewer than two images.
@@ -147,7 +143,7 @@ def uniformity(embed_ND: torch.Tensor, t: float = 2.0, normalize: bool = True) -
         exponent_NM = -t * squared_distances(embed_ND[start:start + CHUNK], embed_ND[start:])
         upper = torch.ones_like(exponent_NM, dtype=torch.bool).triu(diagonal=1)
         logs.append(exponent_NM[upper].logsumexp(0))
-    # In logarithms: without normalisation the kernel of far embeddings is below the smallest number.
+    # In the log domain: without normalisation, the kernel of distant embeddings underflows.
     return torch.stack(logs).logsumexp(0).item() - float(np.log(count * (count - 1) / 2))
 
 
@@ -160,14 +156,14 @@ def _prepare(embed_ND: torch.Tensor, normalize: bool) -> torch.Tensor:
 class EmbeddingOptions(Options):
     """Options of the embedding protocol."""
     embedding_normalize: bool = config_option(
-        'Embedding', True, 'bring embeddings to length 1; --no-embedding-normalize keeps their scale', bool)
+        'Embedding', True, 'scale embeddings to length 1; --no-embedding-normalize keeps their length', bool)
     embedding_power: float = config_option(
         'Embedding', 1.0, 'alignment is the mean of distance ** POWER', float, low=0)
     embedding_t: float = config_option('Embedding', 2.0, 'uniformity uses the kernel exp(-T * distance ** 2)', float)
     umap: bool = config_option('Embedding', True, '2-D map of each model (needs umap-learn)', bool)
     umap_images: int = config_option('Embedding', 2000, 'images on the map, the same for all models', int, low=16)
     umap_classes: int = config_option(
-        'Embedding', 10, 'classes on the map, the first ones that the images have', int, low=1)
+        'Embedding', 10, 'number of classes on the map, the first ones in the data', int, low=1)
 
 
 @register_protocol('embedding', EmbeddingOptions)
@@ -186,15 +182,15 @@ def embedding(ev: Evaluation) -> Result:
             'images': len(labels),
         })
         found[model.label] = embed_ND.cpu().numpy(), labels.cpu().numpy()
-    length = 'embeddings of length 1' if config.embedding_normalize else 'embeddings as they are'
+    length = 'embeddings of length 1' if config.embedding_normalize else 'unnormalised embeddings'
     notes = [
-        f'Alignment: mean over all pairs of images of one class of distance ** {config.embedding_power:g}. Uniformity: '
-        f'logarithm of the mean over all pairs of exp(-{config.embedding_t:g} * distance ** 2). Both on {length}, '
-        'lower is better. Embedding: what goes into the linear classifier.',
-        'At length 1 a distance is at most 2 and uniformity with t = 2 hardly below -4. The MultiMix paper prints '
-        'alignments up to 3.02 and uniformities down to -5.68 (CIFAR-100), which this definition cannot reach; its '
-        'scale is not stated, so figures are not comparable with those.',
-        'Squared norm: mean over images, before any normalisation.',
+        f'Alignment: mean of distance ** {config.embedding_power:g} over all pairs of images of the same class. '
+        f'Uniformity: log of the mean of exp(-{config.embedding_t:g} * distance ** 2) over all pairs. Both use '
+        f'{length}; lower is better. Embedding: input of the linear classifier.',
+        'At length 1, distances are at most 2, and uniformity with t = 2 hardly falls below -4. The MultiMix paper '
+        'reports alignments up to 3.02 and uniformities down to -5.68 (CIFAR-100), which this definition cannot reach; '
+        'it does not state its scale, so the figures are not comparable.',
+        'Squared norm: mean over images, before normalisation.',
     ]
     fig = draw_maps(ev, found) if config.umap and ev.is_main else None
     if config.umap and ev.is_main and fig is None:
@@ -214,8 +210,8 @@ def embedding(ev: Evaluation) -> Result:
     )
 
 
-def draw_maps(ev: Evaluation, found: dict[str, tuple[np.ndarray, np.ndarray]]) -> 'Figure | None':
-    """A UMAP of the same images for each model, side by side; None where umap-learn is missing."""
+def draw_maps(ev: Evaluation, found: dict[str, tuple[np.ndarray, np.ndarray]]) -> Figure | None:
+    """Draw UMAPs of the same images for all models; None if umap-learn is not installed."""
     try:
         import umap
     except ImportError:
@@ -244,7 +240,7 @@ def draw_maps(ev: Evaluation, found: dict[str, tuple[np.ndarray, np.ndarray]]) -
 
 
 def choose(labels: np.ndarray, num_classes: int, num_images: int, seed: int) -> np.ndarray:
-    """Places of at most `num_images` images, chosen at random, of the first `num_classes` classes there are."""
+    """Choose at most `num_images` random images of the first `num_classes` classes; returns their positions."""
     places = np.flatnonzero(np.isin(labels, np.unique(labels)[:num_classes]))
     if len(places) > num_images:
         places = np.sort(np.random.default_rng(seed).choice(places, num_images, replace=False))

@@ -1,7 +1,7 @@
-"""Manifold intrusion: how near mixed embeddings come to clean embeddings of classes that were not mixed.
+"""Manifold intrusion: distance of mixed embeddings to clean embeddings of classes that were not mixed.
 
-Guo et al., "MixUp as Locally Linear Out-Of-Manifold Regularization", AAAI 2019, arXiv 1809.02499, name the effect; the
-distance is that of the MultiMix paper, arXiv 2311.05538, searched in a bank over the training set instead of a batch.
+The term is from Guo et al., "MixUp as Locally Linear Out-Of-Manifold Regularization", AAAI 2019, arXiv 1809.02499. The
+distance is that of the MultiMix paper, arXiv 2311.05538, but searched over the training set instead of a batch.
 
 Shape suffixes: B batch, M mixed embeddings, N clean embeddings of the bank, D channels, R positions.
 """
@@ -37,34 +37,29 @@ _logger = logging.getLogger(__name__)
 CLEAN = 'none'
 DENSE = 'densemultimix'
 CLEAN_MODE = 'clean'
-CHUNK = 8192  # embeddings of the bank compared at a time
+CHUNK = 8192  # embeddings of the bank that are compared at a time
 
 
 @dataclass(frozen=True)
 class Bank:
-    """Clean embeddings to search.
-
-    Attributes:
-        embed_ND: (N, D).
-        labels: (N,) their classes.
-    """
+    """Clean embeddings to search, and their classes (N,)."""
     embed_ND: torch.Tensor
     labels: torch.Tensor
 
     @property
     def squared_norm(self) -> float:
-        """Mean over embeddings: the scale that a squared distance is to be seen on."""
+        """Mean over embeddings: the scale for squared distances."""
         return self.embed_ND.double().square().sum(1).mean().item()
 
 
 @dataclass(frozen=True)
 class Intrusion:
-    """Distances of the mixed embeddings of one mix.
+    """Distances for one mix.
 
     Attributes:
-        distance: Mean over those that have one; None where a mixed embedding holds every class of the bank.
-        undefined: Share of mixed embeddings that hold every class.
-        count: Mixed embeddings.
+        distance: Mean over the mixed embeddings; None if one of them contains every class of the bank.
+        undefined: Share of mixed embeddings that contain every class.
+        count: Number of mixed embeddings.
     """
     distance: float | None
     undefined: float
@@ -72,15 +67,15 @@ class Intrusion:
 
 
 def nearest_other_class(embed_MD: torch.Tensor, mixed_MC: torch.Tensor, bank: Bank) -> torch.Tensor:
-    """Squared distance of each mixed embedding to the nearest clean embedding of a class that is not in it.
+    """Squared distance of each mixed embedding to the nearest clean embedding of a class that was not mixed.
 
     Args:
         embed_MD: Mixed embeddings.
-        mixed_MC: Whether a class is in the mix, bool.
+        mixed_MC: Whether a class was mixed, bool.
         bank: Clean embeddings.
 
     Returns:
-        (M,) float64; inf where the bank has no embedding of another class.
+        (M,) float64; inf if the bank has no embedding of another class.
     """
     nearest_M = embed_MD.new_full((len(embed_MD),), torch.inf, dtype=torch.float64)
     for bank_ND, labels in zip(bank.embed_ND.split(CHUNK), bank.labels.split(CHUNK), strict=True):
@@ -90,7 +85,7 @@ def nearest_other_class(embed_MD: torch.Tensor, mixed_MC: torch.Tensor, bank: Ba
 
 
 def summarize(distance_M: torch.Tensor) -> Intrusion:
-    """The mean distance, undefined where some embedding has none: the mean of the rest would be of another set."""
+    """Average distances; undefined if some are infinite, because the mean of the rest would be of a biased subset."""
     defined = distance_M.isfinite()
     share = 1 - defined.double().mean().item()
     return Intrusion(distance_M.mean().item() if defined.all() else None, share, len(distance_M))
@@ -104,17 +99,17 @@ def mix_embeddings(
         target: torch.Tensor,
         draw: Draw,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mixed embeddings of one step, and how much of each example is in them.
+    """Compute the mixed embeddings of one step and the weights of the examples in them.
 
     Args:
         module: Network and mix, in evaluation mode.
-        tap: Open on the network.
+        tap: Recorder of the network's embeddings.
         images: (B, C, H, W), normalised.
-        target: (B,) classes, which attention by class needs.
-        draw: The step.
+        target: (B,) classes, for attention by class.
+        draw: Random draws of the step.
 
     Returns:
-        embed_MD and weights_MB >= 0. For dense mixing every position of a generated example is one.
+        embed_MD and weights_MB >= 0. For dense mixing, M counts the positions of the generated examples.
     """
     mix = module.mix
     module.arm(draw)
@@ -132,11 +127,11 @@ def mix_embeddings(
         embed_BRD = embed_BDR.transpose(1, 2).float()
         both_BRX = torch.cat([embed_BRD, eye_BB[:, None].expand(-1, embed_BRD.shape[1], -1)], dim=2)
         both_MX, share_MX = dense_multimix_rows(both_BRX, target, draw['weights'], attention_BR)
-        both_MX = both_MX[share_MX.sum(1) > 0]  # positions without attention take no part in the loss
+        both_MX = both_MX[share_MX.sum(1) > 0]  # positions without attention are not part of the loss
         return both_MX[:, :-len(images)], both_MX[:, -len(images):]
     weights_MB = mix.target(eye_BB, draw)
     if draw['mode'] not in ('input', CLEAN_MODE) and draw['layer'] not in mix.layers:
-        embed_BD = weights_MB @ embed_BD  # not mixed on the way: the method mixes what the classifier sees
+        embed_BD = weights_MB @ embed_BD  # not mixed inside the network: the method mixes the classifier's input
     return embed_BD, weights_MB
 
 
@@ -144,14 +139,14 @@ def mix_embeddings(
 class IntrusionOptions(Options):
     """Options of the intrusion protocol."""
     intrusion_mixes: list[str] | None = config_option(
-        'Intrusion', None, 'mixes whose embeddings are taken; default: all', nargs='+')
-    intrusion_split: str = config_option('Intrusion', 'train', 'split of the bank and of the images that are mixed')
+        'Intrusion', None, 'mixes to evaluate; default: all', nargs='+')
+    intrusion_split: str = config_option('Intrusion', 'train', 'split of the clean embeddings and of the images to mix')
     intrusion_bank: int = config_option(
-        'Intrusion', 50000, 'clean embeddings searched at most, chosen at random', int, low=2)
-    intrusion_batch: int = config_option('Intrusion', 128, 'images mixed at a time', int, low=2)
-    intrusion_batches: int = config_option('Intrusion', 8, 'batches mixed, of different images', int, low=1)
+        'Intrusion', 50000, 'maximum number of clean embeddings, chosen at random', int, low=2)
+    intrusion_batch: int = config_option('Intrusion', 128, 'images per batch to mix', int, low=2)
+    intrusion_batches: int = config_option('Intrusion', 8, 'number of batches to mix, of different images', int, low=1)
     intrusion_normalize: bool = config_option(
-        'Intrusion', False, 'bring clean and mixed embeddings to length 1 before distances', bool)
+        'Intrusion', False, 'scale clean and mixed embeddings to length 1', bool)
 
 
 @register_protocol('intrusion', IntrusionOptions)
@@ -172,8 +167,7 @@ def intrusion(ev: Evaluation) -> Result:
         details[model.label] = {
             mix: dict(vars(value), bank_squared_norm=scales[mix]) for mix, value in found.items()}
     length = 'have length 1' if config.intrusion_normalize else (
-        'are as they are: see distances on the scale of the squared norm, the mean over the bank; every model has its '
-        'own')
+        'are not normalised: compare distances with the squared norm, the mean over the clean embeddings of the model')
     return Result(
         columns={
             'trained': Column('trained with'),
@@ -183,16 +177,16 @@ def intrusion(ev: Evaluation) -> Result:
         },
         rows=rows,
         notes=[
-            'Mean over mixed embeddings of the smallest squared distance to a clean embedding of a class of which '
-            f'nothing was mixed in; the larger, the less intrusion. Embeddings {length}.',
-            f'Searched: clean images of split {config.intrusion_split}, at most {config.intrusion_bank} embeddings '
-            f'chosen at random. Mixed: {config.intrusion_batches} batches of {config.intrusion_batch} images of it, by '
-            'every mix with its default options; the network is in evaluation mode.',
-            'none: the clean images themselves. Methods that mix features: those of their modes that do; their input '
-            'mode is input mixup. alignmix_ae: what its plain classifier sees. densemultimix: embeddings of single '
-            'positions, mixed and clean, on the scale of the squared norm of positions.',
-            'undefined: some mixed embedding holds every class there is, so it cannot intrude on another. multimix and '
-            'densemultimix mix a whole batch: with few classes take a smaller --intrusion-batch.',
+            'Mean over mixed embeddings of the smallest squared distance to a clean embedding of a class that was not '
+            f'mixed; larger means less intrusion. Embeddings {length}.',
+            f'Clean: at most {config.intrusion_bank} embeddings of split {config.intrusion_split}, chosen at random. '
+            f'Mixed: {config.intrusion_batches} batches of {config.intrusion_batch} images of the split, by every mix '
+            'with its default options; the network is in evaluation mode.',
+            'none: the clean images themselves. Methods that mix features: only their feature modes, as their input '
+            'mode is input mixup. alignmix_ae: input of its plain classifier. densemultimix: embeddings of single '
+            'positions, mixed and clean; compare with the squared norm of positions.',
+            'undefined: some mixed embedding contains every class, so it cannot intrude on another one. multimix and '
+            'densemultimix mix a whole batch: use a smaller --intrusion-batch if there are few classes.',
             *(f'{mix}: left out. {reason}' for mix, reason in reasons.items()),
         ],
         details={'mixes': details},
@@ -206,7 +200,7 @@ def _of_model(
         mixes: list[str],
         reasons: dict[str, str],
 ) -> tuple[dict[str, Intrusion], dict[str, float]]:
-    """Intrusion, and squared norm of the bank, for each mix that the model takes; adds why others do not."""
+    """Intrusion and squared norm of the bank for each mix that the model supports; adds to `reasons` for the others."""
     network, sides = model.network.network, model.data_config['input_size'][1:]
     modules = {}
     for name in mixes:
@@ -229,7 +223,7 @@ def _of_model(
 
 
 def _options(name: str, batch: int) -> dict[str, Any]:
-    """About as many generated examples as pairs have: they are independent draws, fewer do not change the mean."""
+    """Generate about as many examples as mixed pairs have; they are independent, so fewer do not change the mean."""
     return {'multimix': {'n': batch}, DENSE: {'n': max(batch // 16, 1)}}.get(create_mix(name).name, {})
 
 
@@ -261,20 +255,20 @@ def _of_mix(
 
 
 class _Kept:
-    """Values of some images, gathered while all pass by."""
+    """Values of selected images, collected batch by batch."""
 
     def __init__(self, wanted: np.ndarray) -> None:
         self._wanted = wanted
         self._parts: tuple[list[torch.Tensor], ...] = ([], [], [])
 
     def add(self, batch: Batch, values: torch.Tensor) -> None:
-        """Keep what is wanted of one value for each image of a batch."""
+        """Keep the values of the selected images of a batch."""
         keep = torch.from_numpy(np.isin(batch.indices.numpy(), self._wanted))
         for part, value in zip(self._parts, (batch.indices, values, batch.labels), strict=True):
             part.append(value.cpu()[keep])
 
     def gather(self, ev: Evaluation) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Places in the data, in order, values and labels, from all processes."""
+        """Gather sorted positions in the dataset, values and labels from all processes."""
         index, values, labels = self._parts
         found = ev.gather(index, values=values, labels=labels)
         return found['index'], found['values'], found['labels']
@@ -287,10 +281,10 @@ def collect(
         tap: ClassifierInput,
         head: DenseHead | None,
 ) -> tuple[Bank, Bank | None, list[tuple[torch.Tensor, torch.Tensor]]]:
-    """The banks of embeddings and, with a dense head, of single positions, and batches to mix: (pixels 0-255, labels).
+    """Collect banks of embeddings and (with a dense head) of positions, and batches of (uint8 images, labels) to mix.
 
     Raises:
-        ValueError: The split has fewer images than a batch, or one class only.
+        ValueError: The split has fewer images than a batch, or only one class.
     """
     config, loader = ev.config, ev.loader(model, ev.config.intrusion_split)
     count, batch = loader.num_samples, config.intrusion_batch
@@ -319,17 +313,18 @@ def collect(
     finally:
         handle.remove()
     index, values, labels = pixels.gather(ev)
-    places = np.searchsorted(index, mixed).reshape(-1, batch)  # in the order of the draw, not of the data
+    places = np.searchsorted(index, mixed).reshape(-1, batch)  # in random order, not in dataset order
     batches = [(torch.from_numpy(values[p]), torch.from_numpy(labels[p])) for p in places]
     return make_bank(ev, pooled), make_bank(ev, dense) if head else None, batches
 
 
 def make_bank(ev: Evaluation, kept: _Kept) -> Bank:
-    """A bank of embeddings (N, D), or of positions (N, D, R), in float32 on the device."""
+    """Make a bank from embeddings (N, D), or from positions (N, D, R), in float32 on the device."""
     _, values, labels = kept.gather(ev)
     if len(np.unique(labels)) < 2:
         raise ValueError(
-            f'split {ev.config.intrusion_split} shows one class only: there is no other class to intrude on')
+            f'split {ev.config.intrusion_split} shows only one class, so there is no other one to intrude on; '
+            'pass another --intrusion-split')
     if values.ndim == 3:
         labels = np.repeat(labels, values.shape[2])
         values = values.transpose(0, 2, 1).reshape(len(labels), -1)
@@ -340,15 +335,14 @@ def make_bank(ev: Evaluation, kept: _Kept) -> Bank:
 
 
 def _draw(details: dict[str, dict[str, dict[str, Any]]], normalized: bool) -> Figure:
-    """Distances relative to the squared norm of the clean embeddings, a panel for each model."""
-
+    """Plot distances relative to the squared norm of the clean embeddings, a panel per model."""
     most = max(map(len, details.values()))
     fig, axes = panels(len(details), size=(3.6, 0.9 + 0.3 * most), sharex=True)
     for ax, (label, found) in zip(axes, details.items(), strict=True):
         relative = [(value['distance'] or 0) / value['bank_squared_norm'] for value in found.values()]
         drawn = ax.barh(range(len(found)), relative, height=0.7, color=[color(i) for i in range(len(found))])
         shown = [
-            'undefined: holds every class' if value['distance'] is None else f'{share:.3f}'
+            'undefined: contains every class' if value['distance'] is None else f'{share:.3f}'
             for value, share in zip(found.values(), relative, strict=True)]
         ax.bar_label(drawn, labels=shown, padding=3)
         ax.set_yticks(range(len(found)), found)

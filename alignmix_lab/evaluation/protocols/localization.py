@@ -1,11 +1,11 @@
-"""Weakly supervised localization: boxes from class activation maps of networks that never saw a box.
+"""Weakly supervised localization: boxes from class activation maps of networks trained without boxes.
 
 Class activation maps: Zhou et al., "Learning Deep Features for Discriminative Localization", CVPR 2016, arXiv
 1512.04150. MaxBoxAcc and MaxBoxAccV2: Choe et al., CVPR 2020, arXiv 2001.07437. Top-1 Loc with a fixed threshold, as in
 CutMix, arXiv 1905.04899. Table 5 of the AlignMixup paper, arXiv 2103.15375.
 
-A ResNet has 7x7 positions at 224 px; with `--model-kwargs output_stride=16`, in training too, timm builds it without
-the stride of its last stage, and it has 14x14 as in the papers (timm dilates that stage's later convolutions as well).
+A ResNet has 7x7 positions at 224 px. With `--model-kwargs output_stride=16`, also in training, timm removes the stride
+of its last stage, which gives 14x14 positions as in the papers (timm also dilates later convolutions of that stage).
 
 Shape suffixes: B batch, C classes, R positions, T thresholds, N pairs of an image and a class it shows.
 """
@@ -19,14 +19,11 @@ import torch
 import torch.nn as nn
 from PIL import Image
 
-from alignmix_lab.data.options import LoaderOptions
-from alignmix_lab.data.transforms import SizedTransform
 from alignmix_lab.runs.options import Options, config_option
 from timm_alignmix.anatomy import Anatomy
 
 from ..base import register_protocol
 from ..context import Evaluation
-from ..data import EvalLoader, open_unlabelled
 from ..models import EvalModel
 from ..result import Column, Result
 from .box_data import BoxSource, open_boxes
@@ -48,16 +45,16 @@ from .localization_pictures import PictureCell, PictureColumn, draw_curves, draw
 class ClassMaps:
     """Class activation maps: the classifier's logits at every position of the last feature map.
 
-    At a position the logits are class weight . features plus a constant, which drops out where maps are spread between
-    their extremes. Models with more behind the pooling (a norm, as ConvNeXt) have all of it applied at each position;
-    of models that classify a class token it is the patch tokens.
+    The logits of a position are class weight . features plus a constant, which has no effect once maps are scaled to
+    their range. Layers between pooling and classifier (e.g. the norm of ConvNeXt) are applied at each position. For
+    models that classify a class token, the positions are the patch tokens.
 
     Args:
         network: A timm model in evaluation mode.
         img_size: Height and width of its images.
 
     Raises:
-        ValueError: The classifier does not see the mean over positions of a feature map.
+        ValueError: The classifier does not use the mean over the positions of a feature map.
     """
 
     def __init__(self, network: nn.Module, img_size: tuple[int, int]) -> None:
@@ -66,7 +63,7 @@ class ClassMaps:
 
     @torch.inference_mode()
     def __call__(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits (B, C) and maps (B, C, h, w) in float32 of normalised images."""
+        """Compute logits (B, C) and maps (B, C, h, w) in float32 from normalised images."""
         found: list[torch.Tensor] = []
         handle = self._network.get_submodule(self._head.name).register_forward_hook(
             lambda module, inputs, output: found.append(output))
@@ -90,20 +87,20 @@ class ClassMaps:
 class LocalizationOptions(Options):
     """Options of the localization protocol."""
     cam_threshold: float = config_option(
-        'Localization', 0.15, 'part of the maximum above which a map is the object, in Top-1 Loc and GT-known Loc',
-        float, low=0, below=1)
-    localization_pictures: int = config_option('Localization', 6, 'images in the picture, for each model', int, low=1)
+        'Localization', 0.15, 'threshold of the object for Top-1 Loc and GT-known Loc, relative to the maximum of the '
+        'map', float, low=0, below=1)
+    localization_pictures: int = config_option('Localization', 6, 'number of images in the picture', int, low=1)
 
 
 @dataclass(frozen=True)
 class Judged:
-    """A pair of an image and a class it shows.
+    """Evaluation of an image and a class it shows.
 
     Attributes:
-        correct: The class is predicted.
+        correct: Whether the class is predicted.
         fixed_iou: IoU of the box at the fixed threshold.
-        largest: (T,) best IoU of the largest contour's box at each threshold.
-        every: (T,) best IoU of all contours' boxes.
+        largest: (T,) best IoU of the box of the largest contour at each threshold.
+        every: (T,) best IoU of the boxes of all contours.
     """
     correct: bool
     fixed_iou: float
@@ -112,14 +109,14 @@ class Judged:
 
 
 def judge(class_map: np.ndarray, truth: np.ndarray, correct: bool, size: tuple[int, int], threshold: float) -> Judged:
-    """Compare the boxes of a map with the true ones.
+    """Compare the boxes of a class activation map with the true boxes.
 
     Args:
-        class_map: (h, w).
-        truth: (M, 4) boxes in the pixels of the network's image.
-        correct: Whether the class is the predicted one.
-        size: Width and height of that image.
-        threshold: The fixed one.
+        class_map: (h, w) map.
+        truth: (M, 4) true boxes in pixels of the network's image.
+        correct: Whether the class is predicted.
+        size: Width and height of the network's image.
+        threshold: The fixed threshold.
     """
     scores = score_bytes(class_map, size)
     largest, every = best_ious(scores, truth)
@@ -130,16 +127,13 @@ def judge(class_map: np.ndarray, truth: np.ndarray, correct: bool, size: tuple[i
 @register_protocol('localization', LocalizationOptions)
 def localization(ev: Evaluation) -> Result:
     """Boxes from class activation maps: Top-1 Loc, GT-known Loc, MaxBoxAcc, MaxBoxAccV2 (CUB-200-2011, VOC folders)."""
-
     source = open_boxes(ev.config.data_dir, ev.config.split)
     opencv()
-    rows, curves, columns, loaders = [], {}, [], {}
+    rows, curves, columns = [], {}, []
     for model in ev.models:
-        shown = str([model.data_config[key] for key in ('input_size', 'interpolation')])
-        if shown not in loaders:
-            loaders[shown] = open_images(ev, model, source)
-        found, seen = evaluate_boxes(ev, model, source, loaders[shown])
-        rows.append({'model': model.label, **measures(found), 'map': describe_map(seen)})
+        found, seen = evaluate_boxes(ev, model, source)
+        shape = '{}x{} of {}x{}'.format(*seen['class_map'].shape[1:], *seen['image'].shape[2:])
+        rows.append({'model': model.label, **measures(found), 'map': shape})
         curves[model.label] = box_accuracy(found['largest'], 0.5)
         columns.append(seen_by(model, source, seen, rows[-1]['threshold']))
     fixed = ev.config.cam_threshold
@@ -157,15 +151,15 @@ def localization(ev: Evaluation) -> Result:
         },
         rows=rows,
         notes=[
-            'Images are resized whole to the size of the model. Map: classifier weight of the class times the last '
-            'feature map, resized bicubically, spread between its minimum and maximum.',
-            f'Top-1 Loc: the class is predicted and IoU >= 0.5 for the box of the largest contour above {fixed:g} of '
-            'the maximum. GT-known Loc: the same without the prediction, from the map of the true class.',
-            'MaxBoxAcc: IoU >= 0.5 for the largest contour, at the threshold that is best for the whole set (in steps '
-            'of 0.001). MaxBoxAccV2: mean over IoU 0.3, 0.5, 0.7 of the same with the best box of all contours. Both '
-            'choose the threshold on the images they are measured on, and use maps of the true class.',
-            f'The whole image as the box would be right for {whole_image(source):.1f} % of images at IoU 0.5.',
-            'IoU counts whole pixels, the last row and column included; any true box of the class will do. An image '
+            "Whole images are resized to the model's image size. Map: classifier weight of the class times the last "
+            'feature map, resized bicubically and scaled to its range.',
+            f'Top-1 Loc: the class is predicted and the box of the largest contour above {fixed:g} of the maximum has '
+            'IoU >= 0.5. GT-known Loc: the same without the prediction. Maps are those of the true class.',
+            'MaxBoxAcc: IoU >= 0.5 for the largest contour, at the best threshold for the whole set (in steps of '
+            '0.001). MaxBoxAccV2: mean over IoU 0.3, 0.5, 0.7 of the same with the best box of all contours. Both '
+            'select the threshold on the evaluated images.',
+            f'A box of the whole image would be right for {whole_image(source):.1f} % of the images at IoU 0.5.',
+            'IoU counts whole pixels, including the last row and column, for the best true box of the class. An image '
             'that shows several classes counts once for each.',
         ],
         details={'thresholds': THRESHOLDS, 'box_accuracy': curves},
@@ -177,14 +171,14 @@ def evaluate_boxes(
         ev: Evaluation,
         model: EvalModel,
         source: BoxSource,
-        loader: EvalLoader,
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Judge a model on every process.
+    """Evaluate the boxes of a model for all images.
 
     Returns:
-        The entries of `Judged` for all pairs of an image and a class, and of the images for the picture their `index`,
-        `image` (3, H, W) uint8, `class_map` of the first class they show, and `predicted` class.
+        The entries of `Judged` for all pairs of an image and a class; and for the images of the picture `index`,
+        `image` (3, H, W) uint8, `class_map` of the first class shown, and `predicted` class.
     """
+    loader = ev.unlabelled(model, source, crop_pct=1.0, crop_mode='squash')
     labels, sides = class_labels(source, model), tuple(model.data_config['input_size'][1:])
     maps = ClassMaps(model.network.network, sides)
     first = np.cumsum([0, *(len(image.boxes) for image in source.dataset)])
@@ -195,7 +189,7 @@ def evaluate_boxes(
     with ThreadPoolExecutor(max(ev.config.workers, 1)) as pool, \
             ev.progress(f'localization {model.label}', len(loader)) as bar:
         for batch in loader:
-            with ev.autocast():
+            with ev.accelerator.autocast():
                 logits, maps_BChw = maps(model.network.normalize(batch.images))
             tasks = []
             for row, index in enumerate(batch.indices.tolist()):
@@ -219,8 +213,7 @@ def evaluate_boxes(
 
 
 def seen_by(model: EvalModel, source: BoxSource, seen: dict[str, np.ndarray], threshold: float) -> PictureColumn:
-    """What the picture shows of a model."""
-
+    """Prepare a model's column of the picture."""
     labels, cells = class_labels(source, model), []
     names = model.class_names or source.class_names
     for index, image, class_map, predicted in zip(*seen.values(), strict=True):
@@ -233,19 +226,8 @@ def seen_by(model: EvalModel, source: BoxSource, seen: dict[str, np.ndarray], th
     return PictureColumn(model.label, threshold, cells)
 
 
-def open_images(ev: Evaluation, model: EvalModel, source: BoxSource) -> EvalLoader:
-    """This process's images, whole, resized to the model's size."""
-    shown = {key: model.data_config[key] for key in ('input_size', 'interpolation')}
-    squash = SizedTransform(LoaderOptions(**shown, crop_pct=1.0, crop_mode='squash'), False)
-    loader = open_unlabelled(
-        source, squash, ev.config, shown['input_size'], ev.device, ev.accelerator.process_index,
-        ev.accelerator.num_processes)
-    ev.used[loader.description] = None
-    return loader
-
-
 def scaled_boxes(source: BoxSource, index: int, sides: tuple[int, int]) -> dict[str, np.ndarray]:
-    """True boxes of an image by class, in the pixels of the resized image."""
+    """True boxes of an image by class, in pixels of the resized image."""
     image = source.dataset[index]
     with Image.open(image.path) as file:
         size = file.size
@@ -253,10 +235,10 @@ def scaled_boxes(source: BoxSource, index: int, sides: tuple[int, int]) -> dict[
 
 
 def class_labels(source: BoxSource, model: EvalModel) -> dict[str, int]:
-    """The model's label of each class of the data.
+    """Map each class of the data to the model's label.
 
     Raises:
-        ValueError: The model does not know a class by name, or, without names, has another number of classes.
+        ValueError: The model does not know a class, or has no class names and another number of classes.
     """
     known = model.class_names
     if known:
@@ -268,26 +250,21 @@ def class_labels(source: BoxSource, model: EvalModel) -> dict[str, int]:
         return {name: known.index(name) for name in source.class_names}
     if model.num_classes != len(source.class_names):
         raise ValueError(
-            f'{source.title} has {len(source.class_names)} classes, {model.label} has {model.num_classes} and no names '
-            'for them; evaluate a training checkpoint or an export of this data, which have names')
+            f'{source.title} has {len(source.class_names)} classes, {model.label} has {model.num_classes} and no class '
+            'names; evaluate a training checkpoint or an export for this data, which have names')
     return {name: label for label, name in enumerate(source.class_names)}
 
 
 def whole_image(source: BoxSource) -> float:
-    """Share of pairs of an image and a class, in per cent, that a box of the whole image finds at IoU 0.5."""
-    sides = 1000, 1000  # a share of the area: the same for every size, but for rounding
+    """Percentage of pairs of an image and a class for which a box of the whole image has an IoU of 0.5 or more."""
+    sides = 1000, 1000  # any size gives the same percentage, except for rounding
     truths = [truth for i in range(source.num_samples) for truth in scaled_boxes(source, i, sides).values()]
     whole = np.array([[0, 0, sides[1] - 1, sides[0] - 1]])
     return 100 * float(np.mean([inclusive_iou(whole, truth).max() >= 0.5 for truth in truths]))
 
 
-def describe_map(seen: dict[str, np.ndarray]) -> str:
-    """Positions of a map and pixels of the image."""
-    return '{}x{} of {}x{}'.format(*seen['class_map'].shape[1:], *seen['image'].shape[2:])
-
-
 def measures(found: dict[str, np.ndarray]) -> dict[str, Any]:
-    """A row of the table."""
+    """Compute a row of the table."""
     hit = found['fixed_iou'] >= 0.5
     accuracy, threshold = max_box_accuracy(found['largest'])
     v2 = {f'v2_{100 * iou:.0f}': max_box_accuracy(found['every'], iou)[0] for iou in IOUS}

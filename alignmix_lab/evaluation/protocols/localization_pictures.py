@@ -1,4 +1,4 @@
-"""Pictures of localization: heat-maps with predicted and true boxes, and box accuracy over the threshold."""
+"""Localization pictures: heat maps with predicted and true boxes, and box accuracy over the threshold."""
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,7 @@ from alignmix_lab.runs.plotting import GREY, figure, line, shared_legend
 
 from .boxes import THRESHOLDS, inclusive_iou
 
-TRUE, PREDICTED = '#00E676', '#FF1744'  # bright on photographs and maps; solid and dashed lines tell them apart too
+TRUE, PREDICTED = '#00E676', '#FF1744'  # bright on photographs and maps; the line styles differ too
 
 
 @dataclass(frozen=True)
@@ -20,11 +20,11 @@ class PictureCell:
 
     Attributes:
         image: (H, W, 3) uint8.
-        scores: (H, W) uint8, the map of the class it shows.
+        scores: (H, W) uint8, the map of the true class.
         truth: (M, 4) true boxes.
-        box: (1, 4) the predicted one.
-        name: The class it shows.
-        said: The class that is predicted instead; None where it is right.
+        box: (1, 4) predicted box.
+        name: True class.
+        said: Predicted class if it is wrong, else None.
     """
     image: np.ndarray
     scores: np.ndarray
@@ -36,14 +36,14 @@ class PictureCell:
 
 @dataclass(frozen=True)
 class PictureColumn:
-    """A model's cells, and the part of the maximum at which its boxes are drawn."""
+    """The cells of a model, and the threshold of its boxes relative to the maximum of the map."""
     label: str
     threshold: float
     cells: list[PictureCell]
 
 
 def draw_pictures(columns: list[PictureColumn]) -> Figure:
-    """A row for each image: the image with its true boxes, then each model's map and box."""
+    """Draw a row for each image: the image with its true boxes, then the map and box of each model."""
     fig, axes = figure(len(columns[0].cells), 1 + len(columns), size=(2.3, 2.55))
     for row, cell in enumerate(columns[0].cells):
         show(axes[row, 0], cell, cell.name)
@@ -64,7 +64,7 @@ def draw_pictures(columns: list[PictureColumn]) -> Figure:
 
 
 def show(ax: Axes, cell: PictureCell, title: str) -> None:
-    """The image with its true boxes."""
+    """Draw an image with its true boxes."""
     ax.imshow(cell.image)
     frame(ax, cell.truth, TRUE, '-')
     ax.set_title(title, fontsize=8)
@@ -72,18 +72,16 @@ def show(ax: Axes, cell: PictureCell, title: str) -> None:
 
 
 def frame(ax: Axes, boxes: np.ndarray, color: str, style: str) -> None:
-    """Outlines of boxes whose last row and column are inside."""
+    """Draw the outlines of boxes that include their last row and column."""
     for x0, y0, x1, y1 in boxes:
         ax.add_patch(Rectangle(
             (x0 - 0.5, y0 - 0.5), x1 - x0 + 1, y1 - y0 + 1, fill=False, color=color, linestyle=style, linewidth=2))
 
 
 def draw_curves(curves: dict[str, np.ndarray], fixed: float) -> Figure:
-    """Box accuracy at IoU 0.5 over the threshold, a line for each model, its maximum marked.
+    """Plot the box accuracy (T,) at IoU 0.5 of each model over the threshold, with its maximum marked.
 
-    Args:
-        curves: (T,) per cent for each model.
-        fixed: Threshold of Top-1 Loc.
+    `fixed` is the threshold of Top-1 Loc.
     """
     fig, axes = figure(size=(5.6, 3.8))
     ax = axes[0, 0]
@@ -95,7 +93,7 @@ def draw_curves(curves: dict[str, np.ndarray], fixed: float) -> Figure:
     ax.annotate(f'Top-1 Loc: {fixed:g}', (fixed, 1), (3, -3), xycoords=('data', 'axes fraction'),
                 textcoords='offset points', rotation=90, va='top', color=GREY, fontsize=8)
     ax.set(
-        xlabel='threshold, part of the maximum of the map', ylabel='images with IoU >= 0.5 (%)', xlim=(0, 1),
+        xlabel='threshold, relative to the maximum of the map', ylabel='images with IoU >= 0.5 (%)', xlim=(0, 1),
         ylim=(0, 100), title='Box of the largest contour; the marker is MaxBoxAcc')
     shared_legend(fig, ax)
     return fig

@@ -1,4 +1,4 @@
-"""Random numbers that belong to an image, whatever batch, process or device it is in."""
+"""Random numbers per image, independent of batch, process and device."""
 from collections.abc import Callable, Iterable
 
 import numpy as np
@@ -11,13 +11,13 @@ def image_noise(
         indices: Iterable[int],
         *key: int,
 ) -> torch.Tensor:
-    """Noise for images, each seeded by its place in the data.
+    """Draw noise for images, each seeded by its position in the dataset.
 
     Args:
         draw: `torch.rand` or `torch.randn`.
         shape: (C, H, W) of one image.
-        indices: B places in the data.
-        *key: Seed of the run and whatever else tells draws apart.
+        indices: B positions in the dataset.
+        *key: Seed of the run and anything else that distinguishes draws.
 
     Returns:
         (B, C, H, W) float32, on the CPU.

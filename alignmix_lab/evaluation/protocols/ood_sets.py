@@ -1,4 +1,4 @@
-"""Images from another distribution: folders, array files and noise."""
+"""OOD sets: folders, array files and noise."""
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 from timm.data.transforms import ToNumpy, str_to_pil_interp
 
-from alignmix_lab.data.images.sources import EXTENSIONS, ImageSource
-from alignmix_lab.data.options import LoaderOptions
+from alignmix_lab.data.images.folders import EXTENSIONS
+from alignmix_lab.data.images.sources import ImageSource
 from alignmix_lab.data.order import eval_shard
-from alignmix_lab.data.transforms import Size, SizedTransform
+from alignmix_lab.data.transforms import Size
 
 from ..context import Evaluation
 from ..data import Batch
@@ -28,7 +28,7 @@ NOISES = {  # and their names in tables and pictures
 
 
 class _Files(ImageSource):
-    """All image files below a folder, by name."""
+    """All image files below a folder, sorted by name."""
 
     def __init__(self, folder: Path):
         files = sorted(path for path in folder.rglob('*') if path.suffix.lower() in EXTENSIONS and path.is_file())
@@ -64,16 +64,7 @@ class _Array(ImageSource):
 
 
 def centre_crop(image: Image.Image, size: Size, interpolation: str = 'bilinear') -> np.ndarray:
-    """Centre crop of the unscaled pixels; an image that is too small is enlarged until it fills the crop.
-
-    Args:
-        image: Any size.
-        size: (H, W).
-        interpolation: Of the enlarging.
-
-    Returns:
-        (C, H, W) uint8.
-    """
+    """Crop the centre of an image, without scaling unless it is too small, to (C, H, W) uint8 of the given (H, W)."""
     height, width = size
     scale = max(height / image.height, width / image.width)
     if scale > 1:
@@ -83,12 +74,13 @@ def centre_crop(image: Image.Image, size: Size, interpolation: str = 'bilinear')
     return ToNumpy()(image.crop((left, top, left + width, top + height)))
 
 
-def _crop_transform(interpolation: str, size: Size) -> Callable:
+def crop_transform(size: Size, interpolation: str) -> Callable:
+    """Return :func:`centre_crop` as a function of the image."""
     return partial(centre_crop, size=size, interpolation=interpolation)
 
 
 def open_set(name: str, key: str) -> ImageSource:
-    """A set by its path.
+    """Open an OOD set by its path; `key` names the images of .npz files.
 
     Raises:
         ValueError: It is missing, empty or of another kind.
@@ -101,23 +93,15 @@ def open_set(name: str, key: str) -> ImageSource:
     raise ValueError(f'--ood {name}: no folder of images and no .npz or .npy file')
 
 
-def fit(how: str, data_config: dict[str, Any]) -> Callable:
-    """From a size to a function from a PIL image to (C, H, W) uint8 of that size, by 'resize' or 'crop'."""
-    shown = {key: data_config[key] for key in ('input_size', 'interpolation')}
-    if how == 'resize':
-        return SizedTransform(LoaderOptions(**shown, crop_pct=1.0), False)
-    return partial(_crop_transform, data_config['interpolation'])
-
-
 def _noise(kind: str, shape: tuple[int, ...], indices: torch.Tensor, seed: int) -> torch.Tensor:
-    """U(0, 1), or N(0.5, 0.5) with 0.5 the standard deviation; of each place in the data its own."""
+    """Draw U(0, 1), or N(0.5, 0.5) with a standard deviation of 0.5, for each position in the dataset."""
     if kind == 'uniform':
         return image_noise(torch.rand, shape, indices, seed, 1)
     return 0.5 + 0.5 * image_noise(torch.randn, shape, indices, seed, 2)
 
 
 def noise_batches(ev: Evaluation, model: EvalModel, name: str) -> Iterator[Batch]:
-    """This process's share of a kind of noise, alone or added to the split's images, clipped to [0, 1]."""
+    """Yield this process's share of a noise set, alone or added to the images of the split, clipped to [0, 1]."""
     kind, _, added = name.partition('-')
     loader, seed = ev.loader(model), ev.config.seed
     if added:

@@ -1,8 +1,8 @@
-"""Top-1 error under FGSM and PGD, bounded by l_inf in pixels, as the papers report it.
+"""Top-1 error under l_inf-bounded FGSM and PGD attacks, as the papers report it.
 
-FGSM: Goodfellow et al. 2015, arXiv 1412.6572. PGD: Madry et al. 2018, arXiv 1706.06083. The papers give 8/255 for FGSM
-and 4/255 with steps of 2/255 for PGD; the number of PGD's iterations and its random start are those of PuzzleMix's
-public evaluation, which the papers follow without naming them.
+FGSM: Goodfellow et al. 2015, arXiv 1412.6572. PGD: Madry et al. 2018, arXiv 1706.06083. The papers use 8/255 for FGSM
+and 4/255 with steps of 2/255 for PGD. They do not state the number of PGD iterations or the start; both are taken from
+the public evaluation of PuzzleMix, which the papers follow.
 """
 from dataclasses import dataclass
 from functools import partial
@@ -29,36 +29,28 @@ _option = partial(config_option, 'Robustness (sizes in 1/255 of the pixel range)
 
 @dataclass
 class RobustnessOptions(Options):
-    """The two attacks."""
-
-    fgsm_eps: float = _option(8.0, "FGSM's bound", float, low=0.001)
-    fgsm_curve: list[float] = _option([1, 2, 4, 8, 16], 'further bounds, for the curve', float, nargs='+', low=0)
-    pgd_eps: float = _option(4.0, "PGD's bound", float, low=0.001)
-    pgd_step: float = _option(2.0, "PGD's step at --pgd-eps; in proportion at the bounds of the curve", float, low=0)
-    pgd_iterations: int = _option(20, "PGD's iterations", int, low=1)
-    pgd_start: str = _option('uniform', 'where PGD starts: at random in the box, or at the image',
+    """Options of the robustness protocol."""
+    fgsm_eps: float = _option(8.0, "bound of FGSM", float, low=0.001)
+    fgsm_curve: list[float] = _option([1, 2, 4, 8, 16], 'more bounds for the curve', float, nargs='+', low=0)
+    pgd_eps: float = _option(4.0, "bound of PGD", float, low=0.001)
+    pgd_step: float = _option(2.0, "step of PGD at --pgd-eps; scaled with the bound on the curve", float, low=0)
+    pgd_iterations: int = _option(20, "iterations of PGD", int, low=1)
+    pgd_start: str = _option('uniform', 'start of PGD: random within the bound, or the image',
                              choices=('uniform', 'image'))
-    pgd_curve: list[float] = _option([1, 2, 4, 8], 'further bounds, for the curve; each costs as much as the attack',
-                                     float, nargs='+', low=0)
+    pgd_curve: list[float] = _option(
+        [1, 2, 4, 8], 'more bounds for the curve; each costs as much as the attack', float, nargs='+', low=0)
 
     def bounds(self, attack: str) -> list[float]:
-        """All bounds of 'fgsm' or 'pgd', in 1/255, sorted; 0 is the clean image and is not among them."""
+        """Sorted bounds of 'fgsm' or 'pgd' in 1/255, without 0, which is the clean image."""
         curve = {*getattr(self, f'{attack}_curve'), getattr(self, f'{attack}_eps')}
         return sorted(curve - {0})
 
 
 def loss_gradient(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradient of each image's own cross-entropy.
+    """Compute the gradient (B, C, H, W) of each image's cross-entropy, and the logits (B, classes).
 
-    Losses are summed, not averaged, so that an image's gradient does not depend on the batch it is in.
-
-    Args:
-        model: In evaluation mode; batch norms would tie the images of a batch together.
-        images: (B, C, H, W) pixels in [0, 1].
-        labels: (B,) int64.
-
-    Returns:
-        The gradient (B, C, H, W) and the logits (B, classes).
+    Losses are summed, not averaged, so that the gradient of an image does not depend on its batch. The model must be in
+    evaluation mode, because batch norms would couple the images of a batch.
     """
     with torch.enable_grad():
         images = images.detach().requires_grad_()
@@ -68,17 +60,7 @@ def loss_gradient(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) 
 
 
 def fgsm(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, eps: float) -> torch.Tensor:
-    """Fast gradient sign method: one step of `eps` from the image itself.
-
-    Args:
-        model: Takes pixels in [0, 1], the normalisation inside; put in evaluation mode here.
-        images: (B, C, H, W) pixels in [0, 1].
-        labels: (B,) int64.
-        eps: Bound, of pixels in [0, 1].
-
-    Returns:
-        Images (B, C, H, W) in [0, 1].
-    """
+    """Fast gradient sign method: one step of `eps` from the image; see :func:`pgd`."""
     return pgd(model, images, labels, eps, step=eps, iterations=1)
 
 
@@ -91,18 +73,18 @@ def pgd(
         iterations: int,
         start: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Projected gradient descent under l_inf.
+    """Projected gradient descent with an l_inf bound.
 
-    Every step is projected onto the box around the clean image, then onto the pixel range.
+    Each step is projected onto the box around the clean image, then onto the pixel range.
 
     Args:
-        model: Takes pixels in [0, 1], the normalisation inside; put in evaluation mode here.
+        model: Takes pixels in [0, 1] and normalises them itself; used in evaluation mode.
         images: (B, C, H, W) pixels in [0, 1].
         labels: (B,) int64.
-        eps: Bound, of pixels in [0, 1].
-        step: Step, of pixels in [0, 1].
+        eps: Bound for pixels in [0, 1].
+        step: Step size for pixels in [0, 1].
         iterations: Number of steps.
-        start: What the first step starts from, relative to the images, within the bound; None starts at the images.
+        start: Offset of the start from the images, within the bound; None starts at the images.
 
     Returns:
         Images (B, C, H, W) in [0, 1], at most `eps` from the clean ones.
@@ -120,7 +102,7 @@ def _project(x: torch.Tensor, images: torch.Tensor, eps: float) -> torch.Tensor:
 
 @register_protocol('robustness', RobustnessOptions)
 def robustness(ev: Evaluation) -> Result:
-    """Top-1 error under FGSM and PGD, with curves over the size of the attack."""
+    """Top-1 error under FGSM and PGD attacks, with curves over the bound."""
     options = ev.config
     rows, curves = [], {}
     for model in ev.models:
@@ -153,12 +135,12 @@ def robustness(ev: Evaluation) -> Result:
         rows=rows,
         notes=[
             f'FGSM: l_inf {options.fgsm_eps:g}/255, one step from the image. PGD: l_inf {options.pgd_eps:g}/255, step '
-            f'{options.pgd_step:g}/255, {options.pgd_iterations} iterations {start}; on the curve the step is in '
-            'proportion to the bound.',
-            'Gradients, steps and bounds in [0, 1] pixels, normalisation inside the model, batch norms in evaluation '
-            'mode, float32, true labels, all images. The papers do not state the number of iterations.',
-            'No gradient: images whose loss has a gradient of exactly 0, which these attacks cannot move: a model that '
-            'is merely sure of itself looks robust there.',
+            f'{options.pgd_step:g}/255, {options.pgd_iterations} iterations {start}; on the curve the step scales with '
+            'the bound.',
+            'Gradients, steps and bounds refer to pixels in [0, 1]; normalisation inside the model, batch norms in '
+            'evaluation mode, float32, true labels, all images. The papers do not state the number of iterations.',
+            'No gradient: images whose loss has a gradient of exactly 0. The attacks cannot change them, so an '
+            'overconfident model looks robust there.',
         ],
         details={'curves': curves},
         figures={'': draw(curves, options)},
@@ -166,10 +148,11 @@ def robustness(ev: Evaluation) -> Result:
 
 
 def attack(ev: Evaluation, model: EvalModel) -> dict[str, np.ndarray]:
-    """Whether a model is wrong on each image, clean and under each attack, on every process.
+    """Attack all images and find the wrong predictions.
 
     Returns:
-        'clean', 'fgsm_EPS' and 'pgd_EPS' (EPS in 1/255), bool arrays over all images; 'no_gradient' likewise.
+        Bool arrays over all images by name: 'clean', 'fgsm_EPS' and 'pgd_EPS' (EPS in 1/255), where a prediction is
+        wrong, and 'no_gradient'.
     """
     options, loader = ev.config, ev.loader(model)
     facts = {'model': model.fingerprint, 'data': loader.description, 'seed': options.seed}
@@ -179,21 +162,17 @@ def attack(ev: Evaluation, model: EvalModel) -> dict[str, np.ndarray]:
         jobs[eps] = ev.store(f'{model.label} pgd {eps:g}', **facts, bound=eps, steps=steps)
     indices = []
     with ev.progress(f'attack {model.label}', len(loader) * len(jobs)) as bar:
-        for batch in ev.batches(model):
+        for batch in loader:
             indices.append(batch.indices)
             for eps, store in jobs.items():
                 if not store.has(batch.indices):
                     store.add(batch.indices, **(
                         _all_fgsm(model, batch, options) if eps == 'fgsm' else _one_pgd(model, batch, eps, options)))
                 bar.update()
-    found: dict[str, list[np.ndarray]] = {}
-    for part in indices:
-        for store in jobs.values():
-            for name, values in store.take(part).items():
-                found.setdefault(name, []).append(values)
-    gathered = ev.gather(indices, **found)
-    gathered.pop('index')
-    return gathered
+    own = torch.cat(indices) if indices else torch.empty(0, dtype=torch.int64)
+    found = ev.gather(own, **{name: values for store in jobs.values() for name, values in store.take(own).items()})
+    del found['index']
+    return found
 
 
 def _wrong(model: EvalModel, logits: torch.Tensor, labels: torch.Tensor) -> np.ndarray:
@@ -202,7 +181,7 @@ def _wrong(model: EvalModel, logits: torch.Tensor, labels: torch.Tensor) -> np.n
 
 
 def _all_fgsm(model: EvalModel, batch: Batch, options: RobustnessOptions) -> dict[str, np.ndarray]:
-    """The clean image and FGSM at every bound, all of which step along one gradient."""
+    """Evaluate the clean images and FGSM at every bound, with a single gradient."""
     images, labels, network = batch.images, batch.labels, model.network
     gradient, logits = loss_gradient(network, images, labels)
     found = {
@@ -228,8 +207,7 @@ def _one_pgd(model: EvalModel, batch: Batch, eps: float, options: RobustnessOpti
 
 
 def draw(curves: dict[str, dict[str, dict[str, list[float]]]], options: RobustnessOptions) -> Figure:
-    """Error over the size of the attack, a panel per attack, a line per model."""
-
+    """Plot the error over the bound: a panel per attack, a line per model."""
     fig, axes = figure(1, 2, size=(4.6, 3.6), sharey=True)
     titles = {'fgsm': 'FGSM, one step', 'pgd': f'PGD, {options.pgd_iterations} iterations'}
     for ax, (kind, title) in zip(axes[0], titles.items(), strict=True):

@@ -11,6 +11,7 @@ from timm.data import create_transform
 
 from alignmix_lab.data.device_loader import DeviceLoader
 from alignmix_lab.data.images.sources import ImageSource
+from alignmix_lab.data.options import LoaderOptions
 from alignmix_lab.data.timm_loader import TimmBatches
 
 COUNT = 1001
@@ -43,25 +44,22 @@ def info(tmp_path_factory):
 def make(request):
     """Callable: the loader of a rank; FFCV's is compiled once for each split and batch size."""
     compiled = {}
+    common = dict(input_size=SIZE, mean=(0,) * 3, std=(1 / 255,) * 3, no_aug=True, crop_pct=1.0)
 
     def get(train, batch_size, rank, world_size):
         if request.param == 'timm':
             transform = create_transform(SIZE, use_prefetcher=True, crop_pct=1.0)
-            batches = TimmBatches(
-                ImageSource(Numbered(), 'numbered'), lambda size: transform, SIZE[1:], batch_size, train, 3, COUNT,
-                workers=0, rank=rank, world_size=world_size)
-            return DeviceLoader(batches, (0,) * 3, (1 / 255,) * 3, torch.device('cpu'))
+            options = LoaderOptions(
+                **common, num_classes=COUNT, batch_size=batch_size, workers=0, rank=rank, world_size=world_size)
+            batches = TimmBatches(ImageSource(Numbered(), 'numbered'), lambda size: transform, options, train)
+            return DeviceLoader(batches, options, train)
         from alignmix_lab.data.ffcv.loader import FFCVBatches
-        from alignmix_lab.data.order import eval_shard, train_batches
+        options = LoaderOptions(**common, batch_size=batch_size, workers=1, os_cache=request.param == 'ffcv')
         if (train, batch_size) not in compiled:
-            compiled[train, batch_size] = FFCVBatches(
-                request.getfixturevalue('info'), SIZE, batch_size, train, no_aug=True, crop_pct=1.0, workers=1,
-                os_cache=request.param == 'ffcv')
+            compiled[train, batch_size] = FFCVBatches(request.getfixturevalue('info'), options, train)
         batches = compiled[train, batch_size]
         batches._rank_of = rank, world_size
-        batches._length = train_batches(COUNT, batch_size, world_size) if train \
-            else -(-len(eval_shard(COUNT, rank, world_size)) // batch_size)
-        return DeviceLoader(batches, (0,) * 3, (1 / 255,) * 3, torch.device('cpu'))
+        return DeviceLoader(batches, options, train)
     return get
 
 

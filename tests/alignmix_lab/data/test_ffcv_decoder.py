@@ -14,6 +14,7 @@ from alignmix_lab.data import WriteSettings, open_source, write_beton  # noqa: E
 from alignmix_lab.data.ffcv.beton import inspect_beton  # noqa: E402
 from alignmix_lab.data.ffcv.decoder import centre_crop, epoch_key, random_resized_crop, split_mix, uniform
 from alignmix_lab.data.ffcv.loader import FFCVBatches  # noqa: E402
+from alignmix_lab.data.options import LoaderOptions  # noqa: E402
 
 SIZE = (3, 24, 24)
 BATCH = 4
@@ -34,8 +35,9 @@ def make(info):
 
     def get(workers, os_cache=True):
         if (workers, os_cache) not in made:
-            made[workers, os_cache] = FFCVBatches(
-                info, SIZE, BATCH, train=True, scale=SCALE, ratio=RATIO, workers=workers, seed=1, os_cache=os_cache)
+            options = LoaderOptions(
+                input_size=SIZE, batch_size=BATCH, scale=SCALE, ratio=RATIO, workers=workers, seed=1, os_cache=os_cache)
+            made[workers, os_cache] = FFCVBatches(info, options, train=True)
         return made[workers, os_cache]
     return get
 
@@ -183,7 +185,7 @@ def test_damaged_jpeg_data_ends_the_epoch(info, tmp_path):
     with open(path, 'r+b') as file:
         file.seek(info.pointers[victim])
         file.write(bytes(int(info.sizes[victim])))
-    batches = FFCVBatches(inspect_beton(path), SIZE, 1, train=False, workers=1)
+    batches = FFCVBatches(inspect_beton(path), LoaderOptions(input_size=SIZE, batch_size=1, workers=1), train=False)
     seen = []
     with pytest.raises(RuntimeError, match=f'JPEG data of sample {victim} is damaged; .*alignmix_lab verify {path}'):
         for _, labels in batches:

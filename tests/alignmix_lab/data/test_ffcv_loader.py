@@ -12,9 +12,14 @@ from alignmix_lab.data.device_loader import DeviceLoader  # noqa: E402
 from alignmix_lab.data.ffcv import loader as ffcv_loader  # noqa: E402
 from alignmix_lab.data.ffcv.beton import inspect_beton  # noqa: E402
 from alignmix_lab.data.ffcv.loader import FFCVBatches, visible_workers  # noqa: E402
+from alignmix_lab.data.options import LoaderOptions  # noqa: E402
 
 SIZE = (3, 48, 48)
 TIMEOUT = 120  # seconds until what never ends counts as hanging; compilation takes some 10
+
+
+def batches(info, batch_size, train, **options):
+    return FFCVBatches(info, LoaderOptions(batch_size=batch_size, **{'input_size': SIZE, **options}), train)
 
 
 @pytest.fixture(scope='module')
@@ -30,19 +35,19 @@ def val_info(betons):
 @pytest.fixture(scope='module')
 def train(train_info):
     """Training batches of the only rank, on two threads through the page cache."""
-    return FFCVBatches(train_info, SIZE, 4, train=True, workers=2, seed=1)  # more batches than FFCV's ring holds
+    return batches(train_info, 4, train=True, workers=2, seed=1)  # more batches than FFCV's ring holds
 
 
 @pytest.fixture(scope='module')
 def paged(train_info):
     """The same for the last of three ranks, page by page."""
-    return FFCVBatches(train_info, SIZE, 1, train=True, workers=1, seed=1, rank=2, world_size=3, os_cache=False)
+    return batches(train_info, 1, train=True, workers=1, seed=1, rank=2, world_size=3, os_cache=False)
 
 
 @pytest.fixture(scope='module')
 def val(val_info):
     """Evaluation batches of the second of two ranks."""
-    return FFCVBatches(val_info, SIZE, 2, train=False, crop_pct=0.75, workers=1, rank=1, world_size=2)
+    return batches(val_info, 2, train=False, crop_pct=0.75, workers=1, rank=1, world_size=2)
 
 
 def in_thread(function):
@@ -208,7 +213,7 @@ def test_numba_types_of_the_process_stay_as_they_are(val_info):
     """FFCV marks a type read-only that all of the process shares: numba's finalizers then fail, at any later time."""
     import numba
     shared = numba.uint8[::1]
-    FFCVBatches(val_info, SIZE, 2, train=False, workers=1)
+    batches(val_info, 2, train=False, workers=1)
     assert shared.mutable and numba.uint8[::1] is shared
 
 
@@ -216,7 +221,7 @@ def test_torch_keeps_its_threads(train, val_info):
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        FFCVBatches(val_info, SIZE, 2, train=False, workers=1)
+        batches(val_info, 2, train=False, workers=1)
         list(train)
         assert torch.get_num_threads() == 2
     finally:
@@ -233,11 +238,12 @@ def test_normalisation_and_memory_format(val):
     raw = torch.cat([images for images, _ in val]).float() / 255
     expected = (raw - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
     for channels_last in (False, True):
-        loader = DeviceLoader(val, mean, std, torch.device('cpu'), channels_last)
-        batches = [images for images, _ in loader]
+        options = LoaderOptions(input_size=SIZE, mean=mean, std=std, channels_last=channels_last)
+        loader = DeviceLoader(val, options, train=False)
+        yielded = [images for images, _ in loader]
         memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        assert all(batch.is_contiguous(memory_format=memory_format) for batch in batches)
-        torch.testing.assert_close(torch.cat(batches), expected)
+        assert all(batch.is_contiguous(memory_format=memory_format) for batch in yielded)
+        torch.testing.assert_close(torch.cat(yielded), expected)
         assert (len(loader), loader.num_samples) == (3, 11)
 
 
@@ -248,23 +254,23 @@ def test_normalisation_and_memory_format(val):
     ({'input_size': (3, 48, 32)}, 'FFCV makes square RGB images'),
 ])
 def test_impossible_options_are_refused(train_info, options, message):
-    arguments = {'input_size': SIZE, 'batch_size': 8, **options}
     with pytest.raises(ValueError, match=message):
-        FFCVBatches(train_info, train=True, **arguments)
+        batches(train_info, train=True, **{'batch_size': 8, **options})
 
 
 def test_images_that_are_too_small_for_the_crop_are_refused(val_info):
     with pytest.raises(ValueError, match='an image of .* pixels is too small for a crop of 0.001'):
-        FFCVBatches(val_info, SIZE, 2, train=False, crop_pct=0.001)
+        batches(val_info, 2, train=False, crop_pct=0.001)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')
 def test_cuda_batches_equal_cpu_batches(val_info):
-    loaders = [
-        DeviceLoader(FFCVBatches(val_info, SIZE, 2, train=False, device=device), (0.5,) * 3, (0.25,) * 3,
-                     torch.device(device)) for device in ('cpu', 'cuda')
-    ]
+    loaders = []
+    for device in ('cpu', 'cuda'):
+        options = LoaderOptions(
+            input_size=SIZE, batch_size=2, mean=(0.5,) * 3, std=(0.25,) * 3, device=device)
+        loaders.append(DeviceLoader(FFCVBatches(val_info, options, train=False), options, train=False))
     for (on_cpu, cpu_labels), (on_cuda, cuda_labels) in zip(*loaders, strict=True):
         assert on_cuda.is_cuda and torch.equal(cpu_labels, cuda_labels.cpu())
         torch.testing.assert_close(on_cuda.cpu(), on_cpu)

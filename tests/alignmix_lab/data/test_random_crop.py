@@ -70,4 +70,4 @@ def test_squashing_evaluates_the_whole_image(load, marked):
     (dict(crop_mode='squash'), '--crop-mode squash')])
 def test_ffcv_refuses_what_it_cannot_crop(tmp_path, option, flag):
     with pytest.raises(ValueError, match=f'{flag} is not available with FFCV; use --loader timm'):
-        _ffcv_loaders(tmp_path, LoaderOptions(**option))
+        _ffcv_loaders(LoaderOptions(data_dir=str(tmp_path), **option))

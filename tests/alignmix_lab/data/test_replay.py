@@ -8,6 +8,7 @@ import torch.utils.data
 
 from alignmix_lab.data import create_loaders
 from alignmix_lab.data.images.sources import ImageSource
+from alignmix_lab.data.options import LoaderOptions
 from alignmix_lab.data.timm_loader import StreamBatches
 
 EVERYTHING = {  # all that timm's loader draws
@@ -137,8 +138,9 @@ class Stream(torch.utils.data.IterableDataset):
 @pytest.mark.parametrize('workers', [0, 2])
 def test_streams_enter_an_epoch_at_any_batch(workers):
     def stream(rank=0):
-        return StreamBatches(
-            ImageSource(Stream(), 'stream'), Noise, (1, 1), 4, True, num_classes=24, workers=workers, seed=1, rank=rank)
+        options = LoaderOptions(
+            input_size=(3, 1, 1), batch_size=4, num_classes=24, workers=workers, seed=1, rank=rank)
+        return StreamBatches(ImageSource(Stream(), 'stream'), Noise, options, train=True)
 
     images, labels = read(stream(), 3)
     assert len(images.unique(dim=0)) == 24

@@ -77,8 +77,8 @@ def test_links_to_folders_that_are_listed_anyway_are_passed_over(tree, caplog):
     assert (source.num_samples, source.class_names) == (2, ['a', 'b'])
     reasons = {os.path.relpath(name, root / 'train'): reason for name, reason in source.skipped}
     assert reasons.keys() == {'a/self', 'a/up', 'a/all', 'b/across'}
-    assert 'the same folder as' in reasons['a/self'] and 'a folder that holds' in reasons['a/up']
-    assert '4 files or folders are not read' in caplog.text
+    assert 'the same folder as' in reasons['a/self'] and 'a folder that contains' in reasons['a/up']
+    assert '4 files or folders are skipped' in caplog.text
 
 
 def test_a_class_that_is_a_link_to_another_is_refused(tree):

@@ -2,6 +2,7 @@
 import multiprocessing
 import os
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from timm.data import create_transform
 
 from alignmix_lab.data import open_source
 from alignmix_lab.data.images.sources import ImageSource
+from alignmix_lab.data.options import LoaderOptions
 from alignmix_lab.data.timm_loader import StreamBatches, TimmBatches
 
 SIZE = (3, 32, 32)
@@ -20,9 +22,9 @@ SIZE = (3, 32, 32)
 def make(root, split='train', train=True, batch_size=8, transform=None, **options):
     transform = transform or create_transform(
         SIZE, is_training=train, auto_augment='rand-m9-mstd0.5', use_prefetcher=True)
-    options = {'channels': 3, 'num_classes': 37, 'workers': 0, 'seed': 1, **options}
-    return TimmBatches(
-        open_source(str(root), split=split), lambda size: transform, SIZE[1:], batch_size, train, **options)
+    options = {'input_size': SIZE, 'num_classes': 37, 'workers': 0, 'seed': 1, **options}
+    options = LoaderOptions(batch_size=batch_size, **options)
+    return TimmBatches(open_source(str(root), split=split), lambda size: transform, options, train)
 
 
 def read(batches, epoch=0):
@@ -117,10 +119,10 @@ def test_labels_beyond_the_model_are_named(numbered):
 
 def test_grey_input(numbered):
     transform = create_transform((1, 32, 32), use_prefetcher=True)
-    images, _ = read(make(numbered, 'val', False, transform=transform, channels=1))
+    images, _ = read(make(numbered, 'val', False, transform=transform, input_size=(1, 32, 32)))
     assert images.shape == (11, 1, 32, 32)
     with pytest.raises(ValueError, match='images have 1 or 3 channels, not 4'):
-        make(numbered, channels=4)
+        make(numbered, input_size=(4, 32, 32))
 
 
 class Reader:
@@ -159,13 +161,14 @@ def test_streams_are_evaluated_exactly(workers, world_size):
     seen = []
     for rank in range(world_size):
         source = ImageSource(Stream(), 'stream')
-        batches = StreamBatches(
-            source, lambda size: transform, SIZE[1:], 3, train=False, num_classes=11, workers=workers, rank=rank,
-            world_size=world_size)
+        options = LoaderOptions(
+            input_size=SIZE, batch_size=3, num_classes=11, workers=workers, rank=rank, world_size=world_size)
+        batches = StreamBatches(source, lambda size: transform, options, train=False)
         batches.set_epoch(4)
         images, labels = zip(*batches, strict=True)
         assert torch.equal(torch.cat(images)[:, 0, 0, 0].long(), torch.cat(labels))
         assert source.dataset.epoch == 4
+        assert batches.order().tolist() == torch.cat(labels).tolist() or workers
         seen += torch.cat(labels).tolist()
     assert sorted(seen) == list(range(11))
 
@@ -174,9 +177,10 @@ def test_streams_are_trained_on_in_full_batches():
     transform = create_transform(SIZE, is_training=True, use_prefetcher=True)
     source = ImageSource(Stream(), 'stream')
     source.dataset.reader.dist_rank, source.dataset.reader.dist_num_replicas = 0, 1
-    batches = StreamBatches(source, lambda size: transform, SIZE[1:], 4, train=True, num_classes=11, workers=0)
+    options = LoaderOptions(input_size=SIZE, batch_size=4, num_classes=11, workers=0)
+    batches = StreamBatches(source, lambda size: transform, options, train=True)
     assert [len(labels) for _, labels in batches] == [4, 4]
     assert (len(batches), batches.num_samples) == (2, 11)
-    batches = StreamBatches(source, lambda size: transform, SIZE[1:], 4, train=True, num_classes=3, workers=0)
+    batches = StreamBatches(source, lambda size: transform, replace(options, num_classes=3), train=True)
     with pytest.raises(RuntimeError, match='stream has the label 3; --num-classes 3 allows 0 to 2'):
         list(batches)

@@ -70,8 +70,8 @@ def test_scores_of_an_image_by_hand():
 
 
 @pytest.mark.parametrize('confidence, message', [
-    ([0.5, np.nan], '1 of 2 confidences are no probabilities, such as nan'),
-    ([0.5, 1.2], 'no probabilities, such as 1.2'),
+    ([0.5, np.nan], '1 of 2 confidences are not probabilities, e.g. nan'),
+    ([0.5, 1.2], 'not probabilities, e.g. 1.2'),
     ([0.5], 'got 1 and 2'),
 ])
 def test_what_is_no_probability(confidence, message):

@@ -208,15 +208,13 @@ def test_a_new_protocol(run, monkeypatch):
     @register_protocol('brightness', BrightnessOptions)
     def brightness(ev):
         """Mean pixel."""
-        indices, means = [], []
-        for batch in ev.batches(ev.models[0]):
-            indices.append(batch.indices)
-            means.append(ev.config.brightness_scale * batch.images.mean((1, 2, 3)))
-        found = ev.gather(indices, mean=means)
+        loader = ev.loader(ev.models[0])
+        found = ev.measure('brightness', loader, len(loader), lambda batch: {
+            'mean': ev.config.brightness_scale * batch.images.mean((1, 2, 3))})
         assert found['index'].tolist() == list(range(15))
         return Result({'mean': Column('mean', '.3f')}, [{'model': 'all', 'mean': found['mean'].mean()}])
 
-    @register_protocol('boxes', type('NoOptions', (Options,), {}))
+    @register_protocol('boxes')
     def boxes(ev):
         """Needs boxes."""
         raise NotApplicable('the folder has no boxes')
@@ -224,7 +222,7 @@ def test_a_new_protocol(run, monkeypatch):
     with pytest.raises(ValueError, match='taken already: option brightness_scale of brightness'):
         register_protocol('other', BrightnessOptions)
     with pytest.raises(ValueError, match='taken already: name boxes'):
-        register_protocol('boxes', type('NoOptions', (Options,), {}))
+        register_protocol('boxes')
     with pytest.raises(ValueError, match=r"unknown protocol 'brightnes'; did you mean brightness\?"):
         options_class('brightnes')
     config = options_class('all')
