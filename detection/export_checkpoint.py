@@ -90,7 +90,8 @@ def main(argv: list[str] | None = None, prog: str = 'python -m detection.export_
         prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('checkpoint', help='last.pth.tar or model_best.pth.tar of detection.train')
     parser.add_argument('folder', help='folder to write')
-    parser.add_argument('--ema', action=argparse.BooleanOptionalAction, help='export the moving average, or not; default: if there is one')
+    parser.add_argument('--ema', action=argparse.BooleanOptionalAction,
+                        help='export the moving average; default: if there is one')
     args = parser.parse_args(argv)
     with exit_with_message(prog):
         print(export_detector(args.checkpoint, args.folder, args.ema))

@@ -54,4 +54,4 @@ def create_transform(
 
 def multiscale_sizes(size: int) -> tuple[int, ...]:
     """Return 11 shorter sides from 0.6 * size to size (480, 512, ..., 800 for 800); evaluation uses the last."""
-    return tuple(round(size * (0.6 + 0.04 * step)) for step in range(11))
+    return tuple(round(size * (0.6 + 0.4 * step / 10)) for step in range(11))
