@@ -5,24 +5,24 @@ Multi-GPU runs go through Accelerate: `accelerate launch -m alignmix_lab train .
 import importlib
 import sys
 
-# Command: (module whose main() runs it, one line of help). Modules are imported only when their command is called.
+# Command: (module with its main(), line of help). A module is imported only when its command is called.
 COMMANDS = {
     'train': ('alignmix_lab.commands.train', 'train a timm model with a mixing method'),
     'evaluate': ('alignmix_lab.commands.evaluate', 'evaluate trained models by a protocol of the papers'),
     'ablate': ('alignmix_lab.evaluation.ablation', 'train over a grid of options, or the studies of the papers'),
     'report': ('alignmix_lab.evaluation.report', 'one HTML page from the results of several commands'),
     'convert': ('alignmix_lab.commands.convert', 'convert images to the .beton files that FFCV loads'),
-    'cub': ('alignmix_lab.commands.cub', 'give CUB-200-2011 the folders that training reads'),
+    'cub': ('alignmix_lab.commands.cub', 'add the folders that training reads to CUB-200-2011'),
     'verify': ('alignmix_lab.commands.verify', 'find damage in .beton files and exported weights'),
     'export': ('alignmix_lab.commands.export', "write a checkpoint as a folder for timm's 'local-dir:FOLDER'"),
     'weights': ('alignmix_lab.commands.weights', 'list, install or push exported weights'),
-    'plot': ('alignmix_lab.commands.plot', 'draw what a method does with your own images and model'),
+    'plot': ('alignmix_lab.commands.plot', 'draw the effect of a method on your own images and model'),
     'detect': ('alignmix_lab.commands.detect', 'train a detector on a mixed backbone, predict, export (from a clone)'),
 }
 
 
 def usage() -> str:
-    """The list of commands."""
+    """List the commands."""
     lines = [f'  {name:<10}{help}' for name, (_, help) in COMMANDS.items()]
     return '\n'.join([
         'usage: alignmix COMMAND [options]   (also: python -m alignmix_lab COMMAND [options])', '',

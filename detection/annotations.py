@@ -1,8 +1,8 @@
-"""Reads VOC- and COCO-format annotations into one form, and says what it leaves out.
+"""Annotations in VOC and COCO format, read into one form; objects that are left out are counted.
 
-Boxes are (x1, y1, x2, y2) in pixels, 0-based and half-open: a box that covers the first pixel alone is (0, 0, 1, 1).
-VOC files count pixels from 1 and include the last one, so (xmin, ymin, xmax, ymax) becomes (xmin - 1, ymin - 1, xmax,
-ymax). Labels count from 1; 0 is the background.
+Boxes are (x1, y1, x2, y2) in pixels, 0-based and half-open: a box around the first pixel is (0, 0, 1, 1). VOC files
+count pixels from 1 and include the last one, so (xmin, ymin, xmax, ymax) becomes (xmin - 1, ymin - 1, xmax, ymax).
+Labels start at 1; 0 is the background.
 """
 import json
 import logging
@@ -37,9 +37,9 @@ class Record:
         height: Height in pixels.
         boxes: (N, 4) float64.
         labels: (N,) int64, from 1.
-        difficult: (N,) bool, VOC's mark of objects that the evaluation ignores.
-        crowd: (N,) bool, COCO's mark of regions that hold many objects.
-        areas: (N,) float64 in pixels; COCO's are of the object's outline, not of its box.
+        difficult: (N,) bool, VOC's flag of objects ignored by the evaluation.
+        crowd: (N,) bool, COCO's flag of regions with many objects.
+        areas: (N,) float64 in pixels; in COCO the area of the object's outline, not of its box.
     """
 
     image_id: str | int
@@ -53,7 +53,7 @@ class Record:
     areas: np.ndarray
 
     def select(self, keep: np.ndarray) -> 'Record':
-        """The same image with some of its objects (a boolean mask or indices)."""
+        """Return a copy with some of the objects, given by a boolean mask or indices."""
         names = ('boxes', 'labels', 'difficult', 'crowd', 'areas')
         return replace(self, **{name: getattr(self, name)[keep] for name in names})
 
@@ -65,7 +65,7 @@ class Annotations:
     Attributes:
         records: One per image.
         class_names: Names of labels 1, 2, ...
-        left_out: Counts of what was skipped or changed, by reason.
+        left_out: Number of dropped or changed objects and images, by reason.
     """
 
     records: list[Record]
@@ -73,7 +73,7 @@ class Annotations:
     left_out: Counter = field(default_factory=Counter)
 
     def describe(self) -> str:
-        """Images, boxes and what was left out, in one line."""
+        """Describe images, boxes and omissions in one line."""
         boxes = sum(len(record.labels) for record in self.records)
         text = f'{len(self.records):,} images with {boxes:,} boxes of {len(self.class_names)} classes'
         left_out = ', '.join(f'{reason}: {count}' for reason, count in sorted(self.left_out.items()))
@@ -81,10 +81,10 @@ class Annotations:
 
 
 def clean(annotations: Annotations, training: bool, keep_difficult: bool = True) -> Annotations:
-    """Drop or mend what cannot be used, and count it.
+    """Drop or repair unusable boxes, and count them.
 
-    Boxes without area and boxes wholly outside their image are dropped. For training, the rest is clipped to the image,
-    crowd regions are dropped, difficult objects where not kept, and then images without any box.
+    Boxes without area and boxes completely outside their image are dropped. For training, the others are clipped to the
+    image, and crowd regions, difficult objects unless kept, and finally images without boxes are dropped.
     """
     left_out, records = Counter(annotations.left_out), []
     for record in annotations.records:
@@ -123,10 +123,10 @@ def read_voc(
     """Read splits of VOC-format folders (Annotations, JPEGImages, ImageSets/Main inside).
 
     Args:
-        data_dir: Such a folder, or one that holds VOC2007, VOC2012 (such as VOCdevkit).
-        split: Name of a file of ImageSets/Main; in a folder of years with the year before it; several joined by '+',
-            such as '2007_trainval+2012_trainval'.
-        class_names: The classes in order; None takes the names found, in alphabetical order.
+        data_dir: Such a folder, or VOCdevkit with VOC2007 and VOC2012 inside.
+        split: Name of a file in ImageSets/Main, for VOCdevkit after the year; several are joined by '+', as in
+            '2007_trainval+2012_trainval'.
+        class_names: The classes in order; None for the names found, in alphabetical order.
 
     Raises:
         ValueError: A folder, list, annotation or image is missing or damaged, or a class is unknown.
@@ -167,7 +167,7 @@ def _read_split(folder: Path, name: str) -> list[str]:
         hint = f'there are {", ".join(splits)}' if splits else (
             f'{folder} is no VOC-format folder (Annotations, JPEGImages, ImageSets/Main)')
         raise ValueError(f'{path}: no such split; {hint}')
-    # Lists of one class have a second column that says whether the image shows it.
+    # The lists of single classes have a second column, which tells whether the image shows the class.
     ids = [line.split()[0] for line in path.read_text(encoding='utf-8').splitlines() if line.strip()]
     repeated = [image_id for image_id, count in Counter(ids).items() if count > 1]
     if repeated:
@@ -184,7 +184,7 @@ def _image_files(folder: Path) -> dict[str, Path]:
 
 
 def _read_voc_file(folder: Path, image_id: str) -> tuple[Record, list[str]]:
-    """The objects of an annotation file, not yet with image and labels, and the names of their classes."""
+    """Read the objects of an annotation file, without image and labels, and the names of their classes."""
     path = folder / 'Annotations' / f'{image_id}.xml'
     try:
         tree = ET.parse(path).getroot()
@@ -197,9 +197,9 @@ def _read_voc_file(folder: Path, image_id: str) -> tuple[Record, list[str]]:
         difficult = np.array([int(item.findtext('difficult') or 0) for item in objects], dtype=bool)
     except FileNotFoundError as e:
         raise ValueError(f'{path}: no such annotation') from e
-    except (ET.ParseError, TypeError, ValueError) as e:  # no number where one belongs, or nothing at all
+    except (ET.ParseError, TypeError, ValueError) as e:  # a value is missing or not a number
         raise ValueError(f'{path} is damaged or no VOC annotation ({e})') from e
-    boxes[:, :2] -= boxes[:, :2] < boxes[:, 2:]  # one that ends where it starts is a slip: it stays without area
+    boxes[:, :2] -= boxes[:, :2] < boxes[:, 2:]  # a box that ends where it starts is a mistake and keeps no area
     areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
     empty = np.zeros(len(names), dtype=np.int64)
     return Record(image_id, path, width, height, boxes, empty, difficult, empty.astype(bool), areas), names
@@ -212,13 +212,13 @@ def read_coco(
 ) -> Annotations:
     """Read a split of a COCO-format folder.
 
-    Category ids may have gaps: labels count the categories in the order of their ids.
+    Category ids may have gaps; labels number the categories in the order of their ids.
 
     Args:
-        data_dir: Holds annotations/instances_SPLIT.json, annotations/SPLIT.json or SPLIT/_annotations.coco.json, and
-            the images in SPLIT, images/SPLIT or images.
+        data_dir: Folder with annotations/instances_SPLIT.json, annotations/SPLIT.json or SPLIT/_annotations.coco.json,
+            and images in SPLIT, images/SPLIT or images.
         split: Name of the split, such as 'train2017'.
-        class_names: Names of the categories in order; None takes those of the file.
+        class_names: Names of the categories in order; None for those of the file.
 
     Raises:
         ValueError: The file or an image is missing, or a class is unknown.
@@ -245,7 +245,7 @@ def read_coco(
 
 
 def coco_file(root: Path, split: str) -> Path:
-    """Annotation file of a split of a COCO-format folder."""
+    """Find the annotation file of a split of a COCO-format folder."""
     candidates = (
         root / 'annotations' / f'instances_{split}.json', root / 'annotations' / f'{split}.json',
         root / split / '_annotations.coco.json')
@@ -256,7 +256,7 @@ def coco_file(root: Path, split: str) -> Path:
 
 
 def _coco_images(root: Path, split: str, images: Iterable[dict[str, Any]], source: Path) -> Path:
-    """The folder that holds all the images."""
+    """Find the folder that has all the images."""
     names = {image['file_name'] for image in images}
     missing: dict[Path, str] = {}
     for folder in (root / split, root / 'images' / split, root / 'images', root):

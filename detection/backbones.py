@@ -1,6 +1,6 @@
-"""timm networks as the backbones of detectors: NCHW pyramids with proved strides, channels and weights.
+"""timm networks as backbones of detectors: NCHW pyramids whose strides, channels and weights are verified.
 
-A pyramid takes one map per stride, the last one of that stride:
+A pyramid takes the last map of each stride:
   * networks with several strides (CNNs, Swin, LeViT, ...) get torchvision's feature pyramid network (arXiv:1612.03144);
   * networks with one stride (plain ViTs, mixers) get the simple feature pyramid of ViTDet (arXiv:2203.16527).
 """
@@ -24,10 +24,6 @@ from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxP
 
 from .pretrained import Source, adapt, read_source
 
-__all__ = [
-    'Backbone', 'BackboneReport', 'PyramidBackbone', 'SimpleFeaturePyramid', 'create_backbone', 'layer_decay_groups',
-]
-
 _logger = logging.getLogger(__name__)
 
 BackboneT = TypeVar('BackboneT', bound='Backbone')
@@ -35,21 +31,20 @@ BackboneT = TypeVar('BackboneT', bound='Backbone')
 
 @dataclass(frozen=True)
 class BackboneReport:
-    """What a backbone is and where its weights come from.
+    """Description of a backbone and the source of its weights.
 
     Attributes:
         arch: timm's name of the architecture.
         weights: Source of the weights, None for random ones.
-        kwargs: Arguments of `timm.create_model` that shape the network; with `image_mean` and `image_std` they rebuild
-            it without the weights' file.
+        kwargs: Arguments of `timm.create_model` that rebuild the network without the file of weights.
         image_mean: Pixel mean, 0-1 scale.
         image_std: Pixel standard deviation, 0-1 scale.
-        image_size: The only (H, W) the network takes, None for any.
+        image_size: The only (H, W) the network accepts, None for any.
         strides: Strides of the network's own maps.
         channels: Channels of these maps.
-        loaded: Keys of the backbone that the weights filled, which is all of them or none.
-        resized: Keys among them that were resized to the image size.
-        dropped: Keys of the weights that the backbone has no use for: the classifier, stages behind the last map.
+        loaded: Number of keys that were loaded: all keys of the backbone, or none.
+        resized: Keys that were resized to the image size.
+        dropped: Keys the backbone does not need: the classifier and stages after the last map.
     """
     arch: str
     weights: str | None
@@ -79,18 +74,18 @@ class Backbone(nn.Module):
     """A timm network cut down to its feature maps.
 
     Args:
-        body: Classification network with timm's `feature_info`. It loses its classifier and what follows the last map;
-            the rest keeps its keys.
+        body: Classification network with timm's `feature_info`. Its classifier and everything after the last map are
+            removed; the rest keeps its keys.
         name: Name for error messages.
         image_size: (H, W) of the images, None for any.
-        min_stride, max_stride: Finest and coarsest stride of the maps; a plain network has the one it has.
+        min_stride, max_stride: Finest and coarsest stride of the maps; ignored for a plain network.
 
     Attributes:
-        strides, channels: Of the maps, finest first.
+        strides, channels: Strides and channels of the maps, finest first.
         grids: (H, W) of the maps of an image of `image_size`.
-        stages: Names of the modules that end a stage (the last of a stride); of a plain network, of every block.
-        plain: All blocks have one stride, there is one map.
-        report: What was built and loaded.
+        stages: Names of the modules that end a stage (the last of a stride); the blocks of a plain network.
+        plain: Whether all blocks have the same stride, so that there is only one map.
+        report: Description of what was built and loaded.
 
     Raises:
         ValueError: The network cannot give such maps.
@@ -108,9 +103,9 @@ class Backbone(nn.Module):
     ):
         super().__init__()
         if not hasattr(body, 'feature_info'):
-            raise ValueError(f'{name} cannot give a feature pyramid: it has no feature_info, which names its maps')
+            raise ValueError(f'{name} cannot give a feature pyramid: it has no feature_info to list its maps')
         info = list(body.feature_info)
-        last = {f['reduction']: i for i, f in enumerate(info)}  # of the features of one stride the last
+        last = {f['reduction']: i for i, f in enumerate(info)}  # the last feature of each stride
         self.plain = len(info) > 1 and len(last) == 1
         self.strides = tuple(s for s in sorted(last) if self.plain or min_stride <= s <= (max_stride or s))
         if not self.strides:
@@ -122,7 +117,7 @@ class Backbone(nn.Module):
         self.channels = tuple(info[i]['num_chs'] for i in self.indices)
         ends = range(len(info)) if self.plain else [last[s] for s in sorted(last) if 4 <= s <= self.strides[-1]]
         self.stages = tuple(info[i]['module'] for i in ends)
-        # Every network of timm has forward_intermediates; those of other packages may have feature_info alone.
+        # Every timm network has forward_intermediates; other packages may only provide feature_info.
         self.body = body if hasattr(body, 'forward_intermediates') else FeatureListNet(body, self.indices)
         self._eval_norms: list[nn.Module] = []
         self.grids = self._check(name, image_size)
@@ -146,10 +141,10 @@ class Backbone(nn.Module):
         self._freeze_norms(self.body.named_modules())
 
     def freeze_stages(self, count: int) -> None:
-        """Freeze the parameters and batch norms that an image meets up to the end of a stage.
+        """Freeze the parameters and batch norms from the input up to the end of a stage.
 
         Args:
-            count: Stages to freeze, finest first, the stem with the first; blocks of a plain network.
+            count: Stages to freeze, finest first; the stem belongs to the first. Blocks, for a plain network.
 
         Raises:
             ValueError: The network has fewer stages.
@@ -163,13 +158,13 @@ class Backbone(nn.Module):
         self._freeze_norms(modules)
 
     def _modules_through(self, stage: str) -> list[tuple[str, nn.Module]]:
-        """Names and modules up to the end of a stage: timm registers them in the order in which an image meets them."""
-        modules, met = [], False
+        """Names and modules up to the end of a stage; timm registers modules in the order of the forward pass."""
+        modules, reached = [], False
         for name, module in self.body.named_modules():
             inside = name == stage or name.startswith(f'{stage}.')
-            if met and not inside:
+            if reached and not inside:
                 break
-            met |= inside
+            reached |= inside
             modules.append((name, module))
         return modules
 
@@ -186,8 +181,7 @@ class Backbone(nn.Module):
     def _check(self, name: str, image_size: tuple[int, int] | None) -> list[tuple[int, int]]:
         """Compare the maps of an image with the network's own description of them.
 
-        Where there is a choice the image is not square, so that no map with its channels last passes for one with them
-        first.
+        The image is not square unless it has to be, so that channels-last maps are not mistaken for channels-first.
         """
         coarsest = max(32, *self.strides)
         height, width = image_size or (2 * coarsest, 3 * coarsest)
@@ -198,7 +192,7 @@ class Backbone(nn.Module):
             text = f'{name} cannot give a feature pyramid of {height}x{width} images: {e}'
             config = get_model_input_config(self.body)
             if image_size is None and config['fixed_input_size']:
-                text += f'; it takes one size only: pass fixed_size=(height, width), e.g. {config["input_size"][1:]}'
+                text += f'; it accepts one size only: pass fixed_size=(height, width), e.g. {config["input_size"][1:]}'
             raise ValueError(text) from e
         self.train()
         for feat, stride, chs in zip(maps, self.strides, self.channels, strict=True):
@@ -211,14 +205,14 @@ class Backbone(nn.Module):
 
 
 class PyramidBackbone(Backbone):
-    """A backbone with a feature pyramid of one width on top.
+    """A backbone with a feature pyramid on top.
 
     Args:
         args, kwargs: See Backbone.
         out_channels: Channels of every level.
 
     Attributes:
-        levels: Strides of the levels, of the pooled last one too.
+        levels: Strides of the levels, including the pooled last one.
     """
 
     def __init__(self, *args: Any, out_channels: int = 256, **kwargs: Any):
@@ -240,17 +234,17 @@ class PyramidBackbone(Backbone):
 
 
 class SimpleFeaturePyramid(nn.Module):
-    """Maps of several strides from the last map of a plain network.
+    """Maps of several strides computed from the last map of a plain network.
 
     Paper: `Exploring Plain Vision Transformer Backbones for Object Detection` - https://arxiv.org/abs/2203.16527,
-    section 3: from the one map, finer ones by transposed convolutions, coarser ones by pooling; then 1x1 and 3x3
-    convolutions, each with a layer norm over the channels.
+    section 3: transposed convolutions give finer maps and pooling coarser ones, followed by 1x1 and 3x3 convolutions,
+    each with a layer norm over the channels.
 
     Args:
         in_channels: Channels of the map.
         out_channels: Channels of the levels.
         scales: Size of each level relative to the map, powers of 2.
-        extra_blocks: torchvision's block for further levels.
+        extra_blocks: torchvision's block for additional levels.
     """
 
     def __init__(
@@ -273,7 +267,7 @@ class SimpleFeaturePyramid(nn.Module):
                 layers += [LayerNorm2d(chs), nn.GELU()]
             layers.append(nn.ConvTranspose2d(chs, chs // 2, 2, stride=2))
             chs //= 2
-        # Rounded up, as a convolution with padding does it: 19 positions become 10.
+        # Rounded up, as a padded convolution does: 19 positions become 10.
         layers += [nn.MaxPool2d(2, ceil_mode=True) for _ in range(-doublings)]
         return nn.Sequential(
             *layers,
@@ -284,7 +278,7 @@ class SimpleFeaturePyramid(nn.Module):
         )
 
     def forward(self, maps: dict[str, torch.Tensor]) -> OrderedDict[str, torch.Tensor]:
-        """Levels '0', '1', ... of the only map in `maps`, as torchvision's feature pyramid returns them."""
+        """Levels '0', '1', ... of the single map in `maps`, in the form of torchvision's feature pyramid."""
         (x,) = maps.values()
         levels = [block(x) for block in self.blocks]
         names = [str(i) for i in range(len(levels))]
@@ -307,16 +301,16 @@ def create_backbone(
         grad_checkpointing: bool = False,
         backbone_kwargs: dict[str, Any] | None = None,
 ) -> BackboneT:
-    """Build a backbone, fill it and freeze what shall not train.
+    """Build a backbone, load its weights and freeze the parts that should not train.
 
     Args:
-        cls: Makes a Backbone of (body, name, image_size).
+        cls: Backbone class, called with (body, name, image_size).
         backbone: timm name with or without a tag, folder of exported weights, 'local-dir:FOLDER' or 'hf-hub:NAME'.
         weights: Folder, tag or name as above, or a training checkpoint; None for random weights.
-        image_size: (H, W) of all images, None where they differ.
+        image_size: (H, W) of all images, None if they differ.
         freeze_bn: Freeze every batch norm.
-        frozen_stages: See Backbone.freeze_stages; None for 1 where there are weights and 0 for random weights and plain
-            networks.
+        frozen_stages: See Backbone.freeze_stages; None means 1 for pretrained weights, and 0 for random weights and
+            plain networks.
         use_ema: Take the moving average of a checkpoint that has one.
         image_mean: Pixel mean, 0-1 scale; default: that of the weights.
         image_std: Pixel standard deviation, 0-1 scale; default: that of the weights.
@@ -324,13 +318,13 @@ def create_backbone(
         backbone_kwargs: Further arguments of `timm.create_model`, e.g. drop_path_rate.
 
     Raises:
-        ValueError: No such network or weights, weights that do not fill every key of the backbone, a network that
-            cannot give a pyramid or takes one image size only where images differ.
+        ValueError: There is no such network or weights, the weights lack keys of the backbone, or the network cannot
+            give a pyramid or accepts one image size only while images differ.
     """
     source = read_source(backbone, weights, use_ema)
     arguments = {**_size_arguments(source, image_size), **(backbone_kwargs or {})}
     body, resized = adapt(source, **arguments)
-    had = set(source.model.state_dict()) if weights is not None else set()
+    given = set(source.model.state_dict()) if weights is not None else set()
     net = cls(body, source.arch, image_size)
     keys = set(net.body.state_dict())
     net.report = BackboneReport(
@@ -342,12 +336,12 @@ def create_backbone(
         image_size=arguments.get('img_size'),
         strides=net.strides,
         channels=net.channels,
-        loaded=len(keys & had),
+        loaded=len(keys & given),
         resized=tuple(key for key in resized if key in keys),
-        dropped=tuple(sorted(had - keys)),
+        dropped=tuple(sorted(given - keys)),
     )
     if weights is None and source.model.pretrained_cfg.get('file'):
-        _logger.warning(f'{backbone} names weights and weights=None asks for random ones; pass weights={backbone!r}')
+        _logger.warning(f'{backbone} has weights, but weights=None starts from random ones; pass weights={backbone!r}')
     _logger.info(f'Backbone {net.report}')
     if grad_checkpointing:
         net.body.set_grad_checkpointing(True)
@@ -360,7 +354,7 @@ def create_backbone(
 
 
 def _size_arguments(source: Source, image_size: tuple[int, int] | None) -> dict[str, Any]:
-    """Arguments of `timm.create_model` with which a network takes images of `image_size`, or of any size."""
+    """Arguments of `timm.create_model` that make a network accept images of `image_size`, or of any size."""
     options = {name for cls in type(source.model).__mro__ for name in inspect.signature(cls.__init__).parameters}
     if 'dynamic_img_size' in options:
         return {name: True for name in ('dynamic_img_size', 'dynamic_img_pad') if name in options}
@@ -368,7 +362,7 @@ def _size_arguments(source: Source, image_size: tuple[int, int] | None) -> dict[
         return {}
     if 'strict_img_size' in options:
         return {'strict_img_size': False}
-    # Some need no more than the right multiple (XCiT): the backbone runs an image of another size to find out.
+    # Some only need a multiple of their patch size (XCiT): the backbone tries an image of another size to find out.
     return {'img_size': tuple(image_size)} if image_size and 'img_size' in options else {}
 
 
@@ -381,12 +375,12 @@ def layer_decay_groups(
 
     Args:
         detector: Detector of `build_ssd` or `build_faster_rcnn`.
-        layer_decay: Factor of the learning rate from one layer to the one before; the last layer of the body has 1,
-            as have the pyramid and the heads.
-        weight_decay: Weight decay; biases, norms and what the network excludes have none.
+        layer_decay: Factor of the learning rate from one layer to the one before; it is 1 for the last layer of the
+            body, the pyramid and the heads.
+        weight_decay: Weight decay; biases, norms and parameters excluded by the network have none.
 
     Returns:
-        Groups with `lr_scale`, which timm's schedulers multiply the learning rate by.
+        Groups with `lr_scale`, by which timm's schedulers multiply the learning rate.
 
     Raises:
         ValueError: The network does not name its layers.
@@ -394,7 +388,7 @@ def layer_decay_groups(
     body = detector.backbone.body
     if not hasattr(body, 'group_matcher'):
         raise ValueError(
-            f'{detector.backbone_report.arch} has no group_matcher, which names its layers; train without layer decay')
+            f'{detector.backbone_report.arch} has no group_matcher to name its layers; train without --layer-decay')
     inside = {id(parameter) for parameter in body.parameters()}
     rest = [parameter for parameter in detector.parameters() if id(parameter) not in inside and parameter.requires_grad]
     excluded = body.no_weight_decay() if hasattr(body, 'no_weight_decay') else ()

@@ -1,4 +1,4 @@
-"""Which images form a training batch: pure functions of (seed, epoch), the same for any number of processes."""
+"""Composition of training batches: pure functions of (seed, epoch), the same for any number of processes."""
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -10,11 +10,11 @@ from .annotations import Record
 
 
 def aspect_ratio_groups(records: Sequence[Record], factor: int) -> np.ndarray:
-    """Group of every image by width / height, as torchvision's detection reference makes them.
+    """Group images by width / height, as torchvision's detection reference does.
 
     Args:
         records: The images.
-        factor: Bins per octave of the ratio, from 1/2 to 2; beyond, one bin each side. 0: a single group.
+        factor: Bins per octave of the ratio between 1/2 and 2, plus a bin on each side. 0: a single group.
 
     Returns:
         int array, one group number per image.
@@ -26,16 +26,16 @@ def aspect_ratio_groups(records: Sequence[Record], factor: int) -> np.ndarray:
 
 
 def grouped_order(order: np.ndarray, groups: np.ndarray, batch_size: int, rng: np.random.Generator) -> np.ndarray:
-    """Reorder samples so that nearly every batch holds one group.
+    """Reorder samples so that nearly every batch has a single group.
 
-    A group's samples fill batches in the order given. What is left of the groups, less than a batch of each, fills
-    batches together, so no more samples are lost than without groups. The batches then come in random order.
+    The samples of a group fill batches in the given order. The remainders of all groups, less than a batch each, fill
+    batches together, so that no more samples are dropped than without groups. Finally the batches are shuffled.
 
     Args:
         order: Sample numbers.
         groups: Group of every sample number.
-        batch_size: Samples of a batch over all processes.
-        rng: Shuffles the batches.
+        batch_size: Samples per batch over all processes.
+        rng: Generator that shuffles the batches.
 
     Returns:
         The samples of all full batches, batch after batch.
@@ -48,13 +48,13 @@ def grouped_order(order: np.ndarray, groups: np.ndarray, batch_size: int, rng: n
         rest.append(samples[full:])
     rest = np.concatenate(rest)
     full = len(rest) // batch_size * batch_size
-    # The last of the rest is lost, so not always the same group's: which group it is changes with the epoch.
+    # The end of the rest is dropped; the roll makes it another group's in each epoch.
     batches.extend(np.roll(rest, rng.integers(len(rest)) if len(rest) else 0)[:full].reshape(-1, batch_size))
     return np.stack([batches[i] for i in rng.permutation(len(batches))]).ravel()
 
 
 class TrainBatches(Sampler[list[int]]):
-    """Batches of one process: each image at most once an epoch over all processes, full batches only.
+    """Full batches of one process; over all processes each image is used at most once per epoch.
 
     Args:
         groups: Group of every image; see aspect_ratio_groups().
@@ -65,10 +65,10 @@ class TrainBatches(Sampler[list[int]]):
 
     Attributes:
         epoch: Epoch to draw the order for.
-        start: Batches of the epoch to leave out at its beginning.
+        start: Number of batches to skip at the beginning of the epoch.
 
     Raises:
-        ValueError: The images do not fill a batch.
+        ValueError: There are not enough images for a batch.
     """
 
     def __init__(self, groups: np.ndarray, batch_size: int, seed: int, rank: int, world_size: int):

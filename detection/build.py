@@ -1,16 +1,17 @@
-"""Build everything a detection run needs, and refuse what cannot work before anything is trained."""
+"""Build the parts of a detection run, and refuse options that cannot work before training starts."""
 import torch
 from accelerate import Accelerator
 from timm.layers import convert_sync_batchnorm
 from timm.utils import random_seed
 
+from alignmix_lab.data.loaders import Loaders
 from alignmix_lab.runs.accelerator import start_processes
 from alignmix_lab.runs.run import Run
 
 from .annotations import Annotations
 from .backbones import layer_decay_groups
 from .config import DetectConfig
-from .data import DetectionDataset, DetectionLoader, DetectionLoaders, read_annotations
+from .data import DetectionDataset, DetectionLoader, read_annotations
 from .detector import create_detector, fill
 from .export_checkpoint import read_weights
 from .task import DetectionTask, DetectionTotals
@@ -18,13 +19,13 @@ from .transforms import create_transform
 
 
 def build_run(config: DetectConfig) -> Run:
-    """Build and check the parts of a run; nothing is wrapped for several processes or resumed yet.
+    """Build and check the parts of a run, without resuming it or wrapping it for its devices.
 
     Raises:
-        ValueError: An option, the data or the model does not fit, with the remedy.
+        ValueError: An option, the data or the model does not fit; the message suggests a remedy.
     """
     accelerator = start_processes(config)
-    # Faster R-CNN's batches differ in size: searching for the fastest convolution each time costs more than it gains.
+    # Faster R-CNN's batches differ in size, so benchmarking convolutions for each size costs more than it saves.
     torch.backends.cudnn.benchmark = config.detector == 'ssd'
     annotations = read_annotations(
         config.dataset, config.data_dir, config.train_split, config.val_split, config.class_names,
@@ -56,8 +57,8 @@ def create_loaders(
         val: Annotations,
         image_mean: list[float],
         accelerator: Accelerator,
-) -> DetectionLoaders:
-    """Training and validation loaders of this process."""
+) -> Loaders:
+    """Create the training and validation loader of this process."""
     shared = dict(
         workers=config.workers,
         device=accelerator.device,
@@ -67,13 +68,15 @@ def create_loaders(
         pin_mem=config.pin_mem,
     )
     transform = create_transform(config.augment, config.img_size, image_mean, config.hflip)
-    return DetectionLoaders(
+    return Loaders(
         train=DetectionLoader(
             DetectionDataset(train.records, transform, config.seed), config.batch_size, True,
             aspect_ratio_group_factor=config.aspect_ratio_group_factor, **shared),
         val=DetectionLoader(
             DetectionDataset(val.records), config.validation_batch_size or config.batch_size, False, **shared),
+        num_classes=len(train.class_names),
         class_names=train.class_names,
+        kind=config.dataset,
         description=f'{config.dataset} in {config.data_dir}; training: {train.describe()}; validation: '
                     f'{val.describe()}; augmentation {config.augment}',
     )

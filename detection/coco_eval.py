@@ -5,15 +5,15 @@ import numpy as np
 
 from .annotations import Record
 
-# Our names of pycocotools' first six figures.
+# Names of pycocotools' first six figures.
 STATS = ('map', 'map50', 'map75', 'map_small', 'map_medium', 'map_large')
 
 
 def coco_ground_truth(records: Sequence[Record], class_names: Sequence[str]) -> dict:
-    """A COCO annotation file's content; image ids are the places in `records`, category ids the labels.
+    """Make the content of a COCO annotation file; image ids are indices of `records`, category ids are the labels.
 
-    VOC's difficult objects become crowd regions: detections of them do not count. (COCO compares crowd regions by
-    intersection over the detection's area, which is the wider rule.)
+    VOC's difficult objects become crowd regions, so that detections of them are ignored. (COCO compares crowd regions
+    by intersection over the detection's area, which is more lenient.)
     """
     annotations = []
     for index, record in enumerate(records):
@@ -36,7 +36,7 @@ def coco_ground_truth(records: Sequence[Record], class_names: Sequence[str]) -> 
 
 
 def coco_results(detections: Sequence[dict[str, np.ndarray]]) -> list[dict]:
-    """Detections of each image as entries of a COCO results file."""
+    """Convert the detections of each image to entries of a COCO results file."""
     return [
         dict(image_id=index, category_id=int(label), score=float(score),
              bbox=[*box[:2].tolist(), *(box[2:] - box[:2]).tolist()])
@@ -45,38 +45,37 @@ def coco_results(detections: Sequence[dict[str, np.ndarray]]) -> list[dict]:
     ]
 
 
-def _silent(*args) -> None:
-    """The library prints a table of its own."""
-
-
 def coco_metrics(
         records: Sequence[Record],
         detections: Sequence[dict[str, np.ndarray]],
         class_names: Sequence[str],
 ) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
-    """COCO's box average precision, in per cent.
+    """Compute COCO's box average precision in per cent.
 
     Args:
-        records: The images and their objects.
+        records: Images with their objects.
         detections: For each image `boxes` (N, 4), `scores` (N,) and `labels` (N,).
         class_names: Names of labels 1, 2, ...
 
     Returns:
         `map` (mean over IoU 0.5, 0.55, ..., 0.95), `map50`, `map75` and `map_small`, `map_medium`, `map_large` by
-        object area (-1, as COCO has it, where no object is of that size); and `map` and `map50` of every class that
-        has objects.
+        object area (-1, as in COCO, if there are no objects of that size); and `map` and `map50` of each class with
+        objects.
     """
+    def silent(*args) -> None:  # the library prints a table of its own
+        pass
+
     try:
         from faster_coco_eval import COCO, COCOeval_faster
     except ImportError as e:
         raise ImportError("COCO's metric needs faster-coco-eval: pip install -e '.[detection]'") from e
 
     results = coco_results(detections)
-    if not results:  # the library takes no empty list
+    if not results:  # the library does not accept an empty list
         counted = {int(label) for record in records for label in record.labels[~(record.crowd | record.difficult)]}
         return dict.fromkeys(STATS, 0.0), {class_names[label - 1]: dict(map=0.0, map50=0.0) for label in counted}
-    truth = COCO(coco_ground_truth(records, class_names), print_function=_silent)
-    evaluation = COCOeval_faster(truth, truth.loadRes(results), iouType='bbox', print_function=_silent)
+    truth = COCO(coco_ground_truth(records, class_names), print_function=silent)
+    evaluation = COCOeval_faster(truth, truth.loadRes(results), iouType='bbox', print_function=silent)
     evaluation.evaluate()
     evaluation.accumulate()
     evaluation.summarize()

@@ -1,11 +1,11 @@
-"""Detection data sets and their loaders: VOC, COCO, and any folder of either format."""
+"""Detection data sets and their loaders: VOC, COCO and any folder in either format."""
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision import tv_tensors
@@ -35,18 +35,17 @@ def read_annotations(
     Args:
         dataset: 'voc' or 'coco', the format.
         data_dir: Folder of the data.
-        train_split: Training split; None takes VOC 2007 + 2012 trainval, train2017, or the folder's own.
-        val_split: Validation split; None takes VOC 2007 test, val2017, or the folder's own.
-        class_names: Classes in order; None takes VOC's 20 in a folder of years, else what the training split has.
+        train_split: Training split; None for VOC 2007 + 2012 trainval, train2017, or the folder's own.
+        val_split: Validation split; None for VOC 2007 test, val2017, or the folder's own.
+        class_names: Classes in order; None for VOC's 20 in VOCdevkit, else those of the training split.
         keep_difficult: Train on difficult objects too.
 
     Raises:
-        ValueError: Something is missing or damaged; which, and what to do.
+        ValueError: Something is missing or damaged; the message names it and suggests a remedy.
     """
     if not Path(data_dir).is_dir():
         raise ValueError(f'--data-dir {data_dir}: no such folder')
-    read = {'voc': read_voc, 'coco': read_coco}[dataset]
-    find = {'voc': find_voc_splits, 'coco': find_coco_splits}[dataset]
+    read, find = {'voc': (read_voc, find_voc_splits), 'coco': (read_coco, find_coco_splits)}[dataset]
     if train_split is None or val_split is None:
         found = find(Path(data_dir))
         train_split, val_split = train_split or found[0], val_split or found[1]
@@ -65,7 +64,7 @@ def _has_years(root: Path) -> bool:
 
 
 def find_voc_splits(root: Path) -> tuple[str, str]:
-    """Training and validation split of a VOC-format folder, or of a folder of years."""
+    """Find the training and validation split of a VOC-format folder, or of VOCdevkit."""
     if _has_years(root):
         years = [year for year in ('2007', '2012') if (root / f'VOC{year}').is_dir()]
         return '+'.join(f'{year}_trainval' for year in years), '2007_test'
@@ -74,7 +73,7 @@ def find_voc_splits(root: Path) -> tuple[str, str]:
 
 
 def find_coco_splits(root: Path) -> tuple[str, str]:
-    """Training and validation split of a COCO-format folder."""
+    """Find the training and validation split of a COCO-format folder."""
     there = set()
     for name in ('train2017', 'val2017', 'train', 'val', 'valid', 'validation', 'test'):
         try:
@@ -97,12 +96,11 @@ def _choose(root: Path, there: set[str], pairs: list[tuple[str, str]]) -> tuple[
 class DetectionDataset(Dataset):
     """Images with their boxes.
 
-    An augmented image is a function of (seed, epoch, index) alone, so neither the number of workers nor a resume
-    changes what a run sees.
+    An augmented image depends on (seed, epoch, index) alone, and not on the number of workers or on a resume.
 
     Args:
         records: The images.
-        transform: Takes a uint8 image and a dict of boxes and labels, gives the same; None leaves them as they are.
+        transform: Maps a uint8 image and a dict of boxes and labels to the same; None for no augmentation.
         seed: Seed of the augmentation.
     """
 
@@ -131,17 +129,26 @@ class DetectionDataset(Dataset):
         return image, dict(boxes=boxes, labels=target['labels'], index=index)
 
 
-def read_image(record: Record) -> torch.Tensor:
-    """Image of a record as uint8 (3, H, W).
+def open_image(path: Path) -> torch.Tensor:
+    """Read an image file as uint8 (3, H, W).
 
     Raises:
-        ValueError: The file is damaged, or its size is not the annotation's.
+        ValueError: The file is damaged.
     """
     try:
-        with Image.open(record.path) as file:
-            image = pil_to_tensor(file.convert('RGB'))
+        with Image.open(path) as file:
+            return pil_to_tensor(file.convert('RGB'))
     except OSError as e:
-        raise ValueError(f'{record.path} is damaged or no image ({e})') from e
+        raise ValueError(f'{path} is damaged or no image ({e})') from e
+
+
+def read_image(record: Record) -> torch.Tensor:
+    """Read the image of a record as uint8 (3, H, W).
+
+    Raises:
+        ValueError: The file is damaged, or its size differs from the annotation.
+    """
+    image = open_image(record.path)
     if image.shape[1:] != (record.height, record.width):
         raise ValueError(
             f'{record.path} is {image.shape[2]}x{image.shape[1]} pixels, but its annotation says '
@@ -152,20 +159,20 @@ def read_image(record: Record) -> torch.Tensor:
 class DetectionLoader:
     """Batches of a data set on the device.
 
-    In training every process draws its own part of a shuffled epoch and drops the last partial batch; in evaluation
-    the processes share the images, each image once.
+    In training, every process gets its own part of a shuffled epoch, without the last partial batch. In evaluation, the
+    processes share the images and every image is used once.
 
     Args:
         dataset: The images.
         batch_size: Images per batch of this process.
         training: Shuffle, and drop the last partial batch.
-        workers: Loading processes.
+        workers: Worker processes.
         device: Device of the batches.
         seed: Seed of the order.
         rank: This process.
         world_size: Number of processes.
         pin_mem: Pin host memory.
-        aspect_ratio_group_factor: Training batches of images of alike shape: see `aspect_ratio_groups`; 0 for any.
+        aspect_ratio_group_factor: Factor of `aspect_ratio_groups` for training batches.
 
     Raises:
         ValueError: The training images do not fill a batch.
@@ -184,7 +191,7 @@ class DetectionLoader:
             pin_mem: bool = False,
             aspect_ratio_group_factor: int = 0,
     ):
-        self.dataset, self.device, self.num_samples = dataset, device, len(dataset)
+        self.dataset, self.device = dataset, device
         shared = dict(num_workers=workers, collate_fn=_collate, pin_memory=pin_mem, worker_init_fn=end_with_parent)
         if training:
             groups = aspect_ratio_groups(dataset.records, aspect_ratio_group_factor)
@@ -198,35 +205,16 @@ class DetectionLoader:
         return len(self.loader)
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """Choose the order and the augmentation of a training epoch, and the batch that comes first."""
+        """Select a training epoch, which determines order and augmentation, and its first batch."""
         self.dataset.epoch = self.batches.epoch = epoch
         self.batches.start = start
 
     def __iter__(self) -> Iterator[Batch]:
         for images, targets in iterate(self.loader):
             images = [image.to(self.device, non_blocking=True).float() / 255 for image in images]
-            yield images, [
-                {**target, 'boxes': target['boxes'].to(self.device, non_blocking=True),
-                 'labels': target['labels'].to(self.device, non_blocking=True)}
-                for target in targets
-            ]
+            yield images, send_to_device(targets, self.device, non_blocking=True)
 
 
 def _collate(samples: list[tuple[torch.Tensor, dict[str, Any]]]) -> Batch:
     images, targets = zip(*samples, strict=True)
     return list(images), list(targets)
-
-
-@dataclass
-class DetectionLoaders:
-    """Loaders of a run.
-
-    Attributes:
-        class_names: Names of labels 1, 2, ...
-        description: The data in one line.
-    """
-
-    train: DetectionLoader
-    val: DetectionLoader
-    class_names: list[str]
-    description: str

@@ -1,4 +1,4 @@
-"""Build a detector from a configuration, or again from the description that its checkpoints carry."""
+"""Build a detector from a configuration, or from the description in its checkpoints."""
 from typing import Any
 
 from timm.models import clean_state_dict
@@ -14,14 +14,14 @@ BUILDERS = {'ssd': build_ssd, 'fasterrcnn': build_faster_rcnn}
 
 
 def create_detector(config: DetectConfig, class_names: list[str]) -> tuple[nn.Module, dict[str, Any]]:
-    """The detector of a configuration and its description.
+    """Build the detector of a configuration.
 
     Args:
         config: The options.
         class_names: Names of labels 1, 2, ...
 
     Returns:
-        The detector, and plain values from which :func:`rebuild` makes it again, without the backbone's weights.
+        The detector, and its description for :func:`rebuild`: plain values that do not refer to the backbone's weights.
 
     Raises:
         ValueError: The backbone, its weights or an option does not fit.
@@ -29,17 +29,17 @@ def create_detector(config: DetectConfig, class_names: list[str]) -> tuple[nn.Mo
     faster = config.detector == 'fasterrcnn'
     if config.batch_size == 1 and config.model_kwargs.get('conv4_stride1'):
         raise ValueError(
-            'conv4_stride1 puts batch norms on maps of one position, which one image cannot train; '
+            'conv4_stride1 adds batch norms to maps of one position, which cannot train on a single image; '
             'pass --batch-size 2 or more')
     if not faster:
         arguments = dict(size=config.img_size)
-    elif config.augment == 'lsj':  # the data are squares of this side already
+    elif config.augment == 'lsj':  # the images are already squares of this side
         arguments = dict(min_size=config.img_size, max_size=config.img_size)
     elif config.augment == 'multiscale':
         arguments = dict(min_size=multiscale_sizes(config.img_size), max_size=config.max_size)
     else:
         arguments = dict(min_size=config.img_size, max_size=config.max_size)
-    # Faster R-CNN freezes what it fine-tunes, as torchvision does: pretrained norms and the first stage.
+    # Like torchvision, Faster R-CNN freezes the norms and the first stage of a pretrained backbone.
     freeze_bn = (faster and config.weights is not None) if config.freeze_bn is None else config.freeze_bn
     frozen_stages = config.frozen_stages
     model = BUILDERS[config.detector](
@@ -74,16 +74,16 @@ def create_detector(config: DetectConfig, class_names: list[str]) -> tuple[nn.Mo
 
 
 def rebuild(description: dict[str, Any]) -> nn.Module:
-    """The detector of a description, with random weights."""
+    """Build the detector of a description, with random weights."""
     build = BUILDERS[description['detector']]
     return build(description['backbone'], len(description['class_names']) + 1, **description['arguments'])
 
 
 def fill(model: nn.Module, state_dict: dict[str, Any], source: str) -> None:
-    """Load weights after checking that every key and shape fits.
+    """Load weights after checking every key and shape.
 
     Raises:
-        ValueError: Some do not; which.
+        ValueError: The message lists the keys that do not fit.
     """
     state_dict = clean_state_dict(state_dict)
     problems = key_problems(model.state_dict(), state_dict)

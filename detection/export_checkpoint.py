@@ -1,13 +1,12 @@
-"""Take a trained detector out of its run, and load it again; nothing in the files is executed.
+"""Export a trained detector from its run and load it again; code in the files is never executed.
 
     python -m detection.export_checkpoint output/detection/RUN/last.pth.tar DIR
 
-writes DIR/detector.json (what it is made of, its classes) and DIR/model.safetensors, from which `load_detector(DIR)`
-and `python -m detection.predict` build it.
+writes DIR/detector.json (its architecture and classes) and DIR/model.safetensors, from which `load_detector(DIR)` and
+`python -m detection.predict` rebuild it.
 """
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from alignmix_lab.runs.checkpoint import read_checkpoint
+from alignmix_lab.runs.options import exit_with_message
 
 from .detector import fill, rebuild
 
@@ -24,14 +24,14 @@ WEIGHTS_FILE, DESCRIPTION_FILE = 'model.safetensors', 'detector.json'
 
 
 def read_weights(source: str | Path, ema: bool | None = None) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Weights and description of a detector.
+    """Read the weights and the description of a detector.
 
     Args:
-        source: Folder that was exported, or training checkpoint.
-        ema: Of a checkpoint: the moving average, or not; None takes it where there is one.
+        source: Exported folder or training checkpoint.
+        ema: For a checkpoint, whether to read the moving average; None reads it if there is one.
 
     Raises:
-        ValueError: No detector is there, or no moving average where one is asked for.
+        ValueError: There is no detector, or not the requested moving average.
     """
     source = Path(source)
     if source.is_dir():
@@ -42,9 +42,9 @@ def read_weights(source: str | Path, ema: bool | None = None) -> tuple[dict[str,
             raise ValueError(f'{source} is no exported detector ({e})') from e
     state = read_checkpoint(source)
     if 'detector' not in state.get('task_state', {}):
-        raise ValueError(f'{source} is no checkpoint of a detector; detection.train writes those')
+        raise ValueError(f'{source} is no checkpoint of a detector; pass one that detection.train wrote')
     if ema and 'state_dict_ema' not in state:
-        raise ValueError(f'{source} has no moving average of the weights')
+        raise ValueError(f'{source} has no moving average of the weights; use the raw ones')
     use_ema = 'state_dict_ema' in state if ema is None else ema
     return state['state_dict_ema' if use_ema else 'state_dict'], state['task_state']['detector']
 
@@ -60,7 +60,7 @@ def load_detector(source: str | Path, ema: bool | None = None) -> tuple[nn.Modul
         The detector, in evaluation mode on the CPU, and the names of its labels 1, 2, ...
 
     Raises:
-        ValueError: No detector is there, or its weights do not fill it.
+        ValueError: There is no detector, or its weights do not fit.
     """
     state_dict, description = read_weights(source, ema)
     model = rebuild(description)
@@ -69,11 +69,11 @@ def load_detector(source: str | Path, ema: bool | None = None) -> tuple[nn.Modul
 
 
 def export_detector(checkpoint: str | Path, folder: str | Path, ema: bool | None = None) -> Path:
-    """Write a checkpoint's detector as a folder, and check that it loads.
+    """Export the detector of a checkpoint to a folder, and check that it loads.
 
     Args:
         checkpoint: Training checkpoint.
-        folder: Made where it is missing.
+        folder: Folder to write, created if missing.
         ema: As for :func:`read_weights`.
     """
     state_dict, description = read_weights(checkpoint, ema)
@@ -90,12 +90,11 @@ def main(argv: list[str] | None = None, prog: str = 'python -m detection.export_
         prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('checkpoint', help='last.pth.tar or model_best.pth.tar of detection.train')
     parser.add_argument('folder', help='folder to write')
-    parser.add_argument('--ema', action=argparse.BooleanOptionalAction, help='default: where there is one')
+    parser.add_argument('--ema', action=argparse.BooleanOptionalAction,
+                        help='export the moving average; default: if there is one')
     args = parser.parse_args(argv)
-    try:
+    with exit_with_message(prog):
         print(export_detector(args.checkpoint, args.folder, args.ema))
-    except ValueError as e:
-        sys.exit(f'{prog}: error: {e}')
 
 
 if __name__ == '__main__':

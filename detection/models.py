@@ -1,10 +1,11 @@
 """SSD and Faster R-CNN of torchvision on any timm backbone.
 
 Both take a list of RGB images, float (3, H, W) with values in [0, 1], and normalise them inside with the mean and std
-of the backbone's weights: no data transform may normalise before. In training they also take a list of targets, dicts
-of `boxes` (N, 4) xyxy in pixels and `labels` (N,) int64 from 1 (0 is the background), and return a dict of losses; in
+that belong to the backbone's weights, so data transforms must not. In training they also take a list of targets (dicts
+of `boxes` (N, 4) xyxy in pixels and `labels` (N,) int64 from 1; 0 is the background) and return a dict of losses; in
 evaluation they return a list of dicts of `boxes`, `scores` and `labels`.
 """
+import inspect
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -22,7 +23,9 @@ from torchvision.ops import MultiScaleRoIAlign
 
 from .backbones import Backbone, PyramidBackbone, SimpleFeaturePyramid, create_backbone
 
-__all__ = ['ExtraLayers', 'SSDBackbone', 'build_faster_rcnn', 'build_ssd']
+# Keyword arguments of the backbone; every other one goes to torchvision's detector.
+_BACKBONE_OPTIONS = [
+    name for name, p in inspect.signature(create_backbone).parameters.items() if p.kind is p.KEYWORD_ONLY]
 
 
 def build_faster_rcnn(
@@ -33,57 +36,41 @@ def build_faster_rcnn(
         min_size: int | Sequence[int] = 800,
         max_size: int = 1333,
         fixed_size: tuple[int, int] | None = None,
-        freeze_bn: bool | None = None,
-        frozen_stages: int | None = None,
         fpn_channels: int = 256,
-        use_ema: bool = True,
-        image_mean: Sequence[float] | None = None,
-        image_std: Sequence[float] | None = None,
-        grad_checkpointing: bool = False,
-        backbone_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
 ) -> FasterRCNN:
     """Faster R-CNN with a feature pyramid.
 
     Papers: `Faster R-CNN` - https://arxiv.org/abs/1506.01497, `Feature Pyramid Networks` -
-    https://arxiv.org/abs/1612.03144. With 'resnet50' it is torchvision's fasterrcnn_resnet50_fpn, under the same keys.
+    https://arxiv.org/abs/1612.03144. On 'resnet50' it is torchvision's fasterrcnn_resnet50_fpn, with the same keys.
 
     Args:
         backbone: timm name with or without a tag, folder of exported weights, 'local-dir:FOLDER' or 'hf-hub:NAME'.
         num_classes: Classes with the background.
         weights: Folder, tag or name as above, or a training checkpoint; None for random weights.
-        min_size: Pixels of the shorter image side; of several one is drawn per image in training, the last one used
-            in evaluation.
-        max_size: Largest number of pixels of the longer side.
-        fixed_size: (H, W) that all images are resized to instead; networks with one image size (LeViT) need it.
-        freeze_bn: Freeze batch norms; default: where there are weights. Random frozen norms let activations explode.
-        frozen_stages: Stages that do not train, the stem with the first; default: 1 where there are weights, 0 for
-            random weights and plain ViTs (whose stages are blocks).
+        min_size: Shorter image side in pixels. With several, training draws one per image and evaluation uses the last.
+        max_size: Upper limit of the longer side.
+        fixed_size: (H, W) to resize all images to instead; networks built for one image size (LeViT) need it.
         fpn_channels: Channels of the pyramid.
-        use_ema: Take the moving average of a checkpoint that has one.
-        image_mean: Pixel mean, 0-1 scale; default: that of the weights.
-        image_std: Pixel standard deviation, 0-1 scale; default: that of the weights.
-        grad_checkpointing: Recompute activations of the backbone in the backward pass to save memory.
-        backbone_kwargs: Further arguments of `timm.create_model`, e.g. drop_path_rate.
-        kwargs: Further arguments of torchvision's FasterRCNN, e.g. box_score_thresh.
+        kwargs: Options of `create_backbone`, and arguments of torchvision's FasterRCNN, e.g. box_score_thresh. By
+            default pretrained backbones have their batch norms and first stage frozen, as in torchvision; random batch
+            norms train, because activations explode when they are frozen.
 
     Returns:
-        The detector; its `backbone_report` says what was loaded.
+        The detector; its `backbone_report` lists what was loaded.
 
     Raises:
         ValueError: See `create_backbone`.
     """
-    net = create_backbone(
-        partial(PyramidBackbone, out_channels=fpn_channels), backbone, weights, image_size=fixed_size,
-        freeze_bn=weights is not None if freeze_bn is None else freeze_bn, frozen_stages=frozen_stages,
-        use_ema=use_ema, image_mean=image_mean, image_std=image_std, grad_checkpointing=grad_checkpointing,
-        backbone_kwargs=backbone_kwargs,
-    )
-    coarsest = net.levels[-2]  # the pooled level takes what is left over, as in torchvision
+    options = {'freeze_bn': None, 'frozen_stages': None, 'image_size': fixed_size, **_backbone_options(kwargs)}
+    if options['freeze_bn'] is None:
+        options['freeze_bn'] = weights is not None
+    net = create_backbone(partial(PyramidBackbone, out_channels=fpn_channels), backbone, weights, **options)
+    coarsest = net.levels[-2]  # the pooled level rounds up, as in torchvision
     if fixed_size is not None and any(side % coarsest for side in fixed_size):
         near = tuple(-(-side // coarsest) * coarsest for side in fixed_size)
         raise ValueError(
-            f'fixed_size {tuple(fixed_size)} is no multiple of {coarsest}, the coarsest stride on {net.report.arch}; '
+            f'fixed_size {tuple(fixed_size)} is no multiple of {coarsest}, the coarsest stride of {net.report.arch}; '
             f'pass fixed_size={near}')
     detector = FasterRCNN(
         net,
@@ -94,7 +81,7 @@ def build_faster_rcnn(
         size_divisible=max(32, coarsest),
         image_mean=list(net.report.image_mean),
         image_std=list(net.report.image_std),
-        # One size per level, 8 times its stride: 32 to 512 on strides 4 to 64, as in the paper.
+        # One anchor size per level, 8 times its stride: 32 to 512 on strides 4 to 64, as in the paper.
         rpn_anchor_generator=AnchorGenerator(
             tuple((8 * stride,) for stride in net.levels), ((0.5, 1.0, 2.0),) * len(net.levels)),
         box_roi_pool=MultiScaleRoIAlign([str(i) for i in range(len(net.levels) - 1)], 7, 2),
@@ -112,53 +99,36 @@ def build_ssd(
         weights: str | Path | None = None,
         *,
         conv4_stride1: bool = False,
-        freeze_bn: bool = False,
-        frozen_stages: int = 0,
-        use_ema: bool = True,
-        image_mean: Sequence[float] | None = None,
-        image_std: Sequence[float] | None = None,
-        grad_checkpointing: bool = False,
-        backbone_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
 ) -> SSD:
-    """SSD on the backbone's maps of strides 8, 16 and 32, and further layers down to one position.
+    """SSD on the backbone's maps of strides 8, 16 and 32 and on extra layers down to a single position.
 
-    Paper: `SSD: Single Shot MultiBox Detector` - https://arxiv.org/abs/1512.02325. At 300 pixels the maps have 38, 19,
-    10, 5, 3 and 1 positions a side and 8,732 default boxes, at 512 pixels 64 to 1 and 24,564, as in the paper.
+    Paper: `SSD: Single Shot MultiBox Detector` - https://arxiv.org/abs/1512.02325. At 300 pixels the maps are 38, 19,
+    10, 5, 3 and 1 positions wide, with 8,732 default boxes; at 512 pixels 64 to 1, with 24,564, as in the paper.
 
     Args:
         backbone: timm name with or without a tag, folder of exported weights, 'local-dir:FOLDER' or 'hf-hub:NAME'.
         num_classes: Classes with the background.
-        size: Pixels of both image sides.
+        size: Side of the square input in pixels.
         weights: Folder, tag or name as above, or a training checkpoint; None for random weights.
         conv4_stride1: For ResNets: end with layer3 at stride 8 and drop layer4, as NVIDIA's SSD does.
-        freeze_bn: Freeze batch norms.
-        frozen_stages: Stages that do not train, the stem with the first; blocks of a plain ViT.
-        use_ema: Take the moving average of a checkpoint that has one.
-        image_mean: Pixel mean, 0-1 scale; default: that of the weights.
-        image_std: Pixel standard deviation, 0-1 scale; default: that of the weights.
-        grad_checkpointing: Recompute activations of the backbone in the backward pass to save memory.
-        backbone_kwargs: Further arguments of `timm.create_model`, e.g. drop_path_rate.
-        kwargs: Further arguments of torchvision's SSD, e.g. score_thresh.
+        kwargs: Options of `create_backbone`, and arguments of torchvision's SSD, e.g. score_thresh.
 
     Returns:
-        The detector; its `backbone_report` says what was loaded.
+        The detector; its `backbone_report` lists what was loaded.
 
     Raises:
-        ValueError: See `create_backbone`; `conv4_stride1` of a network that is no ResNet; a size with less than three
-            maps.
+        ValueError: See `create_backbone`; `conv4_stride1` on a network that is not a ResNet; a size with fewer than
+            three maps.
     """
-    net = create_backbone(
-        partial(SSDBackbone, conv4_stride1=conv4_stride1), backbone, weights, image_size=(size, size),
-        freeze_bn=freeze_bn, frozen_stages=frozen_stages, use_ema=use_ema, image_mean=image_mean, image_std=image_std,
-        grad_checkpointing=grad_checkpointing, backbone_kwargs=backbone_kwargs,
-    )
+    options = {'image_size': (size, size), **_backbone_options(kwargs)}
+    net = create_backbone(partial(SSDBackbone, conv4_stride1=conv4_stride1), backbone, weights, **options)
     levels = len(net.steps)
     if levels < 3:
         raise ValueError(f'SSD at size {size} has {levels} maps on {net.report.arch}; pass a larger size')
     boxes = DefaultBoxGenerator(
         aspect_ratios=[[2], *[[2, 3]] * (levels - 3), [2], [2]],
-        # From 15 % of the image on the first map; below it the small box of the paper's first map.
+        # From 15 % of the image on the first map; before it, the paper's small box for that map.
         scales=[0.07, *(0.15 + 0.9 * i / (levels - 1) for i in range(levels))],
         steps=net.steps,
     )
@@ -169,9 +139,14 @@ def build_ssd(
     return detector
 
 
+def _backbone_options(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Remove the options of the backbone from a detector's arguments and return them."""
+    return {name: kwargs.pop(name) for name in _BACKBONE_OPTIONS if name in kwargs}
+
+
 def _predict_in_float32(*heads: nn.Module) -> None:
-    """Let boxes be decoded in float32 under autocast: torchvision decodes them in the dtype of the heads' outputs, and
-    bfloat16 has no coordinate between 256 and 258."""
+    """Decode boxes in float32 under autocast: torchvision decodes them in the dtype of the heads' outputs, and bfloat16
+    has no coordinate between 256 and 258."""
     for head in heads:
         head.register_forward_hook(_float32_outputs)
 
@@ -185,16 +160,16 @@ def _float32_outputs(module: nn.Module, args: Any, outputs: Any) -> Any:
 
 
 class SSDBackbone(Backbone):
-    """A backbone's maps from stride 8 on and further layers down to one position.
+    """A backbone's maps from stride 8 on, followed by extra layers down to a single position.
 
     Args:
         body, name, image_size: See Backbone; the image is square.
-        conv4_stride1: Use the third stage of a ResNet at stride 8 and none behind it.
+        conv4_stride1: Use the third stage of a ResNet at stride 8 and nothing after it.
 
     Attributes:
         out_channels: Channels of the maps.
-        steps: Distance in pixels between the boxes of each map: its stride, or from 3 positions on the image divided by
-            them (300 pixels: 8, 16, 32, 64, 100, 300 as in the paper).
+        steps: Pixels between the boxes of each map: its stride, or the image side divided by the positions on maps of
+            3 positions or fewer (at 300 pixels 8, 16, 32, 64, 100, 300, as in the paper).
     """
 
     def __init__(self, body: nn.Module, name: str, image_size: tuple[int, int], conv4_stride1: bool = False):
@@ -224,16 +199,16 @@ class SSDBackbone(Backbone):
 
 
 class ExtraLayers(nn.Module):
-    """SSD's layers behind the backbone: blocks of a 1x1 and a 3x3 convolution until one position is left.
+    """SSD's layers after the backbone: blocks of a 1x1 and a 3x3 convolution until one position is left.
 
     Args:
         in_channels: Channels of the backbone's last map.
-        side: Positions along each of its sides.
-        norm: Put a batch norm behind each convolution (NVIDIA's SSD; the paper has none).
+        side: Width and height of that map.
+        norm: Add a batch norm after each convolution (NVIDIA's SSD; the paper has none).
 
     Attributes:
         channels: Channels of each block's map.
-        sides: Positions along each of its sides.
+        sides: Width and height of each block's map.
     """
 
     def __init__(self, in_channels: int, side: int, norm: bool = False):
@@ -247,7 +222,7 @@ class ExtraLayers(nn.Module):
         self.channels = [512 if i < wide else 256 for i in range(len(self.sides))]
         self.blocks = nn.ModuleList()
         for side, out_channels in zip(before, self.channels, strict=True):
-            # From 3 positions to 1 without padding, as in the paper; otherwise half as many, rounded up.
+            # From 3 positions to 1 without padding, as in the paper; otherwise halved and rounded up.
             step = dict(stride=1, padding=0) if side == 3 else dict(stride=2, padding=1)
             self.blocks.append(nn.Sequential(
                 *_conv(in_channels, out_channels // 2, 1, norm),
@@ -274,7 +249,7 @@ def _conv(in_channels: int, out_channels: int, kernel_size: int, norm: bool, **k
 
 
 def _keep_stride_8(body: nn.Module, name: str) -> None:
-    """Let the third stage of a ResNet keep the second's resolution."""
+    """Make the third stage of a ResNet keep the resolution of the second."""
     if not isinstance(body, ResNet):
         raise ValueError(f'conv4_stride1 is for ResNets, not {name}')
     for module in body.layer3[0].modules():

@@ -20,7 +20,7 @@ def draw_detections(
         image: uint8 (3, H, W).
         detections: `boxes` (N, 4), `scores` (N,) and `labels` (N,).
         class_names: Names of labels 1, 2, ...
-        threshold: Smallest score that is drawn.
+        threshold: Smallest score to draw.
         true_boxes: (M, 4), drawn as thin white lines.
     """
     picture = to_pil_image(image)
@@ -40,18 +40,18 @@ def draw_detections(
         left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
         width, height = right - left + 4, bottom - top + 4
         x = min(max(x, 0), max(picture.width - width, 0))
-        y = y - height if y >= height else max(y, 0)  # above the box where there is room, else inside it
+        y = y - height if y >= height else max(y, 0)  # above the box if there is room, else inside it
         draw.rectangle((x, y, x + width, y + height), fill=color)
         draw.text((x + 2 - left, y + 2 - top), text, fill='black', font=font)
     return picture
 
 
 def _ordered(box: np.ndarray) -> tuple[float, ...]:
-    """PIL includes the last pixel and refuses a box that ends before it starts."""
+    """Convert a box for PIL, which includes the last pixel and refuses boxes that end before they start."""
     x1, y1, x2, y2 = (float(value) for value in box)
     return x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)
 
 
 def class_color(label: int, num_classes: int) -> tuple[int, ...]:
-    """A light colour per class, evenly spread over the hues."""
+    """Return a light colour; the classes are spread evenly over the hues."""
     return tuple(round(255 * value) for value in colorsys.hsv_to_rgb((0.12 + (label - 1) / num_classes) % 1, 0.75, 1))

@@ -1,4 +1,4 @@
-"""Detect on images and draw the boxes.
+"""Detect objects in images and draw the boxes.
 
     python -m detection.predict IMAGE... --checkpoint output/detection/RUN/last.pth.tar
 
@@ -6,20 +6,20 @@ writes a picture per image and predictions.json (boxes as x1, y1, x2, y2 in pixe
 """
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import torch
-from PIL import Image
-from torchvision.transforms.v2.functional import pil_to_tensor
+
+from alignmix_lab.runs.options import exit_with_message
 
 from .annotations import IMAGE_SUFFIXES
+from .data import open_image
 from .export_checkpoint import load_detector
 from .pictures import draw_detections
 
 
 def find_images(paths: list[str]) -> list[Path]:
-    """Image files, and those directly in folders.
+    """List image files, including those directly inside folders.
 
     Raises:
         ValueError: A path does not exist or a folder has no images.
@@ -41,12 +41,12 @@ def predict(
         threshold: float = 0.4,
         device: str = 'cuda' if torch.cuda.is_available() else 'cpu',
 ) -> Path:
-    """Detect on images one by one; write pictures and predictions.json.
+    """Detect objects in images one by one; write pictures and predictions.json.
 
     Args:
         images: Files or folders.
         checkpoint: Training checkpoint or exported folder.
-        output: Folder to write.
+        output: Folder of the results.
         threshold: Smallest score to keep.
         device: Device of the detector.
 
@@ -61,11 +61,7 @@ def predict(
     model.to(device)
     folder.mkdir(parents=True, exist_ok=True)
     for file in files:
-        try:
-            with Image.open(file) as opened:
-                image = pil_to_tensor(opened.convert('RGB'))
-        except OSError as e:
-            raise ValueError(f'{file} is damaged or no image ({e})') from e
+        image = open_image(file)
         (found,) = model([image.to(device).float() / 255])
         keep = found['scores'] >= threshold
         found = {key: value[keep].cpu().numpy() for key, value in found.items()}
@@ -92,10 +88,8 @@ def main(argv: list[str] | None = None, prog: str = 'python -m detection.predict
     parser.add_argument('--output', default='output/predictions', help='folder to write (default: %(default)s)')
     parser.add_argument('--threshold', type=float, default=0.4, help='smallest score to draw (default: %(default)s)')
     args = parser.parse_args(argv)
-    try:
+    with exit_with_message(prog):
         predict(args.images, args.checkpoint, args.output, args.threshold)
-    except ValueError as e:
-        sys.exit(f'{prog}: error: {e}')
 
 
 if __name__ == '__main__':

@@ -1,8 +1,8 @@
-"""Classification weights for a detector's backbone, with a proof that every key of it was filled.
+"""Classification weights for a detector's backbone, with a check that every key is loaded.
 
-`load_state_dict(strict=False)` on a feature backbone loads nothing for some families and says nothing, which turns a
-transfer experiment into training from scratch. Here weights always go into a whole classification network of their own
-size first, where every key must match, and from there into the network of the detector's size.
+For some families `load_state_dict(strict=False)` on a feature backbone silently loads nothing, which turns a transfer
+experiment into training from scratch. Here weights are first loaded into a whole classification network of their own
+size, where every key must match, and then transferred to the network of the detector's size.
 """
 import tempfile
 from collections.abc import Mapping
@@ -19,12 +19,10 @@ from torch import nn
 from alignmix_lab.classification.export_checkpoint import export_checkpoint
 from timm_alignmix.weights import key_problems, read_config
 
-__all__ = ['Source', 'adapt', 'read_source', 'resize_offset_table']
-
 
 @dataclass(frozen=True)
 class Source:
-    """A classification network as its weights describe it.
+    """A classification network as described by its weights.
 
     Attributes:
         model: The network, on the meta device where there are no weights.
@@ -32,7 +30,7 @@ class Source:
         kwargs: Arguments of `timm.create_model` that rebuild it.
         mean: Pixel mean of its images, 0-1 scale.
         std: Pixel standard deviation of its images, 0-1 scale.
-        weights: Where its weights come from, None for random ones.
+        weights: Source of its weights, None for random ones.
     """
     model: nn.Module
     arch: str
@@ -43,7 +41,7 @@ class Source:
 
 
 def read_source(backbone: str, weights: str | Path | None = None, use_ema: bool = True) -> Source:
-    """Build the classification network that a backbone's name or its weights describe.
+    """Build the classification network described by a backbone's name or by its weights.
 
     Args:
         backbone: timm name with or without a tag, folder of exported weights, 'local-dir:FOLDER' or 'hf-hub:NAME'.
@@ -51,7 +49,7 @@ def read_source(backbone: str, weights: str | Path | None = None, use_ema: bool 
         use_ema: Take the moving average of a checkpoint that has one.
 
     Raises:
-        ValueError: No such model or weights, weights of another architecture, or keys that do not match.
+        ValueError: There is no such model or weights, the architectures differ, or keys do not match.
     """
     if weights is None:
         with torch.device('meta'):
@@ -70,13 +68,13 @@ def read_source(backbone: str, weights: str | Path | None = None, use_ema: bool 
 
 
 def adapt(source: Source, **kwargs: Any) -> tuple[nn.Module, tuple[str, ...]]:
-    """Build the source's network with further arguments and carry its weights over.
+    """Build the source's network with other arguments and transfer its weights.
 
-    Position tables of another image size are resized: by timm's own rules of the family, attention biases of LeViT by
+    Position tables of another image size are resized by timm's rules for the family, and LeViT's attention biases by
     `resize_offset_table`.
 
     Args:
-        source: What `read_source` returned.
+        source: Result of `read_source`.
         kwargs: Arguments of `timm.create_model`, e.g. `img_size`.
 
     Returns:
@@ -111,11 +109,11 @@ def adapt(source: Source, **kwargs: Any) -> tuple[nn.Module, tuple[str, ...]]:
 def resize_offset_table(table: torch.Tensor, grid: tuple[int, int], new_grid: tuple[int, int]) -> torch.Tensor:
     """Resize attention biases that are stored per absolute offset between two positions (LeViT).
 
-    The offset 0 stays the offset 0 and the largest offset the largest, so that a bias keeps its meaning as a fraction
-    of the image.
+    Offset 0 stays offset 0 and the largest offset stays the largest, so that a bias keeps its meaning as a fraction of
+    the image.
 
     Args:
-        table: (heads, H * W), entry dy * W + dx the bias of positions that are dy rows and dx columns apart.
+        table: (heads, H * W); entry dy * W + dx is the bias of positions dy rows and dx columns apart.
         grid: H and W.
         new_grid: H and W of the result.
 
@@ -128,11 +126,8 @@ def resize_offset_table(table: torch.Tensor, grid: tuple[int, int], new_grid: tu
 
 
 def _timm_name(name: str | Path) -> str:
-    """Prefix the path of a folder for timm."""
-    name = str(name)
-    if ':' not in name and Path(name).is_dir():
-        return f'local-dir:{name}'
-    return name
+    """Add timm's prefix to the path of a folder."""
+    return f'local-dir:{name}' if ':' not in str(name) and Path(name).is_dir() else str(name)
 
 
 def _create(name: str, **kwargs: Any) -> nn.Module:
@@ -150,12 +145,12 @@ def _describe(model: nn.Module, weights: str | None) -> Source:
     cfg = model.pretrained_cfg
     if get_model_traits(model).get('in_chans', 3) != 3:
         raise ValueError(f'{weights or _arch(model)} takes {model.in_chans} channels; the detectors take RGB images')
-    # Dropout of the classification run is no part of the architecture: get_model_args leaves it out.
+    # get_model_args omits dropout, which belongs to the classification run and not to the architecture.
     return Source(model, _arch(model), get_model_args(model), tuple(cfg['mean']), tuple(cfg['std']), weights)
 
 
 def _read_named(name: str) -> Source:
-    """Exported folder, tag or hub name. Files on disk are read here, others are left to timm's strict loader."""
+    """Read an exported folder, tag or hub name. Local files are read here, others by timm's strict loader."""
     model = _create(name)
     file = model.pretrained_cfg.get('file')
     if file and Path(file).is_dir():
@@ -167,7 +162,7 @@ def _read_named(name: str) -> Source:
 
 
 def _read_checkpoint(path: Path, use_ema: bool) -> Source:
-    """Export a training checkpoint and read the export, which knows the network and the images of the run."""
+    """Export a training checkpoint and read the export, which describes the network and its images."""
     with tempfile.TemporaryDirectory() as folder:
         export_checkpoint(path, folder, ema=None if use_ema else False)
         source = _read_named(f'local-dir:{folder}')
@@ -176,8 +171,8 @@ def _read_checkpoint(path: Path, use_ema: bool) -> Source:
 
 
 def _fill(model: nn.Module, state: Mapping[str, torch.Tensor], name: str) -> None:
-    """Load a state dict after checking that its keys and shapes are the model's."""
+    """Load a state dict after checking its keys and shapes."""
     problems = key_problems(model.state_dict(), state)
     if problems:
-        raise ValueError(f'{name} does not fill {_arch(model)}: {problems}')
+        raise ValueError(f'{name} does not fit {_arch(model)}: {problems}')
     model.load_state_dict(state)

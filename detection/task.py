@@ -10,11 +10,11 @@ from alignmix_lab.runs.totals import LossTotals, Sums
 
 
 class DetectionTask(TrainingTask):
-    """Sum of a detector's losses; EMA and checkpoints are timm's.
+    """Training task that sums a detector's losses; EMA and checkpoints are timm's.
 
     Args:
-        model: Detector of torchvision's contract: losses of (images, targets) in training.
-        description: Plain values from which the detector can be built again; kept in checkpoints.
+        model: Detector with torchvision's interface: losses of (images, targets) in training.
+        description: Plain values to rebuild the detector from; saved in checkpoints.
         device: Device of the task.
         verbose: Log what is set up.
     """
@@ -53,7 +53,7 @@ class DetectionTask(TrainingTask):
         return resolved if resolved is None else unwrap_model(resolved)
 
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
-        """What the detector is made of and which classes it knows."""
+        """Return the description of the detector, with its classes."""
         return dict(detector=self.description)
 
     def load_task_state(
@@ -63,7 +63,7 @@ class DetectionTask(TrainingTask):
             module: nn.Module | None = None,
             ema: bool = False,
     ) -> None:
-        """Refuse a checkpoint of other classes: as many would load without a word."""
+        """Refuse a checkpoint of other classes, which loads silently if there are as many."""
         names, own = (description['class_names'] for description in (state['detector'], self.description))
         if names != own:
             raise ValueError(
@@ -72,7 +72,7 @@ class DetectionTask(TrainingTask):
 
 
 class DetectionTotals(LossTotals):
-    """Losses of an epoch and their parts."""
+    """Total loss of an epoch and its parts."""
 
     def add(self, result: dict[str, Any]) -> None:
         super().add(result)
@@ -80,7 +80,7 @@ class DetectionTotals(LossTotals):
             self.count(f'loss/{name}', loss)
 
     def describe(self, sums: Sums) -> str:
-        """Mean of every part, over all processes."""
+        """Describe the mean of every part, over all processes."""
         means = sums.means()
         return 'losses: ' + ', '.join(
             f'{name.removeprefix("loss/")} {mean:.4f}' for name, mean in means.items() if name != 'loss')

@@ -1,4 +1,4 @@
-"""One pass over the validation images: VOC's and COCO's measures, and pictures."""
+"""Evaluation of a detector on the validation images: VOC's and COCO's metrics, and pictures."""
 import json
 import logging
 import time
@@ -23,18 +23,18 @@ _logger = logging.getLogger(__name__)
 
 
 def validate(run: Run, model: nn.Module, name: str, folder: Path) -> dict[str, float]:
-    """Measure a detector on the whole validation set, every image once.
+    """Evaluate a detector on the whole validation set, using every image once.
 
-    Processes may have different numbers of batches, so they meet only after the last one.
+    Processes may have different numbers of batches, so they only synchronise after the last one.
 
     Args:
         run: The run.
         model: Plain detector.
-        name: Start of the log lines; also tells apart the files.
-        folder: Gets classes-NAME.json, the measures of every class, and pictures-NAME/.
+        name: Start of the log lines and suffix of the files.
+        folder: Folder for classes-NAME.json, the metrics of every class, and pictures-NAME/.
 
     Returns:
-        Figures in per cent, on every process; see `voc_metrics` and `coco_metrics`.
+        Metrics in per cent, on every process; see `voc_metrics` and `coco_metrics`.
     """
     records, config = run.loaders.val.dataset.records, run.config
     own, seconds = detect(run, model, name)
@@ -50,10 +50,10 @@ def validate(run: Run, model: nn.Module, name: str, folder: Path) -> dict[str, f
     return broadcast_object_list(shared)[0]
 
 
-# No inference_mode: what it makes cannot take part in training, and anchors are kept from one call to the next.
+# Not inference_mode: its tensors cannot be used in training, and the detectors cache their anchors between calls.
 @torch.no_grad()
 def detect(run: Run, model: nn.Module, name: str) -> tuple[dict[int, dict[str, np.ndarray]], float]:
-    """Detections of this process's images by their place in the data set, and the seconds spent in the detector."""
+    """Return the detections of this process by index in the data set, and the seconds spent in the detector."""
     loader, interval, seconds, found = run.loaders.val, run.config.log_interval, 0.0, {}
     model.eval()
     with progress_bar(run, name, len(loader)) as bar:
@@ -72,10 +72,10 @@ def detect(run: Run, model: nn.Module, name: str) -> tuple[dict[int, dict[str, n
 
 
 def collect(own: dict[int, dict[str, np.ndarray]], num_images: int) -> list[dict[str, np.ndarray]]:
-    """Detections of all processes in the order of the data set, each image once.
+    """Gather the detections of all processes in the order of the data set.
 
     Raises:
-        RuntimeError: Images are missing: no figure is better than one of a part.
+        RuntimeError: Images are missing, so that metrics would be misleading.
     """
     merged = dict(gather_object(list(own.items())))
     missing = [index for index in range(num_images) if index not in merged]
@@ -89,7 +89,7 @@ def measure(
         detections: list[dict[str, np.ndarray]],
         class_names: list[str],
 ) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
-    """VOC's and COCO's figures, and those of every class, in per cent."""
+    """Compute the metrics of VOC and COCO, also for every class, in per cent."""
     voc, voc_classes = voc_metrics(records, detections, class_names)
     coco, coco_classes = coco_metrics(records, detections, class_names)
     return {**voc, **coco}, {name: {**values, **coco_classes.get(name, {})} for name, values in voc_classes.items()}
@@ -111,7 +111,7 @@ def save_pictures(
         count: int,
         threshold: float,
 ) -> None:
-    """Draw the detections, and thin the true boxes, on images spread evenly over the data set."""
+    """Draw the detections and, thinner, the true boxes on images spread evenly over the data set."""
     if not count:
         return
     folder.mkdir(parents=True, exist_ok=True)

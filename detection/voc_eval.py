@@ -1,29 +1,24 @@
-"""Average precision as PASCAL VOC defines it, at one IoU threshold.
+"""PASCAL VOC's average precision at one IoU threshold.
 
-Two interpolations of the same precision-recall curve, which differ by 2 to 3 points on real detectors, so both are
-named and reported: `voc07_11pt`, the mean of the best precision at recall 0, 0.1, ..., 1 (VOC 2007, and nearly every
-table on VOC07 test), and `voc_area`, the area under the monotone envelope (VOC 2010 and later).
+VOC has two interpolations of the precision-recall curve, which differ by 2 to 3 points on real detectors, so both are
+reported: `voc07_11pt`, the mean of the best precision at recall 0, 0.1, ..., 1 (VOC 2007, and nearly every table on
+VOC07 test), and `voc_area`, the area under the monotone envelope (VOC 2010 and later).
 
 Everingham et al., "The PASCAL Visual Object Classes Challenge: A Retrospective", IJCV 2015, and its development kit.
 """
 from collections.abc import Sequence
 
 import numpy as np
+import torch
+from torchvision.ops import box_iou
 
 from .annotations import Record
 
-
-def box_iou(boxes_a: np.ndarray, boxes_b: np.ndarray) -> np.ndarray:
-    """IoU of boxes (N, 4) and (M, 4), half-open: (N, M). On VOC's inclusive pixels this is the kit's `+ 1` form."""
-    low = np.maximum(boxes_a[:, None, :2], boxes_b[None, :, :2])
-    high = np.minimum(boxes_a[:, None, 2:], boxes_b[None, :, 2:])
-    inter = (high - low).clip(0).prod(-1)
-    area_a, area_b = ((boxes[:, 2:] - boxes[:, :2]).prod(-1) for boxes in (boxes_a, boxes_b))
-    return inter / (area_a[:, None] + area_b[None, :] - inter).clip(np.finfo(np.float64).tiny)
+IOU_THRESHOLD = 0.5
 
 
 def average_precision(recall: np.ndarray, precision: np.ndarray) -> tuple[float, float]:
-    """The 11-point mean and the area under the envelope of a curve in order of falling score."""
+    """Compute the 11-point mean and the area under the envelope of a curve sorted by falling score."""
     points = [precision[recall >= level].max(initial=0.0) for level in np.arange(11) / 10]
     envelope = np.maximum.accumulate(precision[::-1])[::-1]
     steps = np.diff(recall, prepend=0.0)
@@ -34,19 +29,17 @@ def class_average_precision(
         records: Sequence[Record],
         detections: Sequence[dict[str, np.ndarray]],
         label: int,
-        iou_threshold: float = 0.5,
 ) -> tuple[float, float]:
-    """Both average precisions of one class; nan where the class has no object that counts.
+    """Compute both average precisions of one class; nan if the class has no objects that count.
 
-    In order of falling score, a detection is compared with the object of its class and image that it overlaps most.
-    Below the threshold it is false; an object marked difficult makes it count neither way; the first detection of an
-    object is true and every further one false.
+    In order of falling score, each detection is compared with the object of its class and image that it overlaps most.
+    It is false below the IoU threshold and ignored if that object is marked difficult. The first detection of an object
+    is true, further ones are false.
 
     Args:
-        records: The images and their objects.
+        records: Images with their objects.
         detections: For each image `boxes` (N, 4), `scores` (N,) and `labels` (N,).
         label: The class.
-        iou_threshold: Smallest IoU of a true detection.
     """
     scores, outcomes, positives = [], [], 0
     for record, found in zip(records, detections, strict=True):
@@ -55,7 +48,7 @@ def class_average_precision(
         mine = found['labels'] == label
         order = np.argsort(-found['scores'][mine], kind='stable')
         scores.append(found['scores'][mine][order])
-        outcomes.append(_judge(found['boxes'][mine][order], truth, iou_threshold))
+        outcomes.append(_judge(found['boxes'][mine][order], truth))
     if positives == 0:
         return float('nan'), float('nan')
     score, outcome = np.concatenate(scores), np.concatenate(outcomes)
@@ -66,15 +59,17 @@ def class_average_precision(
     return average_precision(true / positives, true / np.maximum(true + false, 1))
 
 
-def _judge(boxes: np.ndarray, truth: Record, iou_threshold: float) -> np.ndarray:
-    """For each detection of an image, best first: 1 true, -1 false, 0 does not count."""
+def _judge(boxes: np.ndarray, truth: Record) -> np.ndarray:
+    """Judge the detections of an image, best first: 1 true, -1 false, 0 ignored."""
     outcome = np.full(len(boxes), -1)
     if not len(truth.labels):
         return outcome
-    iou, taken = box_iou(boxes, truth.boxes), np.zeros(len(truth.labels), dtype=bool)
+    # On half-open boxes this is the development kit's `+ 1` form on inclusive pixels.
+    iou = box_iou(torch.from_numpy(boxes).double(), torch.from_numpy(truth.boxes)).numpy()
+    taken = np.zeros(len(truth.labels), dtype=bool)
     for index, overlaps in enumerate(iou):
         best = overlaps.argmax()
-        if overlaps[best] < iou_threshold:
+        if overlaps[best] < IOU_THRESHOLD:
             continue
         if truth.difficult[best]:
             outcome[index] = 0
@@ -87,25 +82,23 @@ def voc_metrics(
         records: Sequence[Record],
         detections: Sequence[dict[str, np.ndarray]],
         class_names: Sequence[str],
-        iou_threshold: float = 0.5,
 ) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
-    """VOC's mean average precision, in per cent.
+    """Compute VOC's mean average precision in per cent.
 
     Args:
-        records: The images and their objects.
+        records: Images with their objects.
         detections: For each image `boxes` (N, 4), `scores` (N,) and `labels` (N,).
         class_names: Names of labels 1, 2, ...
-        iou_threshold: Smallest IoU of a true detection.
 
     Returns:
-        `voc07_11pt` and `voc_area`, means over the classes that have objects; and both for every such class.
+        `voc07_11pt` and `voc_area`, averaged over the classes with objects; and both for each of these classes.
     """
     per_class = {}
     for label, name in enumerate(class_names, 1):
-        eleven, area = class_average_precision(records, detections, label, iou_threshold)
+        eleven, area = class_average_precision(records, detections, label)
         if not np.isnan(area):
             per_class[name] = dict(voc07_11pt=100 * eleven, voc_area=100 * area)
     if not per_class:
-        raise ValueError('no object to detect in the validation images: nothing can be measured')
+        raise ValueError('no object to detect in the validation images; pass a --val-split with annotated objects')
     means = {key: float(np.mean([values[key] for values in per_class.values()])) for key in ('voc07_11pt', 'voc_area')}
     return means, per_class

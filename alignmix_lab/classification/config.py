@@ -1,4 +1,4 @@
-"""Options of a training run on classes: the one list that flags, YAML files and `args.yaml` share."""
+"""Options of a classification run, shared by flags, YAML files and `args.yaml`."""
 import logging
 from dataclasses import dataclass
 from functools import partial
@@ -7,20 +7,13 @@ from typing import Any, ClassVar
 import numpy as np
 
 from alignmix_lab.data.options import TrainDataOptions
-from alignmix_lab.runs.config import RunConfig
+from alignmix_lab.runs.config import RunConfig, aug_, data_, device_, model_, norm_, run_, sched_
 from alignmix_lab.runs.options import config_option, flag, read_yaml
 
 _logger = logging.getLogger(__name__)
-_data = partial(config_option, 'Data')
-_mix = partial(config_option, 'Mixing')
-_model = partial(config_option, 'Model')
-_sched = partial(config_option, 'Learning rate schedule')
-_aug = partial(config_option, 'Augmentation and regularization')
-_norm = partial(config_option, 'Batch norm and weight averaging')
-_device = partial(config_option, 'Speed and device')
-_run = partial(config_option, 'Run, logs and checkpoints', affects_result=False)
+mix_ = partial(config_option, 'Mixing')
 
-# What suits the built-in sample.
+# Settings for the built-in sample.
 SAMPLE_DEFAULTS = {
     'model': 'resnet18',
     'img_size': 64,
@@ -38,81 +31,81 @@ SAMPLE_DEFAULTS = {
     'crop_pct': 1.0,
     'workers': 2,
 }
-RESOLUTION_STEP = 32  # sides between the two ends of progressive resizing are multiples of this
+RESOLUTION_STEP = 32  # intermediate sides of progressive resizing are multiples of this
 
 
 @dataclass
 class TrainConfig(RunConfig, TrainDataOptions):
-    """Options of a training run. Names and defaults are those of timm's train.py wherever timm has the option."""
+    """Options of a classification run. Options of timm's train.py have its names and defaults."""
     metrics: ClassVar[tuple[str, ...]] = ('loss', 'top1', 'top5')
 
-    dataset_size: list[int] | None = _data(
-        None, 'training and validation images, for --dry-run where the data is not at hand', int, nargs=2, low=1,
+    dataset_size: list[int] | None = data_(
+        None, 'numbers of training and validation images, for --dry-run without the data', int, nargs=2, low=1,
         affects_result=False)
 
-    mix: str = _mix('none', 'mixing method, see timm_alignmix.list_mixes(): alignmix, alignmix_ae, cutmix, '
+    mix: str = mix_('none', 'mixing method, see timm_alignmix.list_mixes(): alignmix, alignmix_ae, cutmix, '
                     'densemultimix, manifold, mixup, multimix, none; or a name that the recipe has under mixes; '
                     "matched without case, '-' and '_'")
-    mix_kwargs: dict = _mix({}, 'options of the method, e.g. --mix-kwargs alpha=1.0 align_at=layer3', dict)
+    mix_kwargs: dict = mix_({}, 'options of the method, e.g. --mix-kwargs alpha=1.0 align_at=layer3', dict)
 
-    model: str = _model('resnet50', 'timm model name')
-    pretrained: bool = _model(False, "start from the model's pretrained weights", bool)
-    initial_checkpoint: str = _model('', 'start from the weights of this file')
-    num_classes: int | None = _model(None, 'number of classes; default: as many as the data has', int, low=1)
-    gp: str | None = _model(None, "global pooling (avg, max, ...); default: the model's")
-    in_chans: int = _model(3, 'input channels', int, low=1)
-    img_size: int | None = _model(None, "image side in pixels; default: the model's", int, low=1)
-    input_size: list[int] | None = _model(None, 'input as channels height width; overrides --img-size', int, nargs=3)
-    crop_pct: float | None = _model(None, "part of the image kept in evaluation; default: the model's", float, low=0)
-    crop_mode: str | None = _model(
+    model: str = model_('resnet50', 'timm model name')
+    pretrained: bool = model_(False, "start from the model's pretrained weights", bool)
+    initial_checkpoint: str = model_('', 'file of weights to start from')
+    num_classes: int | None = model_(None, 'number of classes; default: those of the data', int, low=1)
+    gp: str | None = model_(None, "global pooling (avg, max, ...); default: the model's")
+    in_chans: int = model_(3, 'input channels', int, low=1)
+    img_size: int | None = model_(None, "image side in pixels; default: the model's", int, low=1)
+    input_size: list[int] | None = model_(None, 'input as channels height width; overrides --img-size', int, nargs=3)
+    crop_pct: float | None = model_(None, "fraction of the image evaluated; default: the model's", float, low=0)
+    crop_mode: str | None = model_(
         None, "crop in evaluation: center, squash (the whole image, resized; timm loader); default: the model's",
         choices=('center', 'squash'))
-    mean: list[float] | None = _model(None, "pixel mean, 0-1 scale; default: the model's", float, nargs='+')
-    std: list[float] | None = _model(
+    mean: list[float] | None = model_(None, "pixel mean, 0-1 scale; default: the model's", float, nargs='+')
+    std: list[float] | None = model_(
         None, "pixel standard deviation, 0-1 scale; default: the model's", float, nargs='+')
-    interpolation: str = _model('', "resize interpolation in evaluation; default: the model's")
-    model_kwargs: dict = _model({}, 'further arguments of timm.create_model, e.g. --model-kwargs img_size=300', dict)
-    grad_checkpointing: bool = _model(False, 'recompute activations in the backward pass to save memory', bool)
+    interpolation: str = model_('', "resize interpolation in evaluation; default: the model's")
+    model_kwargs: dict = model_({}, 'further arguments of timm.create_model, e.g. --model-kwargs img_size=300', dict)
+    grad_checkpointing: bool = model_(False, 'recompute activations in the backward pass to save memory', bool)
 
-    min_res: int | None = _aug(
-        None, 'progressive resizing: side of training images until --start-ramp; evaluation keeps --img-size; default: '
-        '--img-size throughout', int, low=1)
-    max_res: int | None = _aug(None, 'progressive resizing: side of training images from --end-ramp on', int, low=1)
-    start_ramp: int = _aug(0, 'progressive resizing: last epoch at --min-res', int, low=0)
-    end_ramp: int = _aug(0, 'progressive resizing: first epoch at --max-res; between, the nearest multiple of 32', int,
+    min_res: int | None = aug_(
+        None, 'progressive resizing: side of training images until --start-ramp; default: --img-size throughout; '
+        'evaluation always uses --img-size', int, low=1)
+    max_res: int | None = aug_(None, 'progressive resizing: side of training images from --end-ramp on', int, low=1)
+    start_ramp: int = aug_(0, 'progressive resizing: last epoch at --min-res', int, low=0)
+    end_ramp: int = aug_(0, 'progressive resizing: first epoch at --max-res; multiples of 32 in between', int,
                          low=0)
-    smoothing: float = _aug(0.0, "label smoothing; the papers use none (timm's own default is 0.1)", float,
+    smoothing: float = aug_(0.0, "label smoothing; the papers use none (timm's own default is 0.1)", float,
                             low=0, below=1)
-    bce_loss: bool = _aug(False, 'binary cross-entropy; refused by multimix and densemultimix', bool)
-    bce_sum: bool = _aug(False, 'sum binary cross-entropy over classes', bool)
-    bce_target_thresh: float | None = _aug(None, 'make soft targets binary at this value', float)
-    drop: float = _aug(0.0, 'dropout before the classifier', float, low=0, below=1)
-    drop_path: float | None = _aug(None, "stochastic depth; default: the model's", float, low=0, below=1)
-    drop_block: float | None = _aug(None, "drop block; default: the model's", float, low=0, below=1)
-    bn_momentum: float | None = _norm(None, "batch norm momentum; default: the model's", float)
-    bn_eps: float | None = _norm(None, "batch norm epsilon; default: the model's", float)
+    bce_loss: bool = aug_(False, 'binary cross-entropy; refused by multimix and densemultimix', bool)
+    bce_sum: bool = aug_(False, 'sum binary cross-entropy over classes', bool)
+    bce_target_thresh: float | None = aug_(None, 'threshold that makes soft targets binary', float)
+    drop: float = aug_(0.0, 'dropout before the classifier', float, low=0, below=1)
+    drop_path: float | None = aug_(None, "stochastic depth; default: the model's", float, low=0, below=1)
+    drop_block: float | None = aug_(None, "drop block; default: the model's", float, low=0, below=1)
+    bn_momentum: float | None = norm_(None, "batch norm momentum; default: the model's", float)
+    bn_eps: float | None = norm_(None, "batch norm epsilon; default: the model's", float)
 
-    head_lr_scale: float = _sched(1.0, "the classifier's learning rate, relative to that of the rest", float, low=0)
-    num_processes: int | None = _run(
-        None, 'processes the settings are meant for: --dry-run assumes as many; a run with another number says so', int,
+    head_lr_scale: float = sched_(1.0, "the classifier's learning rate, relative to that of the rest", float, low=0)
+    num_processes: int | None = run_(
+        None, 'number of processes the settings are meant for: assumed by --dry-run, checked by other runs', int,
         low=1)
-    torchcompile: str | None = _device(
+    torchcompile: str | None = device_(
         None, 'compile with this backend; the flag alone means inductor', nargs='?', const='inductor')
-    eval_metric: str = _run('top1', 'metric that ranks checkpoints', choices=('top1', 'top5', 'loss'),
+    eval_metric: str = run_('top1', 'metric that ranks checkpoints', choices=('top1', 'top5', 'loss'),
                             affects_result=True)
-    export: str = _run(
-        'auto', "weights in the run's folder export/, for timm, at the end: the moving average (ema), those "
-        'trained (raw), the moving average where there is one (auto), or none', choices=('auto', 'ema', 'raw', 'none'))
+    export: str = run_(
+        'auto', "weights to export for timm into the run's folder export/: the moving average (ema), the trained "
+        'weights (raw), the moving average if there is one (auto), or none', choices=('auto', 'ema', 'raw', 'none'))
 
     @property
     def arch(self) -> str:
         return self.model
 
     def train_side(self, epoch: int) -> int | None:
-        """Side of the training images of an epoch, None where the size never changes.
+        """Return the side of the training images of an epoch, None if it never changes.
 
-        Progressive resizing as ffcv-imagenet's `get_resolution` does it: `min_res` up to and with `start_ramp`,
-        `max_res` from `end_ramp` on, and between them a straight line, rounded to the nearest multiple of 32.
+        Follows ffcv-imagenet's `get_resolution`: `min_res` up to and including `start_ramp`, `max_res` from `end_ramp`
+        on, and in between a straight line rounded to the nearest multiple of 32.
         """
         if self.min_res is None:
             return None
@@ -124,7 +117,7 @@ class TrainConfig(RunConfig, TrainDataOptions):
         return int(np.round(side / RESOLUTION_STEP)) * RESOLUTION_STEP
 
     def train_sides(self) -> list[int]:
-        """Every side of training images that a run goes through, in the order of first use."""
+        """Return every side of the training images of a run, in order of first use."""
         sides = [self.train_side(epoch) for epoch in range(max(self.epochs, self.end_ramp + 1))]
         return [side for side in dict.fromkeys(sides) if side is not None]
 
@@ -136,7 +129,7 @@ class TrainConfig(RunConfig, TrainDataOptions):
             raise ValueError('--export ema needs --model-ema')
         self._check_resolutions()
         if self.head_lr_scale != 1 and self.sched == 'none':
-            raise ValueError('--head-lr-scale acts through the schedule; --sched none has none, use --sched constant')
+            raise ValueError('--head-lr-scale acts through the schedule: replace --sched none by --sched constant')
 
     def _check_resolutions(self) -> None:
         if (self.min_res is None) != (self.max_res is None):
@@ -153,20 +146,20 @@ class TrainConfig(RunConfig, TrainDataOptions):
 
 
 def resolve_config(flags: dict[str, Any], config_file: str | None = None) -> TrainConfig:
-    """Merge the sources of options: flags win over the recipe, which wins over its bases and the defaults.
+    """Merge flags, recipe and defaults, in this order of precedence.
 
-    With no data directory, data set or recipe the run is the built-in sample, under the sample's own settings.
+    Without a data directory, data set or recipe, the run trains on the built-in sample with the sample's own settings.
 
     Args:
         flags: Options given explicitly.
-        config_file: YAML file of options, the name of a recipe, or None.
+        config_file: YAML file of options, name of a recipe, or None.
 
     Raises:
-        ValueError: An unknown key or a value that its option does not take, by name.
+        ValueError: An option does not exist or does not accept its value; the message names it.
     """
     if config_file:
         base = read_yaml(config_file, TrainConfig, flags.get('mix'))
-        flags = {key: value for key, value in flags.items() if key != 'mix'}  # it chose among the recipe's mixes
+        flags = {key: value for key, value in flags.items() if key != 'mix'}  # already applied to the recipe
     elif flags.get('data_dir') or flags.get('dataset'):
         base = {}
     else:

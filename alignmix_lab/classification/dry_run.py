@@ -1,6 +1,6 @@
-"""What a run would do, without data, devices or processes: steps, modes, memory, and the learning rate over time.
+"""Preview of a run without data, devices or processes: steps, modes, memory and learning rates.
 
-The model is built on the meta device, which knows shapes and no values, so that this takes seconds for any model.
+The model is built on the meta device, which has shapes but no values, so that this takes seconds for any model.
 """
 import logging
 import os
@@ -14,6 +14,7 @@ import yaml
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from alignmix_lab.data.loaders import Loaders
 from alignmix_lab.data.order import train_batches
 from alignmix_lab.runs.files import write_whole
 from alignmix_lab.runs.plotting import as_png, figure
@@ -30,7 +31,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class PlannedProcesses:
-    """What a run asks of Accelerate, for processes that are not started."""
+    """Stand-in for Accelerate, without starting processes."""
     num_processes: int
     mixed_precision: str
     device: torch.device = torch.device('meta')
@@ -38,27 +39,18 @@ class PlannedProcesses:
 
 @dataclass(frozen=True)
 class PlannedTask:
-    """What a run asks of its task, for a model without values."""
+    """Stand-in for the training task, with a model without values."""
     model: torch.nn.Module
 
     def get_trainable_module(self) -> torch.nn.Module:
         return self.model
 
 
-@dataclass(frozen=True)
-class PlannedLoaders:
-    """Numbers of batches in place of loaders."""
-    train: range
-    val: range
-    num_classes: int
-    description: str
-
-
 def dry_run(config: TrainConfig) -> None:
     """Print the resolved configuration, log what the run would do, and draw its learning rate.
 
     Raises:
-        ValueError: What :func:`alignmix_lab.classification.prepare` would refuse, with the remedy.
+        ValueError: As for :func:`alignmix_lab.classification.prepare`.
     """
     if int(os.environ.get('RANK', 0)) > 0:
         return
@@ -80,10 +72,10 @@ def dry_run(config: TrainConfig) -> None:
 
 
 def plan_run(config: TrainConfig) -> Run:
-    """The run, with its model on the meta device, and stand-ins for the processes and, where absent, the data.
+    """Build the run with its model on the meta device and stand-ins for the processes and for missing data.
 
-    The number of processes is that of the launcher, or --num-processes, or 1. The data is read where it is there,
-    else --dataset-size and --num-classes stand for it.
+    The number of processes is the launcher's, else --num-processes, else 1. Missing data is replaced by --dataset-size
+    and --num-classes.
     """
     processes = int(os.environ.get('WORLD_SIZE', config.num_processes or 1))
     arguments = model_arguments(config)
@@ -99,25 +91,27 @@ def plan_run(config: TrainConfig) -> Run:
     return run
 
 
-def _stand_in_loaders(config: TrainConfig, processes: int) -> PlannedLoaders | None:
-    """Sizes in place of loaders; None where the data is there to be read."""
+def _stand_in_loaders(config: TrainConfig, processes: int) -> Loaders | None:
+    """Make loaders that only have a length; None if the data can be read."""
     at_hand = os.path.exists(config.data_dir) if config.data_dir else not config.dataset_size
     if at_hand or config.dataset_size is None:
         return None
     if config.num_classes is None:
-        raise ValueError('--dataset-size stands for data that is not at hand; say its classes too: --num-classes')
+        raise ValueError('--dataset-size replaces data that is not at hand; pass --num-classes too')
     train, val = config.dataset_size
-    where = f'not read: {train:,} training and {val:,} validation images, {config.num_classes} classes are assumed'
-    return PlannedLoaders(
+    return Loaders(
         train=range(train_batches(train, config.batch_size, processes)),
         val=range(-(-val // ((config.validation_batch_size or config.batch_size) * processes))),
         num_classes=config.num_classes,
-        description=where,
+        class_names=None,
+        kind='',
+        description=f'not read, assuming {train:,} training and {val:,} validation images, '
+                    f'{config.num_classes} classes',
     )
 
 
 def mode_probabilities(run: Run) -> dict[str, float]:
-    """Probability of each mode of the mixing method, which is given the real model to prove that it can be mixed."""
+    """Return the probability of each mode, after checking on a real model that the method can mix it."""
     config = replace(run.config, pretrained=False, initial_checkpoint='')
     task = create_task(
         config, model_arguments(config), run.data_config['input_size'], run.loaders.num_classes, torch.device('cpu'))
@@ -136,14 +130,14 @@ def _describe_resolutions(run: Run) -> list[str]:
 
 @dataclass
 class StepCost:
-    """Estimate of what a training step costs one process.
+    """Estimated cost of a training step for one process.
 
     Attributes:
-        parameters: Bytes of the weights, float32; those of the gradients are as many.
-        optimizer: Bytes of the optimizer's state, None where it cannot make a step without values.
+        parameters: Bytes of the weights in float32, and also of the gradients.
+        optimizer: Bytes of the optimizer's state, None if it cannot step without values.
         average: Bytes of the moving average on the device.
-        activations: Bytes of what one forward pass of the model saves for the backward pass, float32.
-        flops: Floating point operations of a forward pass on one image; a multiplication and an addition are two.
+        activations: Bytes in float32 that the forward pass saves for the backward pass.
+        flops: Floating point operations of a forward pass on one image; a multiply-add counts as two.
     """
     parameters: int
     optimizer: int | None
@@ -153,9 +147,9 @@ class StepCost:
 
 
 def step_cost(run: Run) -> StepCost:
-    """Measure a step of the plain model on the meta device, at the run's batch and largest image size.
+    """Measure a step of the plain model on the meta device, at the run's batch size and largest image size.
 
-    A step is made on the optimizer: call this last.
+    The optimizer makes a step, so call this last.
     """
     config, model = run.config, run.task.get_trainable_module().train()
     channels, height, width = run.data_config['input_size']
@@ -196,36 +190,35 @@ def _optimizer_bytes(optimizer: torch.optim.Optimizer, parameters: list[torch.nn
         parameter.grad = torch.empty_like(parameter)
     try:
         optimizer.step()
-    except (RuntimeError, NotImplementedError):  # an optimizer that looks at values
+    except (RuntimeError, NotImplementedError):  # the optimizer reads values
         return None
     return _bytes([value for state in optimizer.state.values() for value in state.values()
                    if isinstance(value, torch.Tensor)])
 
 
 def describe_cost(run: Run, cost: StepCost) -> list[str]:
-    """Lines on memory and compute, which say how the figures came about."""
+    """Describe memory and compute, and how they were estimated."""
     config = run.config
     parts = {'parameters': cost.parameters, 'gradients': cost.parameters, 'optimizer': cost.optimizer}
     if run.accelerator.num_processes > 1:
         parts['buckets of gradients'] = cost.parameters
     if cost.average:
         parts['moving average'] = cost.average
-    half = config.amp
-    parts['activations'] = cost.activations // 2 if half else cost.activations
+    parts['activations'] = cost.activations // 2 if config.amp else cost.activations
     known = {name: value for name, value in parts.items() if value is not None}
     text = ', '.join(f'{name} {value / GIB:.2f}' for name, value in known.items())
-    notes = ['activations: what one forward pass of the plain model saves, counted without computing it'
-             + (', taken as half for mixed precision' if half else '')]
+    notes = ['activations: saved by one forward pass of the plain model, counted without computing it'
+             + (', taken as half for mixed precision' if config.amp else '')]
     if len(known) < len(parts):
         notes.append(f'the state of {config.opt} is not known')
     if config.grad_checkpointing:
-        notes.append('--grad-checkpointing saves less')
+        notes.append('--grad-checkpointing saves fewer')
     images = run.num_epochs * len(run.loaders.train) * config.batch_size * run.accelerator.num_processes
     return [
         f'Memory of a process, estimated: {sum(known.values()) / GIB:.2f} GiB = {text}',
-        f'  ({"; ".join(notes)}; not in it: what mixing adds, workspace of kernels, fragmentation)',
-        f'Compute, estimated: forward {cost.flops / 1e9:.2f} GFLOP an image, training three times that, '
-        f'{3 * cost.flops * images / 1e18:.3g} EFLOP in all without evaluation'
+        f'  ({"; ".join(notes)}; excluding mixing, kernel workspace and fragmentation)',
+        f'Compute, estimated: forward {cost.flops / 1e9:.2f} GFLOP per image, training three times that, '
+        f'{3 * cost.flops * images / 1e18:.3g} EFLOP in total without evaluation'
         + (' (at the largest image size)' if config.max_res else ''),
     ]
 
@@ -235,7 +228,7 @@ class Curve:
     """Learning rates over a run.
 
     Attributes:
-        epochs: (T,) times, in epochs.
+        epochs: (T,) times in epochs.
         rates: Learning rates (T,) by `lr_scale` of the parameter groups.
     """
     epochs: np.ndarray
@@ -243,29 +236,21 @@ class Curve:
 
 
 def learning_rates(run: Run, points: int = 2000) -> Curve:
-    """Learning rates as the run's schedule sets them: at each epoch, or at updates spread over the run."""
+    """Follow the run's schedule at up to `points` of its epochs or updates."""
     by_scale = {group.get('lr_scale', 1.0): group for group in run.optimizer.param_groups}
-    times, rates = [], []
-    if run.scheduler is not None and run.config.sched_on_updates:
-        updates = run.num_epochs * run.updates_per_epoch
-        steps = np.unique(np.linspace(0, updates - 1, min(points, updates)).round().astype(int)).tolist()
-    else:
-        steps = range(run.num_epochs)
-    for step in steps:
-        if run.scheduler is not None and run.config.sched_on_updates:
-            run.scheduler.step_update(step)
-            times.append(step / run.updates_per_epoch)
-        else:
-            if run.scheduler is not None:
-                run.scheduler.step(step)
-            times.append(float(step))
+    on_updates = run.config.sched_on_updates and run.scheduler is not None
+    steps_per_epoch = run.updates_per_epoch if on_updates else 1
+    count = run.num_epochs * steps_per_epoch
+    steps, rates = np.unique(np.linspace(0, count - 1, min(points, count)).round().astype(int)), []
+    for step in steps.tolist():
+        if run.scheduler is not None:
+            (run.scheduler.step_update if on_updates else run.scheduler.step)(step)
         rates.append([group['lr'] for group in by_scale.values()])
-    columns = np.array(rates).T
-    return Curve(np.array(times), dict(zip(by_scale, columns, strict=True)))
+    return Curve(steps / steps_per_epoch, dict(zip(by_scale, np.array(rates).T, strict=True)))
 
 
 def draw_learning_rates(run: Run, curve: Curve) -> Path:
-    """Write `learning_rate.png` into the run's folder, or into --output where --experiment does not name it."""
+    """Write `learning_rate.png` to the run's folder, or to --output without --experiment."""
     config = run.config
     path = Path(config.output) / config.experiment / 'learning_rate.png'
     fig, axes = figure(

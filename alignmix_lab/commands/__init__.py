@@ -1,1 +1,1 @@
-"""Command lines, one file a command: they parse words, call the package and turn errors into messages."""
+"""Command lines, one file per command: they parse words, call the package and turn errors into messages."""

@@ -1,16 +1,16 @@
 """`alignmix convert`: images to the .beton files that FFCV loads."""
 import argparse
 import logging
-import sys
 
 from alignmix_lab.data.ffcv.writer import WriteSettings, convert
+from alignmix_lab.runs.options import exit_with_message
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=prog,
         description='Convert an image dataset to train.beton and val.beton, the files that FFCV loads. Every image is '
-                    'decoded once in full; those that cannot be read are listed beside the .beton and left out.',
+                    'fully decoded once; unreadable images are left out and listed beside the .beton file.',
         epilog='Examples:\n'
                '  alignmix convert --data-dir imagenet --output imagenet_ffcv\n'
                '      imagenet/train/<class>/*.JPEG and imagenet/validation/<class>/*.JPEG (or val/, or test/). With\n'
@@ -18,7 +18,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
                '  alignmix convert --dataset torch/cifar10 --dataset-download --data-dir cifar \\\n'
                '      --val-split test --output cifar_ffcv --write-mode raw\n'
                '  alignmix verify imagenet_ffcv/train.beton\n'
-               '      after a copy to another machine: compares every page with the checksums taken now.\n'
+               '      after copying the files: compares every page with the checksums of the conversion.\n'
                'Train on the result with: train_imagenet.py --data-dir imagenet_ffcv',
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -34,7 +34,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument('--class-map', default='', metavar='FILE', help='timm class map: one class name per line')
     parser.add_argument('--dataset-download', action='store_true', help='let the named dataset download itself')
     parser.add_argument('--max-resolution', type=int, default=defaults.max_resolution, metavar='PX',
-                        help='reduce images whose longer side is larger (%(default)s)')
+                        help='shrink images whose longer side is larger (%(default)s)')
     parser.add_argument('--write-mode', default=defaults.write_mode, choices=['proportion', 'jpg', 'raw'],
                         help='raw pixels load fastest, JPEG is about 10 times smaller (%(default)s)')
     parser.add_argument('--compress-probability', type=float, default=defaults.compress_probability, metavar='P',
@@ -42,11 +42,11 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument('--jpeg-quality', type=int, default=defaults.jpeg_quality, metavar='Q',
                         help='1-100 (%(default)s)')
     parser.add_argument('--max-pixels', type=int, default=defaults.max_pixels, metavar='N',
-                        help='leave out images other than JPEG with more pixels (%(default)s)')
+                        help='leave out non-JPEG images with more pixels (%(default)s)')
     parser.add_argument('--seed', type=int, default=defaults.seed, help='order of training samples (%(default)s)')
     parser.add_argument('--workers', type=int, default=None, metavar='N',
                         help='processes (default: one per visible CPU)')
-    parser.add_argument('--overwrite', action='store_true', help='replace .beton files that exist')
+    parser.add_argument('--overwrite', action='store_true', help='replace existing .beton files')
     return parser
 
 
@@ -54,9 +54,6 @@ def main(argv: list[str] | None = None, prog: str = 'alignmix convert') -> None:
     """Run the command."""
     args = vars(_parser(prog).parse_args(argv))
     logging.basicConfig(level=logging.INFO, format='%(message)s')
-    try:
-        fields = WriteSettings.__dataclass_fields__
-        settings = WriteSettings(**{name: args.pop(name) for name in fields})
+    with exit_with_message(prog, RuntimeError):
+        settings = WriteSettings(**{name: args.pop(name) for name in WriteSettings.__dataclass_fields__})
         convert(settings=settings, **args)
-    except (ImportError, OSError, RuntimeError, ValueError) as error:
-        sys.exit(f'{prog}: error: {error}')

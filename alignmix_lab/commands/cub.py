@@ -1,4 +1,4 @@
-"""Give a folder in the format of CUB-200-2011 the folders that training reads: train/CLASS and val/CLASS, of links.
+"""Add the folders that training reads, train/CLASS and val/CLASS, to a folder in the format of CUB-200-2011.
 
     python -m alignmix_lab cub --data-dir CUB_200_2011
     python train_imagenet.py --data-dir CUB_200_2011 ...
@@ -7,26 +7,25 @@
 import argparse
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 from alignmix_lab.evaluation.protocols.box_data import CUB_FILES, cub_class_names, cub_table
 
 
 def make_class_folders(root: Path, output: Path | None = None, copy: bool = False) -> dict[str, int]:
-    """Link every image into train/CLASS or val/CLASS, as train_test_split.txt says.
+    """Link every image into train/CLASS or val/CLASS, following train_test_split.txt.
 
     Args:
         root: Folder in the format of CUB-200-2011.
-        output: Where to; None is the folder itself. Another folder also gets links to the text files and the images, so
-            that it can be evaluated too.
-        copy: Copy the images instead, for file systems without links.
+        output: Folder for train and val; None for `root`. Another folder also gets links to the text files and images,
+            so that it can be evaluated too.
+        copy: Copy the images, for file systems without links.
 
     Returns:
-        Images of each split.
+        Number of images in each split.
 
     Raises:
-        ValueError: The folder is not of that format, or train or val is there already.
+        ValueError: The folder does not have that format, or train or val exists already.
     """
     tables = {name: cub_table(root, name) for name in CUB_FILES}
     paths, labels, is_train = (tables[name] for name in CUB_FILES[:3])
@@ -36,7 +35,6 @@ def make_class_folders(root: Path, output: Path | None = None, copy: bool = Fals
         if (output / split).exists():
             raise ValueError(f'{output / split} is there already; remove it, or choose another --output')
     counts = {'train': 0, 'val': 0}
-    place: Callable = shutil.copyfile if copy else link
     for key, (path,) in paths.items():
         split = 'train' if is_train[key][0] == '1' else 'val'
         target = output / split / path
@@ -44,7 +42,7 @@ def make_class_folders(root: Path, output: Path | None = None, copy: bool = Fals
         source = root / 'images' / path
         if not source.is_file():
             raise ValueError(f'{source} of images.txt is missing')
-        place(source, target)
+        (shutil.copyfile if copy else link)(source, target)
         counts[split] += 1
     if output.resolve() != root.resolve():
         for name in (*CUB_FILES, 'images'):
@@ -53,7 +51,7 @@ def make_class_folders(root: Path, output: Path | None = None, copy: bool = Fals
 
 
 def link(source: Path, target: Path) -> None:
-    """A relative link, which survives moving both together."""
+    """Make a relative link, which survives moving both paths together."""
     target.symlink_to(os.path.relpath(source.resolve(), target.parent.resolve()))
 
 
@@ -61,7 +59,7 @@ def main(argv: list[str] | None = None, prog: str = 'alignmix cub') -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(prog=prog, description=__doc__.split('\n')[0])
     parser.add_argument('--data-dir', type=Path, required=True, help='folder in the format of CUB-200-2011')
-    parser.add_argument('--output', type=Path, help='where to make train and val; default: the folder itself')
+    parser.add_argument('--output', type=Path, help='folder for train and val; default: --data-dir')
     parser.add_argument('--copy', action='store_true', help='copy images instead of linking them')
     args = parser.parse_args(argv)
     try:

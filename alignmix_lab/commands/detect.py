@@ -1,4 +1,4 @@
-"""`alignmix detect train|predict|export`: the programs of detection/, which is run from a clone."""
+"""`alignmix detect train|predict|export`: the programs of detection/, which runs from a clone."""
 import importlib
 import sys
 
@@ -6,7 +6,7 @@ MODULES = {'train': 'detection.train', 'predict': 'detection.predict', 'export':
 
 
 def main(argv: list[str] | None = None, prog: str = 'alignmix detect') -> None:
-    """Run one of them."""
+    """Run one of the programs."""
     words = sys.argv[1:] if argv is None else argv
     if not words or words[0] not in MODULES:
         print(f'usage: {prog} {{{",".join(MODULES)}}} [options]')

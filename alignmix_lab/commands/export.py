@@ -1,10 +1,10 @@
 """`alignmix export`: write a training checkpoint as a folder that plain timm loads."""
 import argparse
-import sys
 
 from timm.utils import setup_default_logging
 
 from alignmix_lab.classification.export_checkpoint import export_checkpoint
+from alignmix_lab.runs.options import exit_with_message
 
 
 def main(argv: list[str] | None = None, prog: str = 'alignmix export') -> None:
@@ -15,15 +15,13 @@ def main(argv: list[str] | None = None, prog: str = 'alignmix export') -> None:
     parser.add_argument('folder', help='folder to write')
     which = parser.add_mutually_exclusive_group()
     which.add_argument('--ema', action='store_true', default=None,
-                       help='the moving average (default where there is one)')
-    which.add_argument('--raw', action='store_false', dest='ema', help='the weights as trained')
+                       help='the moving average (the default if there is one)')
+    which.add_argument('--raw', action='store_false', dest='ema', help='the trained weights')
     parser.add_argument('--dataset', help='short name of the data set, for the tag, e.g. in1k')
     parser.add_argument('--license', default='unknown', help='licence of the weights (default: %(default)s)')
     args = parser.parse_args(argv)
     setup_default_logging()
-    try:
+    with exit_with_message(prog, RuntimeError):
         folder = export_checkpoint(
             args.checkpoint, args.folder, args.ema, dataset=args.dataset, license=args.license)
-    except (ValueError, RuntimeError, OSError) as e:
-        sys.exit(f'{prog}: error: {e}')
     print(f"timm.create_model('local-dir:{folder}', pretrained=True)")

@@ -1,6 +1,5 @@
 """Draw one picture from images and a model."""
 import argparse
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from alignmix_lab import plots
+from alignmix_lab.runs.options import exit_with_message
 
 
 def _place(text: str) -> tuple[int, int]:
@@ -16,7 +16,7 @@ def _place(text: str) -> tuple[int, int]:
 
 
 def _names(files: list[Path], args: argparse.Namespace) -> list[str]:
-    """Names given, or the folders of the images, which are their classes in a data set."""
+    """Return the given names, or those of the images' folders, which are the classes in a data set."""
     return args.names or [file.resolve().parent.name for file in files]
 
 
@@ -58,7 +58,7 @@ def _given(**options: Any) -> dict[str, Any]:
 
 def parse(argv: list[str] | None, prog: str) -> argparse.Namespace:
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument('images', nargs='+', help='image files, or folders to take some from')
+    common.add_argument('images', nargs='+', help='image files, or folders to pick some from')
     common.add_argument('--output', type=Path, help='PNG, SVG or PDF file; default: NAME.png')
     common.add_argument('--img-size', type=int, help="side of the images in pixels; default: the model's")
     common.add_argument('--dpi', type=int, default=130)
@@ -66,12 +66,10 @@ def parse(argv: list[str] | None, prog: str) -> argparse.Namespace:
     network.add_argument('--model', required=True,
                          help='timm model, folder of exported weights, training checkpoint, or folder of a run')
     network.add_argument('--no-pretrained', dest='pretrained', action='store_false',
-                         help='random weights for the name of a timm model')
-    seed = argparse.ArgumentParser(add_help=False)
+                         help='random weights, with the name of a timm model')
+    seed, names, lams = (argparse.ArgumentParser(add_help=False) for _ in range(3))
     seed.add_argument('--seed', type=int, default=0)
-    names = argparse.ArgumentParser(add_help=False)
     names.add_argument('--names', nargs='+', help='names of the images')
-    lams = argparse.ArgumentParser(add_help=False)
     lams.add_argument('--lams', nargs='+', type=float, help='mixing factors, from left to right')
 
     parser = argparse.ArgumentParser(prog=prog, description=__doc__)
@@ -83,18 +81,18 @@ def parse(argv: list[str] | None, prog: str) -> argparse.Namespace:
         return command
 
     add('gallery', draw_gallery, 2, 'input mixup and CutMix of two images', names, lams)
-    command = add('alignment', draw_alignment, 2, 'where AlignMixup takes positions of two images', network)
-    command.add_argument('--layer', default='auto', help='where to align, as align_at of alignmix')
+    command = add('alignment', draw_alignment, 2, 'which positions of two images AlignMixup aligns', network)
+    command.add_argument('--layer', default='auto', help='layer to align, as align_at of alignmix')
     command.add_argument('--positions', nargs='+', type=_place, metavar='ROW,COLUMN',
-                         help='positions of the feature map; default: some that stand out')
-    command.add_argument('--count', type=int, default=4, help='how many stand out')
+                         help='positions of the feature map; default: salient ones')
+    command.add_argument('--count', type=int, default=4, help='number of salient positions')
     command.add_argument('--eps', type=float, default=0.1, help='entropy coefficient')
     command.add_argument('--iterations', type=int, default=100, help='Sinkhorn iterations')
     command = add('attention', draw_attention, 3, 'attention of Dense MultiMix over images', network, seed)
-    command.add_argument('--count', dest='image_count', type=int, help='images; 3')
-    command = add('hull', draw_hull, 10, 'MultiMix against pairs, in the space of embeddings', network, seed, names)
-    command.add_argument('--count', dest='image_count', type=int, help='images; 10')
-    command.add_argument('--n', type=int, default=1000, help='points that MultiMix draws')
+    command.add_argument('--count', dest='image_count', type=int, help='number of images (default: 3)')
+    command = add('hull', draw_hull, 10, 'MultiMix compared with pairs, in embedding space', network, seed, names)
+    command.add_argument('--count', dest='image_count', type=int, help='number of images (default: 10)')
+    command.add_argument('--n', type=int, default=1000, help='number of points drawn by MultiMix')
     add('morph', draw_morph, 2, 'decoded mixes of two images, from a run with --mix alignmix_ae', network, lams)
     return parser.parse_args(argv)
 
@@ -102,10 +100,8 @@ def parse(argv: list[str] | None, prog: str) -> argparse.Namespace:
 def main(argv: list[str] | None = None, prog: str = 'alignmix plot') -> None:
     """Draw one picture."""
     args = parse(argv, prog)
-    try:
+    with exit_with_message(prog):
         figure = args.draw(plots.find_images(args.images, args.image_count), args)
-    except ValueError as e:
-        sys.exit(f'{prog}: error: {e}')
     output = args.output or Path(f'{args.name}.png')
     figure.savefig(output, dpi=args.dpi)
     print(output)

@@ -10,11 +10,11 @@ _logger = logging.getLogger(__name__)
 
 
 def main(argv: list[str] | None = None, prog: str = 'alignmix verify') -> None:
-    """Run the command; the exit code is 1 where something is damaged."""
+    """Run the command; the exit code is 1 if something is damaged."""
     parser = argparse.ArgumentParser(
         prog=prog,
-        description='Find damage that nothing else would notice: FFCV trains on the pixels of another image where a '
-                    '.beton file is damaged, and timm fills what a partial file of weights lacks at random.')
+        description='Find damage that nothing else reports: FFCV trains on the pixels of other images if a .beton file '
+                    'is damaged, and timm initialises weights missing from a file at random.')
     parser.add_argument('paths', nargs='+', metavar='PATH', help='.beton file, or folder of exported weights')
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format='%(message)s')
@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None, prog: str = 'alignmix verify') -> None:
 
 
 def _problem(path: Path) -> str | None:
-    """What is wrong with a file or folder; None, and a line on the terminal, where nothing is."""
+    """Describe the damage of a file or folder; if there is none, log a line and return None."""
     try:
         if path.is_dir():
             architecture = weights.verify(path)['architecture']

@@ -1,19 +1,18 @@
 """`alignmix weights`: exported weights on this machine and on the Hugging Face hub."""
 import argparse
-import sys
 
-from huggingface_hub.errors import HfHubHTTPError
 from timm.utils import setup_default_logging
 
+from alignmix_lab.runs.options import exit_with_message
 from timm_alignmix.weights import install, list_local, push, read_config, registry_dir
 
 
 def create_parser(prog: str) -> argparse.ArgumentParser:
-    """The command line."""
+    """Create the parser of the command line."""
     parser = argparse.ArgumentParser(
-        prog=prog, description='List, install or push weights that `alignmix export` or a training run wrote.')
+        prog=prog, description='List, install or push weights exported by `alignmix export` or a training run.')
     commands = parser.add_subparsers(dest='command', required=True)
-    commands.add_parser('list', help="what is in this machine's registry")
+    commands.add_parser('list', help="list this machine's registry")
 
     command = commands.add_parser('install', help="copy a folder to this machine's registry and give it a tag")
     command.add_argument('folder')
@@ -45,7 +44,5 @@ def main(argv: list[str] | None = None, prog: str = 'alignmix weights') -> None:
     """Run the command."""
     args = create_parser(prog).parse_args(argv)
     setup_default_logging()
-    try:
+    with exit_with_message(prog, RuntimeError):
         print(_run(args))
-    except (ValueError, RuntimeError, ImportError, OSError, HfHubHTTPError) as e:
-        sys.exit(f'{prog}: error: {e}')

@@ -1,1 +1,1 @@
-"""What every kind of training run has: options, the run itself, its loop, checkpoints, logs and pictures."""
+"""Parts shared by all training runs: options, the run itself, its loop, checkpoints, logs and pictures."""

@@ -14,11 +14,11 @@ _logger = logging.getLogger(__name__)
 
 
 def start_processes(config: RunConfig) -> Accelerator:
-    """Start Accelerate as a training run's options say, after checking what needs no data.
+    """Start Accelerate for a training run, after checking the options that need no data.
 
     Raises:
-        ValueError: There is no such optimizer or tracker, the device cannot do what the options ask for, or the
-            launcher's processes would each train on their own.
+        ValueError: There is no such optimizer or tracker, the device does not support an option, or the launcher's
+            processes would train separately.
     """
     check_optimizer(config.opt)
     check_trackers(config.log_trackers)
@@ -36,24 +36,24 @@ def create_accelerator(
         dist_timeout: int = 600,
         broadcast_buffers: bool = True,
 ) -> Accelerator:
-    """Start Accelerate and check that it runs as many processes as the launcher started.
+    """Start Accelerate and check that it sees all processes of the launcher.
 
     Args:
-        device: 'cpu' keeps off an accelerator.
+        device: 'cpu' ignores accelerators.
         amp: Mixed precision; False leaves it to accelerate launch --mixed_precision.
-        amp_dtype: Its type, 'float16' or 'bfloat16'.
-        dist_timeout: Seconds that a process waits for the others before it ends with an error.
+        amp_dtype: 'float16' or 'bfloat16'.
+        dist_timeout: Seconds a process waits for the others before it fails.
         broadcast_buffers: Whether DDP broadcasts buffers.
 
     Raises:
-        ValueError: The launcher's processes would each run on their own.
+        ValueError: The launcher's processes would run separately.
     """
     accelerator = Accelerator(
         cpu=device == 'cpu',
         mixed_precision={'float16': 'fp16', 'bfloat16': 'bf16'}[amp_dtype] if amp else None,
         kwargs_handlers=[
-            # Gradients live in the buckets that are reduced: one copy of them less. The graph is never static: modes
-            # of a mix and accumulation change it.
+            # Bucket views save a copy of the gradients. The graph is not static: it changes with the mode of the mix
+            # and with accumulation.
             DistributedDataParallelKwargs(broadcast_buffers=broadcast_buffers, gradient_as_bucket_view=True),
             InitProcessGroupKwargs(timeout=timedelta(seconds=dist_timeout)),
         ],
@@ -68,18 +68,18 @@ def create_accelerator(
         for name in ('timm', 'timm_alignmix', 'alignmix_lab', 'detection'):
             logging.getLogger(name).setLevel(logging.WARNING)
     _use_all_cores(accelerator)
-    # TF32 stays off for matrix products: transport costs need the full float32.
+    # TF32 stays off for matrix products: transport costs need full float32 precision.
     torch.backends.cudnn.benchmark = True
     return accelerator
 
 
 def _use_all_cores(accelerator: Accelerator) -> None:
-    """Undo `accelerate launch`'s default of one thread for a process that computes on the CPU."""
+    """Override `accelerate launch`'s default of one thread for processes that train on the CPU."""
     launched = 'ACCELERATE_MIXED_PRECISION' in os.environ
     if accelerator.device.type != 'cpu' or not launched or torch.get_num_threads() > 1:
         return
     processes = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))
     _logger.info(
-        f'Using {torch.get_num_threads()} CPU threads instead of the one that accelerate launch sets; '
-        'accelerate launch --num_cpu_threads_per_process N (2 or more) decides otherwise')
+        f'Using {torch.get_num_threads()} CPU threads instead of the one set by accelerate launch; choose with '
+        'accelerate launch --num_cpu_threads_per_process N (2 or more)')

@@ -1,9 +1,8 @@
-"""What all processes must know about an update before they make it, found out without waiting for the device.
+"""Agreement of all processes on an update, reached without stalling the device.
 
-Whether a loss was not finite, and whether a process was asked to stop: each process has an opinion, all must act alike.
-The opinions are summed over the processes by a collective that starts between the last forward pass of an update and
-its backward pass. When the host reads the sum, after it has issued the backward pass, the device still has that pass to
-do: the host waits for the forward pass only, and the device never runs out of work.
+Every process may see a loss that is not finite, or a signal to stop, and then all of them have to act alike. Their
+votes are summed by a collective between the last forward pass of an update and its backward pass. The host reads the
+sum after it has queued the backward pass, so it only waits for the forward pass and the device stays busy.
 """
 import signal
 import threading
@@ -21,11 +20,11 @@ _RUNNING_STATISTICS = ('running_mean', 'running_var', 'num_batches_tracked')
 
 
 class StopRequested(Exception):
-    """The run was asked to stop and has saved what it needs to continue."""
+    """The run was asked to stop, and has saved what it needs to continue."""
 
 
 class StopSignals:
-    """Takes notice of SIGTERM and SIGUSR1, with which clusters announce that they will end a job.
+    """Records SIGTERM and SIGUSR1, with which clusters announce the end of a job.
 
     Attributes:
         received: The first signal, or None.
@@ -36,31 +35,31 @@ class StopSignals:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take notice instead of ending the process. Signals reach the main thread only; in another nothing changes."""
+        """Record signals instead of ending the process. Only the main thread receives them; others change nothing."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, self._notice) for number in _SIGNALS}
+        before = {number: signal.signal(number, self._record) for number in _SIGNALS}
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _notice(self, number: int, frame: object) -> None:
+    def _record(self, number: int, frame: object) -> None:
         self.received = self.received or signal.Signals(number)
 
 
 class Agreement:
-    """Whether the processes make an update, and whether they go on after it.
+    """Joint decision of the processes whether to make an update, and whether to stop after it.
 
     Call :meth:`start` before the first forward pass of an update, :meth:`add` after each, :meth:`send` after the last,
     and :meth:`read` after the backward pass.
 
     Args:
         accelerator: The processes.
-        module: Trainable module, whose running statistics :meth:`undo` puts back.
-        stop: Whether this process was asked to stop.
+        module: Trainable module, whose running statistics are restored by :meth:`undo`.
+        stop: Signals received by this process.
     """
 
     def __init__(self, accelerator: Accelerator, module: nn.Module, stop: StopSignals):
@@ -86,7 +85,7 @@ class Agreement:
         self.votes[0] += ~loss.detach().isfinite()
 
     def send(self) -> None:
-        """Begin to sum the votes of all processes."""
+        """Start summing the votes of all processes."""
         if self.stop.received is not None:
             self.votes[1] = 1
         self.work = distributed.all_reduce(self.votes, async_op=True) if self.several else None
@@ -100,7 +99,7 @@ class Agreement:
             self.copied.record()
 
     def read(self) -> tuple[bool, bool]:
-        """Whether every loss of the update was finite, and whether to stop after it: the same on all processes."""
+        """Return whether every loss was finite and whether to stop after the update, the same on all processes."""
         if self.cuda:
             self.copied.synchronize()
             votes = self.on_host
@@ -112,6 +111,6 @@ class Agreement:
         return bad == 0, stop > 0
 
     def undo(self) -> None:
-        """Put back the running statistics from before the update."""
+        """Restore the running statistics from before the update."""
         for now, before in self.statistics:
             torch._foreach_copy_(now, before)

@@ -1,4 +1,4 @@
-"""Checkpoint files in timm's layout: written whole, loaded without running code, checked for damage."""
+"""Checkpoint files in timm's layout: written atomically, loaded without running code, checked for damage."""
 import logging
 import operator
 import os
@@ -18,16 +18,16 @@ _logger = logging.getLogger(__name__)
 class CheckpointSaver:
     """Writes the checkpoints of a run.
 
-    At the end of an epoch `last.pth.tar`, with the one before it as `previous.pth.tar`, `model_best.pth.tar` and the
-    best `checkpoint-EPOCH.pth.tar`; within an epoch the newest two `recovery-EPOCH-UPDATE.pth.tar`.
+    After an epoch: `last.pth.tar`, its predecessor `previous.pth.tar`, `model_best.pth.tar` and the best
+    `checkpoint-EPOCH.pth.tar`. Within an epoch: the newest two `recovery-EPOCH-UPDATE.pth.tar`.
 
-    A file appears under its name only when it is complete: it is written under a temporary name, flushed to the disk
-    and renamed. So a run that dies while it saves keeps the previous file.
+    A file is written under a temporary name, flushed to disk and then renamed, so a run that dies while saving keeps
+    the previous file.
 
     Args:
         folder: Folder of the run.
-        eval_metric: The metric that ranks checkpoints; of 'loss' the smaller is the better.
-        max_history: Number of `checkpoint-N.pth.tar` to keep.
+        eval_metric: Metric that ranks checkpoints; 'loss' is better when smaller.
+        max_history: Number of `checkpoint-EPOCH.pth.tar` to keep.
 
     Attributes:
         best: `epoch` and metrics of the best epoch so far.
@@ -41,11 +41,11 @@ class CheckpointSaver:
         self.best: dict[str, float] | None = None
 
     def path(self, name: str | int) -> Path:
-        """File of `last`, `previous`, `model_best`, `recovery-EPOCH-UPDATE` or of an epoch."""
+        """Return the file of an epoch or of `last`, `previous`, `model_best` or `recovery-EPOCH-UPDATE`."""
         return self.folder / (f'checkpoint-{name}.pth.tar' if isinstance(name, int) else f'{name}.pth.tar')
 
     def save(self, state: dict[str, Any], epoch: int, metrics: dict[str, float] | None) -> None:
-        """Save an epoch; only an evaluated one (with metrics) takes part in the ranking."""
+        """Save an epoch; only epochs with metrics are ranked."""
         decreasing, dropped, is_best = self.eval_metric == 'loss', [], False
         metric = metrics and metrics[self.eval_metric]
         if metrics is not None:
@@ -53,7 +53,7 @@ class CheckpointSaver:
             is_best = self.best is None or better(metric, self.best[self.eval_metric])
             if is_best:
                 self.best = {'epoch': epoch, **metrics}
-            # Stable: of equal epochs the earlier one is the better.
+            # Stable sort: of equal epochs the earlier one ranks first.
             ranked = sorted([*self.history, (epoch, metric)], key=lambda kept: kept[1], reverse=not decreasing)
             self.history, dropped = ranked[:self.max_history], ranked[self.max_history:]
         with self.explained(self.path('last').name):
@@ -68,7 +68,7 @@ class CheckpointSaver:
             self.path(old).unlink(missing_ok=True)
 
     def save_recovery(self, state: dict[str, Any], epoch: int, updates: int) -> Path:
-        """Save an epoch of which so many updates are done; timm continues such a file at the beginning of the epoch."""
+        """Save an epoch after some of its updates; timm would continue such a file from the start of the epoch."""
         name = f'recovery-{epoch}-{updates}'
         with self.explained(self.path(name).name):
             self._write(name, {**state, 'epoch': epoch - 1, 'metric': None, 'metrics': None, **self._ranking()})
@@ -77,7 +77,7 @@ class CheckpointSaver:
         return self.path(name)
 
     def forget_after(self, position: tuple[int, int]) -> None:
-        """Remove what was saved within epochs later than (epoch, updates), where the run goes another way from now."""
+        """Remove recovery checkpoints later than (epoch, updates), from where the run now continues differently."""
         for later, path in _within_epochs(self.folder):
             if later > position:
                 path.unlink()
@@ -87,7 +87,7 @@ class CheckpointSaver:
 
     @contextmanager
     def explained(self, name: str) -> Iterator[None]:
-        """Say what a failure to write means. torch.save reports that the disk is full as an error of its own."""
+        """Explain a failure to write; torch.save raises an error of its own when the disk is full."""
         try:
             yield
         except (OSError, RuntimeError) as e:
@@ -96,13 +96,13 @@ class CheckpointSaver:
                 raise
             raise RuntimeError(
                 f'{self.folder / name} could not be written: {cause.strerror or cause}. The checkpoints before it are '
-                'whole; make room or make the folder writable, and continue with --resume auto') from e
+                'intact; free disk space or make the folder writable, and continue with --resume auto') from e
         finally:
             with suppress(OSError):
                 self._temporary.unlink(missing_ok=True)
 
     def restore(self, state: dict[str, Any], source: Path) -> None:
-        """Continue the ranking by the same metric, in its own folder or, with its best file, in a new one."""
+        """Continue a ranking by the same metric, in its own folder or, with its best file, in a new one."""
         saver = state.get('saver', {})
         if saver.get('eval_metric') != self.eval_metric:
             return
@@ -124,7 +124,7 @@ class CheckpointSaver:
         self._rename(self.path(name))
 
     def _link(self, name: str | int) -> None:
-        """Give the last checkpoint a second name, as a hard link where the file system has them."""
+        """Give the last checkpoint a second name, as a hard link if the file system supports it."""
         self._temporary.unlink(missing_ok=True)
         try:
             os.link(self.path('last'), self._temporary)
@@ -134,7 +134,7 @@ class CheckpointSaver:
 
     def _rename(self, target: Path) -> None:
         os.replace(self._temporary, target)
-        self._temporary.unlink(missing_ok=True)  # renaming a link onto a link of the same file leaves both
+        self._temporary.unlink(missing_ok=True)  # renaming a link to another link of the same file keeps both
         folder = os.open(self.folder, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -143,20 +143,20 @@ class CheckpointSaver:
 
 
 def _numbered(folder: Path, pattern: str) -> list[tuple[tuple[int, ...], Path]]:
-    """Files of a folder whose names match, with their numbers, in the order of these."""
+    """Find the files of a folder whose names match, sorted by their numbers."""
     found = ((re.fullmatch(pattern, path.name), path) for path in folder.iterdir())
     return sorted((tuple(map(int, match.groups())), path) for match, path in found if match)
 
 
 def _within_epochs(folder: Path) -> list[tuple[tuple[int, ...], Path]]:
-    """((epoch, updates), file) of the checkpoints within epochs, the newest last."""
+    """Find the recovery checkpoints of a folder as ((epoch, updates), file), the newest last."""
     return _numbered(folder, r'recovery-(\d+)-(\d+)\.pth\.tar')
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a training checkpoint on the CPU; nothing in the file is executed.
+    """Read a training checkpoint on the CPU; code in the file is never executed.
 
-    The checksums that the file holds are compared, which torch.load does not: a changed byte in a tensor is noticed.
+    Unlike torch.load, it verifies the checksums in the file, which reveal a changed byte in a tensor.
 
     Raises:
         ValueError: The file is missing, damaged, or no training checkpoint.
@@ -169,7 +169,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         if damaged is not None:
             raise ValueError(f'the checksum of {damaged} differs')
         state = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as e:  # foreign content and bad sectors raise almost anything
+    except Exception as e:  # foreign content and bad sectors raise errors of almost any type
         raise ValueError(f'{path} is damaged or no checkpoint ({e})') from e
     if not isinstance(state, dict) or not {'state_dict', 'optimizer', 'epoch'} <= state.keys():
         raise ValueError(f'{path} has no training state to resume; to start from its weights pass --initial-checkpoint')
@@ -177,21 +177,21 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def has_checkpoints(folder: Path) -> bool:
-    """Whether a folder holds a run that has saved something."""
+    """Return whether a folder has the checkpoints of a run."""
     return folder.exists() and ((folder / 'last.pth.tar').exists() or bool(_within_epochs(folder)))
 
 
 def position(state: dict[str, Any]) -> tuple[int, int]:
-    """Where a checkpoint continues: the epoch, and how many of its updates are done."""
+    """Return the epoch in which a checkpoint continues, and how many of its updates are done."""
     progress = state.get('progress')
     return (progress['epoch'], progress['updates']) if progress else (state['epoch'] + 1, 0)
 
 
 def find_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest whole checkpoint of a run's folder, or None where there is none at all.
+    """Find the newest intact checkpoint of a run's folder; None if there are no checkpoints.
 
     Raises:
-        ValueError: There are checkpoints and every one is damaged.
+        ValueError: All checkpoints are damaged.
     """
     ends = [path for path in (folder / 'last.pth.tar', folder / 'previous.pth.tar') if path.exists()]
     others = _within_epochs(folder) if folder.exists() else []
@@ -201,7 +201,7 @@ def find_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     reached = position(found[1]) if found else (-1, -1)
     newer = _first_whole([path for where, path in sorted(others, reverse=True) if where > reached])
     if newer is None and found is None and (ends or others):
-        raise ValueError(f'no checkpoint in {folder} can be read')
+        raise ValueError(f'all checkpoints in {folder} are damaged; pass another --experiment to start again')
     return newer or found
 
 

@@ -20,22 +20,22 @@ _logger = logging.getLogger(__name__)
 
 
 def train_one_epoch(run: Run, epoch: int, save: Callable[[int, LossTotals], None]) -> OrderedDict[str, Any]:
-    """Train for one epoch, or for the rest of one that a resumed run has begun.
+    """Train for one epoch, or for the rest of the epoch in which a run resumes.
 
-    An update in which the loss of any process is not finite is left out: weights, averages, running statistics and
-    totals stay as they were, on all processes.
+    An update is skipped if the loss of any process is not finite: weights, averages, running statistics and totals stay
+    as they were, on all processes.
 
     Args:
-        run: The run, its trainable module and optimizer prepared by Accelerate.
+        run: The run, with its trainable module and optimizer prepared by Accelerate.
         epoch: Index of the epoch, from 0.
-        save: Saves the epoch after a number of updates that have these totals; called on all processes.
+        save: Saves the epoch after a number of updates with their totals; called on all processes.
 
     Returns:
-        `loss`, the mean over the steps of all processes; `skipped`, the updates left out; where the task draws modes,
-        `modes`, share and mean loss of each, and `lam`, the mean weight of an example against its partner.
+        `loss`, the mean over the steps of all processes; `skipped`, the number of skipped updates; if the task draws
+        modes, `modes`, the share and mean loss of each, and `lam`, the mean weight of an example against its partner.
 
     Raises:
-        RuntimeError: The loss was not finite in --max-nonfinite updates in a row.
+        RuntimeError: The loss was not finite in --max-nonfinite consecutive updates.
         StopRequested: A process was asked to stop; everything is saved.
     """
     config, accelerator, loader, updates = run.config, run.accelerator, run.loaders.train, run.updates_per_epoch
@@ -52,10 +52,10 @@ def train_one_epoch(run: Run, epoch: int, save: Callable[[int, LossTotals], None
     agreement, log = Agreement(accelerator, module, run.stop), EpochLog(run, epoch, totals)
     with progress_bar(run, f'Train {epoch}', updates, first) as bar, closing(iter(loader)) as batches:
         for update in range(first, updates):
-            number = epoch * updates + update + 1  # of this update in the run
+            number = epoch * updates + update + 1  # of the updates of the run
             results = _compute_gradients(run, epoch, update, batches, agreement, log)
             if not results:
-                break  # a stream of samples may end before the length that it announced
+                break  # a stream may end before its announced length
             finite, stop = agreement.read()
             log_due = update % config.log_interval == 0 or update + 1 == updates
             norm = None
@@ -90,7 +90,7 @@ def _compute_gradients(
         agreement: Agreement,
         log: EpochLog,
 ) -> list[dict[str, Any]]:
-    """Forward and backward passes of an update; what the task reports of each step, without the outputs."""
+    """Run the forward and backward passes of an update; returns the results of each step, without the outputs."""
     task, accelerator, accum = run.task, run.accelerator, run.config.grad_accum_steps
     module, results = task.get_trainable_module(), []
     steps = min(accum, len(run.loaders.train) - update * accum)  # the last update of an epoch may be smaller
@@ -115,19 +115,19 @@ def _compute_gradients(
 
 
 def _seed_update(run: Run, epoch: int, update: int) -> None:
-    """Make what is random outside the task (dropout, stochastic depth) a function of (seed, epoch, update, rank), so
-    that a run continues after any update as if it had not stopped."""
+    """Seed dropout and stochastic depth by (seed, epoch, update, rank), so that a run can resume after any update as if
+    it had not stopped."""
     seed = np.random.SeedSequence((run.config.seed, epoch, update)).generate_state(1)[0]
     random_seed(int(seed) % 2**31, run.accelerator.process_index)
 
 
 def _update(run: Run, number: int, measure: bool) -> torch.Tensor | None:
-    """One optimizer update, the `number`-th of the run; the norm of the gradients before clipping where it is known."""
+    """Make the `number`-th update of the run; returns the norm of the gradients before clipping if it was computed."""
     config, task, norm = run.config, run.task, None
     if config.clip_grad is not None or measure:
         run.accelerator.unscale_gradients(run.optimizer)
     clips_norm = config.clip_grad is not None and config.clip_mode == 'norm'
-    if clips_norm or measure:  # an infinite limit measures only
+    if clips_norm or measure:  # an infinite limit only measures
         norm = nn.utils.clip_grad_norm_(task.get_clip_parameters(), config.clip_grad if clips_norm else math.inf)
     if config.clip_grad is not None and not clips_norm:
         parameters = task.get_clip_parameters(exclude_head='agc' in config.clip_mode)
@@ -138,7 +138,7 @@ def _update(run: Run, number: int, measure: bool) -> torch.Tensor | None:
 
 
 def _skip(run: Run, epoch: int, update: int, totals: LossTotals) -> None:
-    """Count an update that is left out; end a run that makes none any more."""
+    """Count a skipped update, and end a run that only skips updates."""
     totals.skipped += 1
     run.nonfinite += 1
     where = f'epoch {epoch}, update {update}'
@@ -147,12 +147,12 @@ def _skip(run: Run, epoch: int, update: int, totals: LossTotals) -> None:
             f'the training loss was not finite in {run.nonfinite} updates in a row, the last at {where}; a lower --lr, '
             'a longer --warmup-epochs, --clip-grad or --amp-dtype bfloat16 may help (--max-nonfinite sets the limit)')
     if run.accelerator.is_main_process:
-        _logger.warning(f'Train: the loss is not finite at {where}: left out, {run.nonfinite} in a row')
+        _logger.warning(f'Train: the loss is not finite at {where}: update skipped, {run.nonfinite} in a row')
 
 
 def _summarize(run: Run, epoch: int, totals: LossTotals) -> OrderedDict[str, Any]:
     sums, _ = totals.reduced(run.accelerator)
-    skipped = f', {totals.skipped} updates left out' if totals.skipped else ''
+    skipped = f', {totals.skipped} updates skipped' if totals.skipped else ''
     _logger.info(f'Train: {epoch} {totals.describe(sums)}{skipped}')
     means, modes = sums.means(), totals.modes(sums)
     summary = OrderedDict(loss=means.get('loss', math.nan), skipped=totals.skipped)

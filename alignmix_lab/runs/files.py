@@ -1,10 +1,10 @@
-"""Files that are written whole."""
+"""Atomic writing of files."""
 import os
 from pathlib import Path
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file that has either its old or its new content, whatever happens; makes its folder where missing."""
+    """Write a file atomically, so that it always has either its old or its new content; creates its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f'.{path.name}.tmp')
     temporary.write_bytes(content.encode() if isinstance(content, str) else content)

@@ -1,4 +1,4 @@
-"""A run from its folder to its end: resume, train, evaluate, save."""
+"""The course of a run: open its folder, resume, train, evaluate, save."""
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +16,8 @@ from .agreement import EXIT_REQUEUE, StopRequested
 from .checkpoint import CheckpointSaver, find_checkpoint, has_checkpoints, read_checkpoint
 from .config import RunConfig
 from .engine import train_one_epoch
-from .logs import append_summary, mean_lr, result_json, write_args
+from .files import write_whole
+from .logs import append_summary, mean_lr, result_json
 from .options import changed_options
 from .run import Run
 from .run_report import draw_curves, write_report
@@ -25,12 +26,13 @@ from .trackers import start_trackers, track_epoch
 
 _logger = logging.getLogger(__name__)
 
+
 def open_run(run: Run, name: str) -> CheckpointSaver:
-    """Describe a run, make its folder and resume it where asked; a dry run stops after the description.
+    """Describe a run, create its folder and resume it if asked; a dry run stops after the description.
 
     Args:
         run: The run, complete but not wrapped for its devices.
-        name: Name of the folder, after the time, where --experiment does not give one.
+        name: Name of the folder without --experiment; the time is put in front of it.
     """
     config = run.config
     name = config.experiment or f'{datetime.now().strftime("%Y%m%d-%H%M%S")}-{name}'
@@ -64,7 +66,7 @@ def open_run(run: Run, name: str) -> CheckpointSaver:
 
 
 def _check_same_start(run: Run) -> None:
-    """Refuse processes that would continue at different places, which would wait for each other forever."""
+    """Refuse to continue from different checkpoints, after which the processes would wait for each other forever."""
     own = torch.tensor([[run.start_epoch, run.start_update]], device=run.accelerator.device)
     places = run.accelerator.gather(own).tolist()
     if any(place != places[0] for place in places):
@@ -72,7 +74,7 @@ def _check_same_start(run: Run) -> None:
             'the processes found different checkpoints: ' + ', '.join(
                 f'process {rank} would begin at epoch {epoch}, update {update}'
                 for rank, (epoch, update) in enumerate(places)) +
-            '; all machines must see the same --output folder')
+            '; all machines must share the same --output folder')
 
 
 def _find_resume(config: RunConfig, folder: Path) -> tuple[Path, dict[str, Any]] | None:
@@ -80,12 +82,12 @@ def _find_resume(config: RunConfig, folder: Path) -> tuple[Path, dict[str, Any]]
         return (Path(config.resume), read_checkpoint(config.resume)) if config.resume else None
     found = find_checkpoint(folder)
     if found is None:
-        _logger.info(f'--resume auto: no checkpoint in {folder}, starting anew')
+        _logger.info(f'--resume auto: no checkpoint in {folder}, starting from scratch')
     return found
 
 
 def _open_folder(folder: Path, config: RunConfig, resumed: bool) -> None:
-    """Make the run's folder and write its arguments; never train over another run."""
+    """Create the run's folder and write its arguments; refuses to overwrite another run."""
     args_file = folder / 'args.yaml'
     old = yaml.safe_load(args_file.read_text(encoding='utf-8')) if args_file.exists() else {}
     changed = changed_options(config, old)
@@ -96,11 +98,11 @@ def _open_folder(folder: Path, config: RunConfig, resumed: bool) -> None:
     if changed and resumed:
         _logger.warning(f'Resuming with changed arguments: {", ".join(changed)}')
     folder.mkdir(parents=True, exist_ok=True)
-    write_args(args_file, config.to_dict())
+    write_whole(args_file, yaml.safe_dump(config.to_dict(), default_flow_style=False))
 
 
 def wrap_run(run: Run) -> None:
-    """Wrap for the devices; loaders and schedule stay as they are."""
+    """Wrap a run's model and optimizer for its devices, and set the schedule to where the run starts."""
     task, accelerator = run.task, run.accelerator
     task.trainable_module, run.optimizer = accelerator.prepare(task.get_trainable_module(), run.optimizer)
     if run.scheduler is None:
@@ -121,7 +123,7 @@ def fit(
     Args:
         run: The run.
         saver: Its checkpoints.
-        evaluate: Measures the metrics of the configuration, from the run, a model and the start of the log lines.
+        evaluate: Called with the run, a model and the start of the log lines; returns the metrics.
 
     Returns:
         `folder` of the run, `last` and `best` epoch (`epoch` and the metrics; `best` on the main process) and
@@ -148,38 +150,38 @@ def fit(
 
 @contextmanager
 def _explained_ends(run: Run, saver: CheckpointSaver) -> Iterator[None]:
-    """Say why a run ends before its time, and how to go on."""
+    """Explain why a run ends early and how to continue it."""
     go_on = f'--resume auto --experiment {saver.folder.name}'
     try:
         yield
     except StopRequested:
-        # A launcher ends all processes when the first one leaves: not before the checkpoint is written.
+        # A launcher ends all processes when the first one exits, so wait until the checkpoint is written.
         run.accelerator.wait_for_everyone()
         _finish_trackers(run)
         if run.accelerator.is_main_process:
             name = run.stop.received.name if run.stop.received else 'a signal to another process'
             _logger.warning(
-                f'*** Stopped by {name}; all is saved in {saver.folder}. The same command with {go_on} continues. '
+                f'*** Stopped by {name}; everything is saved in {saver.folder}. Continue with {go_on}. '
                 f'Exit code {EXIT_REQUEUE}')
         raise SystemExit(EXIT_REQUEUE) from None
     except RuntimeError as e:
-        # gloo's errors have no type of their own; with NCCL its watchdog may end the process first.
+        # gloo's errors have no type of their own; NCCL's watchdog may end the process first.
         is_lost = isinstance(e, DistError) or any(words in str(e) for words in ('gloo', 'pair closure', 'Connection '))
         if run.accelerator.num_processes == 1 or not is_lost:
             raise
         raise RuntimeError(
-            f'process {run.accelerator.process_index} lost contact with the others: one died, or one did not answer '
-            f'for --dist-timeout {run.config.dist_timeout} seconds. Start all of them again with {go_on}') from e
+            f'process {run.accelerator.process_index} lost contact with the others: one died or did not answer '
+            f'for --dist-timeout {run.config.dist_timeout} seconds. Restart all of them with {go_on}') from e
 
 
 def _asked_to_stop(run: Run) -> bool:
-    """Whether any process was asked to stop since the last update of an epoch."""
+    """Return whether any process was asked to stop after the last update of an epoch."""
     asked = torch.tensor(float(run.stop.received is not None), device=run.accelerator.device)
     return run.accelerator.reduce(asked, 'sum').item() > 0
 
 
 def _finish_trackers(run: Run) -> None:
-    """Close the trackers. The process group stays, for whatever comes after this run."""
+    """Close the trackers but not the process group, which the caller may still need."""
     for tracker in run.accelerator.trackers:
         tracker.finish()
 
@@ -211,20 +213,20 @@ def _run_epoch(run: Run, saver: CheckpointSaver, evaluate: Callable, epoch: int,
 
 
 def _evaluate(run: Run, evaluate: Callable) -> dict[str, float]:
-    """Metrics of the model, or of its moving average where there is one to evaluate."""
+    """Evaluate the model and its moving average on the device, if any; returns the metrics of the last one."""
     config, task, processes = run.config, run.task, run.accelerator.num_processes
-    if config.dist_bn and processes > 1:
-        distribute_bn(task.get_eval_model(), processes, config.dist_bn == 'reduce')
-    metrics = evaluate(run, task.get_eval_model(), 'Test')
+    models = {'Test': task.get_eval_model()}
     if task.has_ema() and not config.model_ema_force_cpu:
+        models['Test (EMA)'] = task.get_eval_model(ema=True)
+    for name, model in models.items():
         if config.dist_bn and processes > 1:
-            distribute_bn(task.get_eval_model(ema=True), processes, config.dist_bn == 'reduce')
-        metrics = evaluate(run, task.get_eval_model(ema=True), 'Test (EMA)')
+            distribute_bn(model, processes, config.dist_bn == 'reduce')
+        metrics = evaluate(run, model, name)
     return metrics
 
 
 def _report(run: Run, saver: CheckpointSaver, history: list[dict[str, Any]]) -> dict[str, Any]:
-    """Say and return how the run ended: the last epoch and the best one, each by name."""
+    """Log, write and return the outcome of the run: its last and its best epoch."""
     metric, best = run.config.eval_metric, saver.best
     last = {'epoch': history[-1]['epoch'], **history[-1]['validation']}
     if run.accelerator.is_main_process:

@@ -1,4 +1,4 @@
-"""Log lines, trackers, progress bar, summary.csv and args.yaml of a run."""
+"""Log lines, progress bar and summary.csv of a run."""
 import csv
 import io
 import json
@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from timm.utils import AverageMeter
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -26,7 +25,7 @@ _logger = logging.getLogger(__name__)
 
 @contextmanager
 def progress_bar(run: Run, name: str, total: int, initial: int = 0) -> Iterator[tqdm]:
-    """A bar on the main process, on a terminal or where asked for; log lines appear above it."""
+    """Show a progress bar below the log lines: on the main process, on a terminal or with --progress."""
     shown = run.accelerator.is_main_process and (run.config.progress or sys.stderr.isatty())
     with logging_redirect_tqdm(), tqdm(
             total=total, initial=initial, desc=name, leave=False, disable=not shown) as bar:
@@ -34,12 +33,12 @@ def progress_bar(run: Run, name: str, total: int, initial: int = 0) -> Iterator[
 
 
 class EpochLog:
-    """timm's training lines, and what trackers get, of one epoch; the host waits for the device only in :meth:`write`.
+    """timm's training lines and the trackers' values of one epoch; only :meth:`write` waits for the device.
 
     Args:
         run: The run.
         epoch: The epoch.
-        totals: Its totals, which a resumed epoch has already.
+        totals: Totals of the epoch, which may contain those from before a resume.
     """
 
     def __init__(self, run: Run, epoch: int, totals: LossTotals):
@@ -57,7 +56,7 @@ class EpochLog:
         self.waited += time.perf_counter() - self.wait_start
 
     def update_done(self, steps: int) -> None:
-        """Count an update of so many steps."""
+        """Count an update with a number of steps."""
         now = time.perf_counter()
         self.step_time.update(now - self.update_start)
         self.data_time.update(self.waited)
@@ -68,7 +67,7 @@ class EpochLog:
         self.update_start, self.waited = now, 0.0
 
     def write(self, update: int, loss: torch.Tensor, norm: torch.Tensor | None) -> None:
-        """Log an update: its last loss, the norm of its gradients where it is known, and means."""
+        """Log an update: its last loss, the norm of its gradients if known, and means."""
         run, updates = self.run, self.run.updates_per_epoch
         sums, (now, *measured) = self.totals.reduced(run.accelerator, loss, *([] if norm is None else [norm]))
         mean, lr = sums.means().get('loss', math.nan), mean_lr(run)
@@ -86,7 +85,7 @@ class EpochLog:
         self.images_since = 0
 
     def _track(self, sums: Sums, measured: list[float], lr: float, step: int) -> None:
-        """Send what happened since the last line to the trackers."""
+        """Send the values since the last line to the trackers."""
         values = sums.means(self.before)
         values.update({f'share/{mode}': share for mode, share in self.totals.modes(sums, self.before).items()})
         values.update(
@@ -103,7 +102,7 @@ class EpochLog:
 
 
 def mean_lr(run: Run) -> float:
-    """Learning rate now, averaged over parameter groups."""
+    """Return the current learning rate, averaged over the parameter groups."""
     rates = [group['lr'] for group in run.optimizer.param_groups]
     return sum(rates) / len(rates)
 
@@ -114,9 +113,9 @@ def append_summary(
         train_metrics: dict[str, Any],
         eval_metrics: dict[str, float] | None,
         lr: float,
-        metrics: tuple[str, ...] = ('loss', 'top1', 'top5'),
+        metrics: tuple[str, ...],
 ) -> None:
-    """Add an epoch to summary.csv, with the header where the file is new; an epoch without evaluation has gaps."""
+    """Add an epoch to summary.csv, with a header if it is new; epochs without evaluation have empty cells."""
     columns = ['epoch', 'train_loss', *(f'eval_{key}' for key in metrics), 'lr']
     row = {'epoch': epoch, 'train_loss': train_metrics['loss'], 'lr': lr}
     row.update({f'eval_{key}': eval_metrics[key] for key in metrics if eval_metrics})
@@ -129,13 +128,8 @@ def append_summary(
     write_whole(path, old + text.getvalue())
 
 
-def write_args(path: Path, args: dict[str, Any]) -> None:
-    """Write args.yaml, which --config reads back."""
-    write_whole(path, yaml.safe_dump(args, default_flow_style=False))
-
-
 def result_json(history: list[dict[str, Any]], eval_metric: str) -> str:
-    """timm's closing `--result` block: the ten best epochs, the best one last."""
+    """Format timm's final `--result` block: the ten best epochs, the best one last."""
     evaluated = [entry for entry in history if 'validation' in entry]
     ranked = sorted(evaluated, key=lambda entry: entry['validation'][eval_metric], reverse=eval_metric == 'loss')
     return '--result\n' + json.dumps(ranked[-10:], indent=4)

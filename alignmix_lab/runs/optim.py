@@ -8,22 +8,18 @@ from timm.optim import create_optimizer_v2, list_optimizers, optimizer_kwargs
 from .config import RunConfig
 from .options import near_names
 
-# timm's names of torch's own classes that have such an update.
+# timm's names of torch's classes with a fused update.
 _FUSED_OPTIMIZERS = ('sgd', 'nesterov', 'momentum', 'adam', 'adamw')
 
 
 def check_optimizer(name: str) -> None:
-    """Refuse an optimizer that timm does not have.
-
-    Raises:
-        ValueError: There is none of that name.
-    """
+    """Raise a ValueError for an optimizer that timm does not have."""
     if name.lower() not in list_optimizers():
         raise ValueError(f'--opt {name}: timm has no such optimizer{near_names(name, list_optimizers())}')
 
 
 def scaled_lr(config: RunConfig, global_batch_size: int) -> float:
-    """Learning rate of a run: `lr`, or `lr_base` scaled to the global batch as timm scales it."""
+    """Return the learning rate of a run: `lr`, or `lr_base` scaled with the global batch as in timm."""
     if config.lr is not None:
         return config.lr
     scale = config.lr_base_scale
@@ -34,34 +30,28 @@ def scaled_lr(config: RunConfig, global_batch_size: int) -> float:
 
 
 def create_optimizer(config: RunConfig, parameters: Any, device: torch.device) -> torch.optim.Optimizer:
-    """Create timm's optimizer of a configuration.
-
-    Args:
-        config: The options.
-        parameters: What timm's `create_optimizer_v2` takes: a module, parameters or parameter groups.
-        device: Device of the parameters.
-    """
+    """Create the timm optimizer of a configuration for a module, parameters or parameter groups on a device."""
     return create_optimizer_v2(
         parameters, **optimizer_kwargs(config), **fused_update(config, device), **config.opt_kwargs)
 
 
 def fused_update(config: RunConfig, device: torch.device) -> dict[str, bool]:
-    """Argument of torch's own optimizers that makes an update one kernel per type of tensor, on GPUs, unless
-    --opt-foreach or --opt-kwargs choose otherwise."""
+    """Return the argument for fused updates of torch's own optimizers on GPUs, unless --opt-foreach or --opt-kwargs
+    choose otherwise."""
     chosen = config.opt_foreach is not None or {'fused', 'foreach'} & config.opt_kwargs.keys()
     return {'fused': True} if device.type == 'cuda' and config.opt in _FUSED_OPTIMIZERS and not chosen else {}
 
 
 def scale_lr(optimizer: torch.optim.Optimizer, parameters: Iterable[torch.nn.Parameter], scale: float) -> None:
-    """Split parameters, such as the classifier's, off an optimizer's groups and scale their learning rate.
+    """Scale the learning rate of some parameters, such as the classifier's.
 
-    The groups are timm's (weight decay, layer decay), so whatever built them stays as it is; timm's schedulers multiply
-    the learning rate of a group by its `lr_scale`.
+    Existing groups (weight decay, layer decay) are split. timm's schedulers multiply the learning rate of a group by
+    its `lr_scale`.
 
     Args:
-        optimizer: An optimizer that has made no step.
+        optimizer: An optimizer that has not made a step yet.
         parameters: Some of its parameters.
-        scale: Their learning rate, relative to that of the rest.
+        scale: Factor of their learning rate.
     """
     chosen = {id(parameter) for parameter in parameters}
     groups = []

@@ -1,8 +1,10 @@
-"""Options of a command: dataclass fields that know their flag, read from the command line and from YAML files."""
+"""Options of a command: dataclass fields that carry their flag, read from the command line and from YAML files."""
 import argparse
 import difflib
+import sys
 from ast import literal_eval
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -13,7 +15,7 @@ from timm.utils import ParseKwargs
 
 from timm_alignmix.mixes import canonical, list_mixes
 
-# Headings of --help, in order; others follow as they come.
+# Headings of --help, in order; any others follow.
 GROUPS = (
     'Data', 'Mixing', 'Detector', 'Model', 'Optimizer', 'Learning rate schedule', 'Augmentation and regularization',
     'Batch norm and weight averaging', 'Speed and device', 'Run, logs and checkpoints',
@@ -37,25 +39,33 @@ def config_option(
         flags: tuple[str, ...] = (),
         affects_result: bool = True,
 ) -> Any:
-    """Make a dataclass field that knows its flag.
+    """Make a dataclass field that is also a command-line flag.
 
     Args:
         group: Heading in `--help`.
-        default: Default value; None = decided later, as `text` says.
-        text: What the option does.
-        type: Type of the value, or of each of its values with `nargs`; dict = key=value pairs.
+        default: Default value; None if it is decided later, as `text` explains.
+        text: Help text.
+        type: Type of the value, or of each value with `nargs`; dict for key=value pairs.
         choices: Allowed values.
-        nargs: As in argparse: a number or '+' makes the value a list, '?' lets the flag stand alone for `const`.
-        const: Value of a flag that stands alone.
+        nargs: As in argparse: a number or '+' makes the value a list, '?' allows the flag alone, meaning `const`.
+        const: Value of the flag alone.
         low: Smallest allowed number.
-        below: Every allowed number is smaller than this.
+        below: Exclusive upper limit of a number.
         flags: Short forms.
-        affects_result: Whether another value gives another result. What is False may change when a run resumes, stays
-            out of exported recipes, and does not tell apart two runs or two evaluations.
+        affects_result: Whether the result depends on the value. Options that do not affect it may change when a run
+            resumes, are left out of exported recipes and do not distinguish runs or evaluations.
     """
-    metadata = dict(
+    return _field(default, dict(
         group=group, help=text, type=type, choices=choices, nargs=nargs, const=const, low=low, below=below, flags=flags,
-        affects_result=affects_result)
+        affects_result=affects_result))
+
+
+def with_default(config_class: type, name: str, default: Any) -> Any:
+    """Copy an option of a base class, with another default."""
+    return _field(default, config_class.__dataclass_fields__[name].metadata)
+
+
+def _field(default: Any, metadata: Mapping[str, Any]) -> Any:
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: default.copy(), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -63,14 +73,14 @@ def config_option(
 
 @dataclass
 class Options:
-    """A configuration: the values of fields made by :func:`config_option` are checked and given their types."""
+    """A configuration whose fields, made by :func:`config_option`, are checked and converted to their types."""
 
     def __post_init__(self):
         for option in _config_options(self):
             setattr(self, option.name, _convert(option, getattr(self, option.name)))
 
     def to_dict(self) -> dict[str, Any]:
-        """The options as plain values, for files."""
+        """Return the options as plain values, for files."""
         return asdict(self)
 
 
@@ -79,16 +89,16 @@ def _config_options(config: Any) -> list[Field]:
 
 
 def result_options(config_class: type[Options]) -> list[str]:
-    """Names of the options that the result depends on."""
+    """Return the names of the options that affect the result."""
     return [option.name for option in fields(config_class) if option.metadata['affects_result']]
 
 
 def changed_options(config: Options, earlier: dict[str, Any]) -> list[str]:
-    """Say which options differ from those of an earlier run in a way that changes the result.
+    """List the options that differ from an earlier run and affect the result.
 
     Args:
-        config: The options now. None is decided by the run, so it differs from nothing.
-        earlier: The content of the earlier run's args.yaml; what it does not name is not compared.
+        config: The current options. None is decided by the run, so it never counts as different.
+        earlier: Content of the earlier run's args.yaml; options missing there are not compared.
     """
     now = yaml.safe_load(yaml.safe_dump(config.to_dict()))  # tuples become lists, as in the file
     return [
@@ -98,15 +108,15 @@ def changed_options(config: Options, earlier: dict[str, Any]) -> list[str]:
 
 
 def flag(name: str) -> str:
-    """The command line's spelling of an option."""
+    """Spell an option's name as a flag."""
     return '--' + name.replace('_', '-')
 
 
 def option_words(name: str, value: Any) -> list[str]:
-    """Spell an option as words of the command line.
+    """Spell an option as command-line words.
 
     Raises:
-        ValueError: None, which no flag says.
+        ValueError: The value is None, which no flag can express.
     """
     if value is None:
         raise ValueError(f'{flag(name)} cannot be unset by a flag; use a recipe without it')
@@ -118,7 +128,7 @@ def option_words(name: str, value: Any) -> list[str]:
 
 
 def _literal(value: Any) -> str:
-    """A value as timm's key=value flags read it: a Python literal, or else text."""
+    """Write a value so that timm's key=value flags read it back: as text if possible, else as a Python literal."""
     try:
         is_plain = isinstance(value, str) and literal_eval(value) == value
     except ValueError:
@@ -129,13 +139,13 @@ def _literal(value: Any) -> str:
 
 
 def near_names(name: str, names: Iterable[str]) -> str:
-    """The end of an error message: the known names that look like `name`, '' where none does."""
+    """Return the end of an error message that suggests names similar to `name`, or ''."""
     near = difflib.get_close_matches(name, list(names), n=3, cutoff=0.6)
     return f'; did you mean {" or ".join(near)}?' if near else ''
 
 
 def _convert(option: Field, value: Any) -> Any:
-    """Check one value and give it its type; YAML reads 1e-3 as text and 1 as int, where a flag reads a float."""
+    """Check and convert a value: YAML reads 1e-3 as text and 1 as an int where a flag reads floats."""
     kind, nargs, default = option.metadata['type'], option.metadata['nargs'], option.default
     if value is None and default is None:
         return None
@@ -289,7 +299,7 @@ def _with_underscores(options: dict[Any, Any]) -> dict[str, Any]:
 # Command line
 
 class KeyValues(ParseKwargs):
-    """timm's key=value flag, which says what it expects."""
+    """timm's key=value flag with an error message for words without '='."""
 
     def __call__(self, parser, namespace, values, option_string=None):
         for value in values:
@@ -321,7 +331,7 @@ def create_parser(
         description: str,
         prog: str | None = None,
 ) -> argparse.ArgumentParser:
-    """A command line of --config and every option of a configuration; what is not given is not in the result."""
+    """Create a parser with --config and every option of a configuration; flags not given are absent from the result."""
     parser = argparse.ArgumentParser(
         prog=prog,
         usage=usage,
@@ -331,7 +341,7 @@ def create_parser(
     )
     parser.add_argument(
         '-c', '--config', metavar='RECIPE',
-        help='read options from a YAML file, or from a recipe by its name, e.g. imagenet/resnet50_300ep; flags win')
+        help='YAML file of options, or name of a recipe such as imagenet/resnet50_300ep; flags take precedence')
     options = fields(config_class)
     used = dict.fromkeys(option.metadata['group'] for option in options)
     titles = [title for title in GROUPS if title in used] + [title for title in used if title not in GROUPS]
@@ -347,13 +357,13 @@ def parse_flags(
         resolve: Callable[[dict[str, Any], str | None], Options],
         argv: list[str] | None = None,
 ) -> Options:
-    """Options from the command line; ends the program with a message where they are wrong.
+    """Read options from the command line; exits with a message if they are invalid.
 
     Args:
-        parser: Made by :func:`create_parser`.
-        config_class: The same configuration.
-        resolve: Makes the configuration from the flags given and the name of a YAML file or None.
-        argv: Words of the command line; None takes the program's own.
+        parser: Parser from :func:`create_parser`.
+        config_class: Configuration of the parser.
+        resolve: Makes the configuration from the given flags and the name of a YAML file or None.
+        argv: Command-line words; None for those of the program.
     """
     args, unknown = parser.parse_known_args(argv)
     if unknown:
@@ -364,3 +374,17 @@ def parse_flags(
         return resolve(flags, flags.pop('config'))
     except ValueError as e:
         parser.error(str(e))
+
+
+@contextmanager
+def exit_with_message(prog: str, *errors: type[Exception]) -> Iterator[None]:
+    """Turn errors in options, data or environment into the message of a command that exits.
+
+    Args:
+        prog: Name of the command.
+        errors: Further types of errors; ValueError, ImportError and OSError always count.
+    """
+    try:
+        yield
+    except (ValueError, ImportError, OSError, *errors) as e:
+        sys.exit(f'{prog}: error: {e}')

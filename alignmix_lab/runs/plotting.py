@@ -1,7 +1,7 @@
-"""One look for every picture: colours, lines and layout.
+"""Common style of all figures: colours, lines and layout.
 
-Colours are those of Okabe and Ito, which colour-blind readers tell apart; lines and markers differ too, so that a grey
-print still does. Figures are made without pyplot: no global state, no window.
+The colours, by Okabe and Ito, can be distinguished by colour-blind readers; lines and markers differ too, for printing
+in grey. Figures are made without pyplot, so there is no global state and no window.
 """
 import io
 import statistics
@@ -32,18 +32,18 @@ STYLE = {
 
 
 def color(index: int) -> str:
-    """Colour of the index-th model, the same in every picture."""
+    """Return the colour of the index-th model, the same in every figure."""
     return COLORS[index % len(COLORS)]
 
 
 def line(index: int) -> dict[str, Any]:
-    """Colour, line style and marker of the index-th model."""
+    """Return the colour, line style and marker of the index-th model."""
     return {
         'color': color(index), 'linestyle': LINES[index % len(LINES)], 'marker': MARKERS[index % len(MARKERS)]}
 
 
 def as_png(fig: Figure, dpi: int = 150) -> bytes:
-    """The content of a PNG file."""
+    """Render a figure as the content of a PNG file."""
     buffer = io.BytesIO()
     fig.savefig(buffer, format='png', dpi=dpi)
     return buffer.getvalue()
@@ -56,12 +56,12 @@ def figure(
         title: str = '',
         **subplots: Any,
 ) -> tuple[Figure, np.ndarray]:
-    """A figure of rows x columns axes.
+    """Create a figure with axes.
 
     Args:
         rows: Rows of axes.
         columns: Columns of axes.
-        size: Width and height of one of the axes, inches.
+        size: Width and height of each of the axes in inches.
         title: Title of the figure.
         **subplots: Further arguments of `Figure.subplots`, e.g. `sharex=True`.
 
@@ -77,7 +77,7 @@ def figure(
 
 
 def panels(count: int, most_columns: int = 3, **options: Any) -> tuple[Figure, list[Axes]]:
-    """A figure of `count` axes in rows of up to `most_columns`; what is left of the last row stays empty."""
+    """Create a figure with `count` axes in rows of up to `most_columns`; the rest of the last row stays empty."""
     columns = min(count, most_columns)
     fig, axes = figure(-(-count // columns), columns, **options)
     for ax in axes.flat[count:]:
@@ -85,28 +85,14 @@ def panels(count: int, most_columns: int = 3, **options: Any) -> tuple[Figure, l
     return fig, list(axes.flat[:count])
 
 
-def paired_panels(
-        count: int,
-        most_columns: int = 3,
-        heights: tuple[float, float] = (3, 1),
-        size: tuple[float, float] = (3.2, 3.8),
-        title: str = '',
-) -> tuple[Figure, list[tuple[Axes, Axes]]]:
-    """A figure of `count` pairs of axes, one above the other, with the same x axis.
+def paired_panels(count: int, title: str) -> tuple[Figure, list[tuple[Axes, Axes]]]:
+    """Create a figure with `count` pairs of axes, up to three in a row, and return it with (upper, lower) of each pair.
 
-    Args:
-        count: Pairs.
-        most_columns: Most pairs in a row.
-        heights: Relative heights of the upper and the lower axes.
-        size: Width and height of a pair, inches.
-        title: Title of the figure.
-
-    Returns:
-        The figure and (upper, lower) of each pair.
+    The axes of a pair share their x axis; the upper one is three times as high.
     """
-    columns = min(count, most_columns)
+    columns = min(count, 3)
     rows = -(-count // columns)
-    fig, axes = figure(2 * rows, columns, size=(size[0], size[1] / 2), title=title, height_ratios=heights * rows)
+    fig, axes = figure(2 * rows, columns, size=(3.2, 1.9), title=title, height_ratios=(3, 1) * rows)
     pairs = [(axes[2 * row, column], axes[2 * row + 1, column]) for row in range(rows) for column in range(columns)]
     for upper, lower in pairs[:count]:
         upper.sharex(lower)
@@ -117,7 +103,7 @@ def paired_panels(
 
 
 def shared_legend(fig: Figure, ax: Axes) -> None:
-    """One legend for all axes, of what `ax` shows, below them, in as many columns as the figure is wide for."""
+    """Add one legend below all axes with the labels of `ax`, in as many columns as fit."""
     handles, labels = ax.get_legend_handles_labels()
     for ncols in range(min(len(labels), 5), 0, -1):
         legend = fig.legend(handles, labels, loc='outside lower center', ncols=ncols, frameon=False)
@@ -133,12 +119,12 @@ def bars(
         form: str = '.1f',
         errors: Sequence[float] | None = None,
 ) -> None:
-    """Horizontal bars, one a model in its colour, the value written at the end.
+    """Draw a horizontal bar per model in its colour, with the value at the end.
 
     Args:
-        ax: Where.
+        ax: Axes to draw on.
         labels: Names of the models, from top to bottom.
-        values: Lengths.
+        values: Lengths of the bars.
         form: Format of the values.
         errors: Half lengths of error bars.
     """
@@ -154,11 +140,11 @@ def bars(
 
 
 def draw_by_epoch(ax: Axes, curves: dict[str, list[dict[int, float]]]) -> None:
-    """Mean by epoch and, of several trainings, their range.
+    """Draw the mean by epoch and, for several runs, their range.
 
     Args:
-        ax: Where.
-        curves: For each name the values by epoch of every training; epochs that only some have are left out.
+        ax: Axes to draw on.
+        curves: For each name, the values by epoch of every run; epochs missing in some runs are left out.
     """
     for i, (name, runs) in enumerate(curves.items()):
         epochs = sorted(set.intersection(*(set(run) for run in runs)))

@@ -1,8 +1,6 @@
-"""What a run leaves to be looked at: a picture of its curves after each epoch, a short report at its end."""
+"""Picture of a run's curves after each epoch, and a short report at its end."""
 import csv
 import math
-import os
-import platform
 import shlex
 import sys
 from datetime import timedelta
@@ -10,22 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import timm
-import torch
 
 from timm_alignmix.version import __version__
 
 from .files import write_whole
 from .plotting import as_png, line, panels
 from .run import Run
+from .timing import hardware
 
 
 def draw_curves(summary: Path, picture: Path) -> None:
-    """Draw losses, metrics and learning rate of a summary.csv, by epoch.
-
-    Args:
-        summary: The table.
-        picture: PNG to write, whole.
-    """
+    """Draw the losses, metrics and learning rate of a summary.csv into a PNG file."""
     with open(summary, newline='', encoding='utf-8') as file:
         rows = list(csv.DictReader(file))
     epochs = [int(row['epoch']) for row in rows]
@@ -57,16 +50,16 @@ def write_report(
         best: dict[str, float],
         train: dict[str, Any],
 ) -> None:
-    """Write report.md: the command, where and how long it ran, and what came of it.
+    """Write report.md: the command, hardware, time and results.
 
     Args:
         run: The run.
         folder: Its folder.
         last: `epoch` and metrics of the last epoch.
-        best: The same of the best epoch.
-        train: What the last epoch's training returned.
+        best: `epoch` and metrics of the best epoch.
+        train: Training summary of the last epoch.
     """
-    config, names = run.config, run.config.metrics
+    config, names, processes = run.config, run.config.metrics, run.accelerator.num_processes
     lines = [
         f'# {folder.name}',
         '',
@@ -74,9 +67,9 @@ def write_report(
         '',
         f'- Network: {config.arch}',
         f'- Data: {run.loaders.description}',
-        f'- Hardware: {_hardware(run)}',
-        f'- Software: timm-alignmix {__version__}, timm {timm.__version__}, torch {torch.__version__}, '
-        f'Python {platform.python_version()}',
+        f'- Hardware: {processes} process{"es" if processes > 1 else ""}, {hardware(run.accelerator.device)}, '
+        f'precision {run.accelerator.mixed_precision}',
+        f'- Software: timm-alignmix {__version__}, timm {timm.__version__}',
         f'- Time: {timedelta(seconds=round(run.seconds))} for {last["epoch"] + 1} epochs of {run.updates_per_epoch} '
         f'updates, {run.global_batch_size} images each',
         '',
@@ -90,12 +83,6 @@ def write_report(
         lines += ['', 'Training, last epoch:', '', '| mode | share of the steps | mean loss |', '|---|---|---|']
         lines += [f'| {mode} | {values["share"]:.1%} | {values["loss"]:.4g} |'
                   for mode, values in train['modes'].items()]
-    lines += ['', f'Updates left out in the last epoch because the loss was not finite: {train["skipped"]}', '',
+    lines += ['', f'Updates skipped in the last epoch because the loss was not finite: {train["skipped"]}', '',
               '![curves](curves.png)', '']
     write_whole(folder / 'report.md', '\n'.join(lines))
-
-
-def _hardware(run: Run) -> str:
-    processes, device = run.accelerator.num_processes, run.accelerator.device
-    name = torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{device.type}, {os.cpu_count()} cores'
-    return f'{processes} process{"es" if processes > 1 else ""} on {name}, precision {run.accelerator.mixed_precision}'

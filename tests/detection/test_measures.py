@@ -10,7 +10,7 @@ from pycocotools.cocoeval import COCOeval
 
 from detection.annotations import Record
 from detection.coco_eval import coco_ground_truth, coco_metrics, coco_results
-from detection.voc_eval import average_precision, box_iou, voc_metrics
+from detection.voc_eval import average_precision, voc_metrics
 
 
 def record(boxes, labels=None, difficult=None, crowd=None):
@@ -36,10 +36,10 @@ def voc(records, detections):
 
 
 def test_iou_of_inclusive_pixels_is_the_kits():
-    """The kit counts (xmax - xmin + 1) pixels; two 10-pixel squares that share 5 columns."""
-    kit_a, kit_b = np.array([1, 1, 10, 10]), np.array([6, 1, 15, 10])
-    half_open = [np.array([k[0] - 1, k[1] - 1, k[2], k[3]], dtype=float)[None] for k in (kit_a, kit_b)]
-    assert box_iou(*half_open) == pytest.approx(50 / 150)
+    """The kit counts (xmax - xmin + 1) pixels: shifted by 3 of 10, squares overlap by half."""
+    for shift, is_true in ((3, True), (4, False)):  # 70 / 130 and 60 / 140
+        truth = record([[0, 0, 10, 10]])
+        assert voc([truth], [found([[shift, 0, 10 + shift, 10]], [0.9])])[1] == float(is_true) * 100
 
 
 def test_average_precision_by_hand():

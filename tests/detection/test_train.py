@@ -14,7 +14,7 @@ import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 
-from detection.config import DetectConfig, resolve_detect_config
+from detection.config import DetectConfig, resolve_config
 from detection.export_checkpoint import export_detector, load_detector
 from detection.predict import predict
 from detection.task import DetectionTask
@@ -29,7 +29,7 @@ TINY = dict(
 
 def run(data, output, name, **options):
     AcceleratorState._reset_state(reset_partial_state=True)  # as in a new process
-    return train(resolve_detect_config(
+    return train(resolve_config(
         {**TINY, 'data_dir': str(data), 'output': str(output), 'experiment': name, **options}))
 
 
@@ -199,7 +199,7 @@ def test_recipes_are_valid():
     recipes = sorted((ROOT / 'recipes' / 'detection').glob('*.yaml'))
     assert len(recipes) >= 4
     for path in recipes:
-        assert isinstance(resolve_detect_config({'data_dir': 'D'}, str(path)), DetectConfig)
+        assert isinstance(resolve_config({'data_dir': 'D'}, str(path)), DetectConfig)
         assert path.read_text().startswith('# ')
 
 

@@ -150,7 +150,7 @@ def test_a_loss_that_is_not_finite_leaves_the_update_out(make_config, run_traini
     assert all(value.isfinite().all() for value in last(run.folder)['state_dict'].values())
     train = run.result['history'][0]['train']
     assert train['skipped'] == 1 and 1 < train['loss'] < 4
-    assert any('the loss is not finite at epoch 0, update 1: left out, 1 in a row' in line for line in run.log)
+    assert any('the loss is not finite at epoch 0, update 1: update skipped, 1 in a row' in line for line in run.log)
 
 
 @pytest.mark.parametrize('bad', [2, 3])
