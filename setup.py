@@ -63,6 +63,7 @@ setup(
         'alignmix_lab.evaluation.ablation': ['studies.yaml'],
         'alignmix_lab.evaluation.report': ['page.html'],
     },
+    entry_points={'console_scripts': ['alignmix = alignmix_lab.__main__:main']},
     python_requires='>=3.10',
     install_requires=[
         'numpy>=1.26',

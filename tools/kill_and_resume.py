@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Kill training runs with SIGKILL at random updates, continue them, and compare their ends with runs left alone.
 
-    python benchmarks/kill_and_resume.py --kills 3 --output FOLDER [--mixes none alignmix] [--loaders timm ffcv]
+    python tools/kill_and_resume.py --kills 3 --output FOLDER [--mixes none alignmix] [--loaders timm ffcv]
 
 Each run trains on the built-in sample with gradient accumulation, a moving average and dropout, on the CPU. A killed
 run is started again with --resume auto until it ends. Then every loss that was logged (updates that were made again

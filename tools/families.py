@@ -4,8 +4,8 @@
 Each method takes one forward and backward step in its feature mode (input modes work on any classifier). Writes
 docs/families.md.
 
-    python benchmarks/families.py                     # all modules, about half an hour on two cores
-    python benchmarks/families.py resnet levit vgg    # some, printed only
+    python tools/families.py                     # all modules, about half an hour on two cores
+    python tools/families.py resnet levit vgg    # some, printed only
 """
 import argparse
 import platform
@@ -109,7 +109,7 @@ def markdown(rows: list[dict[str, Any]], info: str) -> str:
         'One small model of every timm model module, one forward and backward step of every method in its feature '
         'mode. mixup, cutmix and none need no knowledge of the model and run on all of them.',
         '',
-        f'`python benchmarks/families.py`, {info}.',
+        f'`python tools/families.py`, {info}.',
         '',
         '| method | modules it works on |',
         '|---|---|',

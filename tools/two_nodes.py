@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Train on two nodes, lose one within an epoch, and go on: on one machine, each node in a network of its own.
 
-    python benchmarks/two_nodes.py --output FOLDER [--loopback]
+    python tools/two_nodes.py --output FOLDER [--loopback]
 
 Each node is a launcher of its own, `accelerate launch --num_machines 2 --machine_rank 0|1`, in its own network
 namespace, connected by a pair of virtual interfaces (needs root and `ip`; with --loopback both nodes share the network
