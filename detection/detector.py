@@ -26,19 +26,15 @@ def create_detector(config: DetectConfig, class_names: list[str]) -> tuple[nn.Mo
     Raises:
         ValueError: The backbone, its weights or an option does not fit.
     """
-    faster = config.detector == 'fasterrcnn'
+    faster, size = config.detector == 'fasterrcnn', config.img_size
     if config.batch_size == 1 and config.model_kwargs.get('conv4_stride1'):
         raise ValueError(
             'conv4_stride1 adds batch norms to maps of one position, which cannot train on a single image; '
             'pass --batch-size 2 or more')
-    if not faster:
-        arguments = dict(size=config.img_size)
-    elif config.augment == 'lsj':  # the images are already squares of this side
-        arguments = dict(min_size=config.img_size, max_size=config.img_size)
-    elif config.augment == 'multiscale':
-        arguments = dict(min_size=multiscale_sizes(config.img_size), max_size=config.max_size)
-    else:
-        arguments = dict(min_size=config.img_size, max_size=config.max_size)
+    arguments = dict(size=size) if not faster else dict(
+        min_size=multiscale_sizes(size) if config.augment == 'multiscale' else size,
+        max_size=size if config.augment == 'lsj' else config.max_size,  # lsj makes squares of this side
+    )
     # Like torchvision, Faster R-CNN freezes the norms and the first stage of a pretrained backbone.
     freeze_bn = (faster and config.weights is not None) if config.freeze_bn is None else config.freeze_bn
     frozen_stages = config.frozen_stages
