@@ -6,13 +6,14 @@ from timm.utils import random_seed
 
 from alignmix_lab.data.loaders import Loaders
 from alignmix_lab.runs.accelerator import start_processes
+from alignmix_lab.runs.checkpoint import load_weights
 from alignmix_lab.runs.run import Run
 
 from .annotations import Annotations
 from .backbones import layer_decay_groups
 from .config import DetectConfig
 from .data import DetectionDataset, DetectionLoader, read_annotations
-from .detector import create_detector, fill
+from .detector import create_detector
 from .export_checkpoint import read_weights
 from .task import DetectionTask, DetectionTotals
 from .transforms import create_transform
@@ -33,7 +34,7 @@ def build_run(config: DetectConfig) -> Run:
     random_seed(config.seed)
     model, description = create_detector(config, annotations[0].class_names)
     if config.initial_checkpoint:
-        fill(model, read_weights(config.initial_checkpoint)[0], config.initial_checkpoint)
+        load_weights(model, read_weights(config.initial_checkpoint)[0], config.initial_checkpoint, 'the detector')
     if config.sync_bn and accelerator.num_processes > 1:
         model = convert_sync_batchnorm(model)
     model.to(accelerator.device)

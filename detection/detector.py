@@ -1,10 +1,7 @@
 """Build a detector from a configuration, or from the description in its checkpoints."""
 from typing import Any
 
-from timm.models import clean_state_dict
 from torch import nn
-
-from timm_alignmix.weights import key_problems
 
 from .config import DetectConfig
 from .models import build_faster_rcnn, build_ssd
@@ -73,16 +70,3 @@ def rebuild(description: dict[str, Any]) -> nn.Module:
     """Build the detector of a description, with random weights."""
     build = BUILDERS[description['detector']]
     return build(description['backbone'], len(description['class_names']) + 1, **description['arguments'])
-
-
-def fill(model: nn.Module, state_dict: dict[str, Any], source: str) -> None:
-    """Load weights after checking every key and shape.
-
-    Raises:
-        ValueError: The message lists the keys that do not fit.
-    """
-    state_dict = clean_state_dict(state_dict)
-    problems = key_problems(model.state_dict(), state_dict)
-    if problems:
-        raise ValueError(f'{source} does not fit the detector: {problems}')
-    model.load_state_dict(state_dict)

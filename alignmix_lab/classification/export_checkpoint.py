@@ -10,13 +10,11 @@ import timm
 import torch
 from timm.data import resolve_data_config
 from timm.models import clean_state_dict
-from torch import nn
 
-from alignmix_lab.runs.checkpoint import read_checkpoint
+from alignmix_lab.runs.checkpoint import load_weights, read_checkpoint
 from alignmix_lab.runs.options import result_options
 from timm_alignmix import create_mix, weights
 from timm_alignmix.version import __version__
-from timm_alignmix.weights import key_problems
 
 from .build import model_arguments
 from .config import TrainConfig
@@ -51,17 +49,7 @@ def export_checkpoint(
     Raises:
         ValueError: The checkpoint is damaged, lacks keys (listed in the message), or lacks the requested weights.
     """
-    model, data_config, facts, class_names = open_checkpoint(Path(checkpoint), ema, dataset)
-    return weights.export(
-        model, folder, license=license, data_config=data_config, training=facts, class_names=class_names)
-
-
-def open_checkpoint(
-        path: Path,
-        ema: bool | None,
-        dataset: str | None,
-) -> tuple[nn.Module, dict[str, Any], dict[str, Any], list[str] | None]:
-    """Read the model of a checkpoint, its preprocessing, the facts of its training, and the names of its classes."""
+    path = Path(checkpoint)
     with torch.serialization.safe_globals([Namespace]):  # plain data, in which timm's train.py saves its arguments
         state = read_checkpoint(path)
     if 'args' not in state:
@@ -76,16 +64,14 @@ def open_checkpoint(
     arguments = model_arguments(config)
     num_classes = config.num_classes or _count_classes(config.model, arguments, state_dict, path)
     model = timm.create_model(config.model, num_classes=num_classes, **arguments)
-    problems = key_problems(model.state_dict(), state_dict)
-    if problems:
-        raise ValueError(f'{path} does not fit {config.model}: {problems}')
-    model.load_state_dict(state_dict)
+    load_weights(model, state_dict, path, config.model)
 
     class_names = state.get('data_config', {}).get('class_names')
     data_config = resolve_data_config(config.to_dict(), model=model)
     facts = _facts(path, state, args, 'raw' if key == 'state_dict' else 'ema')
     facts['dataset'] = dataset or _dataset_name(args, class_names)
-    return model, data_config, facts, class_names
+    return weights.export(
+        model, folder, license=license, data_config=data_config, training=facts, class_names=class_names)
 
 
 def _count_classes(name: str, arguments: dict[str, Any], weights: dict[str, torch.Tensor], path: Path) -> int:

@@ -14,10 +14,8 @@ from timm.task import TrainingTask
 from timm.utils import unwrap_model
 from torch import nn
 
-from timm_alignmix.weights import key_problems
-
 from .agreement import StopSignals
-from .checkpoint import position
+from .checkpoint import check_weights, position
 from .config import RunConfig
 from .optim import create_optimizer, scale_lr, scaled_lr
 from .totals import LossTotals
@@ -177,7 +175,8 @@ class Run:
             ValueError: The checkpoint belongs to another model or optimizer.
         """
         config, task = self.config, self.task
-        _check_weights(task.get_eval_model(), state, path, config.arch)
+        source = f'{path} ({state.get("arch", "unknown model")})'
+        check_weights(task.get_eval_model(), state['state_dict'], source, config.arch)
         task.load_checkpoint_state(state['state_dict'], state.get('task_state'))
         if task.has_ema():
             ema = state.get('state_dict_ema', state['state_dict'])
@@ -257,9 +256,3 @@ class Run:
         own = rows[self.accelerator.process_index].split(sizes)
         for buffer, values in zip(buffers, own, strict=True):
             buffer.copy_(values.view_as(buffer))
-
-
-def _check_weights(model: torch.nn.Module, state: dict[str, Any], path: Path, name: str) -> None:
-    problems = key_problems(unwrap_model(model).state_dict(), state['state_dict'])
-    if problems:
-        raise ValueError(f'{path} ({state.get("arch", "unknown model")}) does not fit {name}: {problems}')
