@@ -32,23 +32,18 @@ def create_detector(config: DetectConfig, class_names: list[str]) -> tuple[nn.Mo
         min_size=multiscale_sizes(size) if config.augment == 'multiscale' else size,
         max_size=size if config.augment == 'lsj' else config.max_size,  # lsj makes squares of this side
     )
-    # Like torchvision, Faster R-CNN freezes the norms and the first stage of a pretrained backbone.
-    freeze_bn = (faster and config.weights is not None) if config.freeze_bn is None else config.freeze_bn
-    frozen_stages = config.frozen_stages
+    frozen = {name: value for name in ('freeze_bn', 'frozen_stages') if (value := getattr(config, name)) is not None}
     model = BUILDERS[config.detector](
         config.backbone,
         len(class_names) + 1,
         weights=config.weights,
-        freeze_bn=freeze_bn,
-        **({} if frozen_stages is None else dict(frozen_stages=frozen_stages)),
         grad_checkpointing=config.grad_checkpointing,
         backbone_kwargs=config.backbone_kwargs,
+        **frozen,
         **arguments,
         **config.model_kwargs,
     )
     report = model.backbone_report
-    if frozen_stages is None:
-        frozen_stages = int(faster and config.weights is not None and not model.backbone.plain)
     description = dict(
         detector=config.detector,
         backbone=report.arch,
@@ -56,8 +51,8 @@ def create_detector(config: DetectConfig, class_names: list[str]) -> tuple[nn.Mo
         arguments=dict(
             **arguments,
             **config.model_kwargs,
-            freeze_bn=freeze_bn,
-            frozen_stages=frozen_stages,
+            freeze_bn=report.freeze_bn,
+            frozen_stages=report.frozen_stages,
             image_mean=report.image_mean,
             image_std=report.image_std,
             backbone_kwargs=report.kwargs,

@@ -62,9 +62,8 @@ def build_faster_rcnn(
     Raises:
         ValueError: See `create_backbone`.
     """
-    options = {'freeze_bn': None, 'frozen_stages': None, 'image_size': fixed_size, **_backbone_options(kwargs)}
-    if options['freeze_bn'] is None:
-        options['freeze_bn'] = weights is not None
+    options = dict(
+        freeze_bn=weights is not None, frozen_stages=None, image_size=fixed_size) | _backbone_options(kwargs)
     net = create_backbone(partial(PyramidBackbone, out_channels=fpn_channels), backbone, weights, **options)
     coarsest = net.levels[-2]  # the pooled level rounds up, as in torchvision
     if fixed_size is not None and any(side % coarsest for side in fixed_size):

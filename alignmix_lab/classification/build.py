@@ -60,14 +60,14 @@ def resolve_data(config: TrainConfig, arguments: dict[str, Any]) -> dict[str, An
     with torch.device('meta'):
         probe = timm.create_model(name, **arguments)
     data_config = resolve_data_config(config.to_dict(), model=probe)
+    size = data_config['input_size']
     for side in config.train_sides():
         try:
-            _probe_forward(probe, (data_config['input_size'][0], side, side))
+            _probe_forward(probe, (size[0], side, side))
         except (RuntimeError, AssertionError, ValueError) as e:
             raise ValueError(
                 f'{name} does not accept images of {side} pixels; leave out --min-res and --max-res (model error: '
                 f'{e})') from e
-    size = data_config['input_size']
     try:
         _probe_forward(probe, size)
     except (RuntimeError, AssertionError, ValueError) as e:
@@ -128,14 +128,12 @@ def create_task(
     model.to(device)
     if config.channels_last:
         model.to(memory_format=torch.channels_last)
-    criterion = dict(smoothing=config.smoothing)
-    if config.bce_loss:
-        criterion.update(loss_type='bce', bce_sum=config.bce_sum, bce_target_thresh=config.bce_target_thresh)
+    bce = dict(loss_type='bce', bce_sum=config.bce_sum, bce_target_thresh=config.bce_target_thresh)
     task = timm_alignmix.MixTask(
         model,
         mix=config.mix,
         mix_kwargs=config.mix_kwargs,
-        criterion_kwargs=criterion,
+        criterion_kwargs=dict(smoothing=config.smoothing, **(bce if config.bce_loss else {})),
         seed=config.seed,
         rank=rank,
         img_size=input_size[-2:],

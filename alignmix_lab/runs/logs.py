@@ -35,10 +35,7 @@ def progress_bar(run: Run, name: str, total: int, initial: int = 0) -> Iterator[
 class EpochLog:
     """timm's training lines and the trackers' values of one epoch; only :meth:`write` waits for the device.
 
-    Args:
-        run: The run.
-        epoch: The epoch.
-        totals: Totals of the epoch, which may contain those from before a resume.
+    The totals may contain steps from before a resume, which the first line leaves out.
     """
 
     def __init__(self, run: Run, epoch: int, totals: LossTotals):

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.scheduler.scheduler import Scheduler
 from timm.task import TrainingTask
@@ -17,7 +18,7 @@ from torch import nn
 from .agreement import StopSignals
 from .checkpoint import check_weights, position
 from .config import RunConfig
-from .optim import create_optimizer, scale_lr, scaled_lr
+from .optim import fused_update, scale_lr, scaled_lr
 from .totals import LossTotals
 
 _logger = logging.getLogger(__name__)
@@ -99,7 +100,8 @@ class Run:
         """
         self.config = config = replace(self.config, lr=scaled_lr(self.config, self.global_batch_size))
         parameters = self.task.get_trainable_module() if parameters is None else parameters
-        self.optimizer = create_optimizer(config, parameters, self.accelerator.device)
+        fused = fused_update(config, self.accelerator.device)
+        self.optimizer = create_optimizer_v2(parameters, **optimizer_kwargs(config), **fused, **config.opt_kwargs)
         if scaled and scale != 1:
             scale_lr(self.optimizer, scaled, scale)
         self.scheduler, self.num_epochs = create_scheduler_v2(

@@ -25,9 +25,6 @@ class Sums:
 class LossTotals:
     """Sums of the results of an epoch's training steps.
 
-    Args:
-        device: Device of the losses.
-
     Attributes:
         sums: By name, the sum over this process's steps, float32 on the device. 'loss' covers every step, 'loss/NAME'
             the steps of a mode or a part of the loss.
