@@ -45,6 +45,8 @@ class BackboneReport:
         loaded: Number of keys that were loaded: all keys of the backbone, or none.
         resized: Keys that were resized to the image size.
         dropped: Keys the backbone does not need: the classifier and stages after the last map.
+        freeze_bn: Whether all batch norms are frozen.
+        frozen_stages: Number of frozen stages.
     """
     arch: str
     weights: str | None
@@ -57,6 +59,8 @@ class BackboneReport:
     loaded: int
     resized: tuple[str, ...]
     dropped: tuple[str, ...]
+    freeze_bn: bool
+    frozen_stages: int
 
     def __str__(self) -> str:
         maps = ', '.join(f'{chs} channels at stride {s}' for chs, s in zip(self.channels, self.strides, strict=True))
@@ -327,6 +331,8 @@ def create_backbone(
     given = set(source.model.state_dict()) if weights is not None else set()
     net = cls(body, source.arch, image_size)
     keys = set(net.body.state_dict())
+    if frozen_stages is None:
+        frozen_stages = int(weights is not None and not net.plain)
     net.report = BackboneReport(
         arch=source.arch,
         weights=source.weights,
@@ -339,14 +345,14 @@ def create_backbone(
         loaded=len(keys & given),
         resized=tuple(key for key in resized if key in keys),
         dropped=tuple(sorted(given - keys)),
+        freeze_bn=freeze_bn,
+        frozen_stages=frozen_stages,
     )
     if weights is None and source.model.pretrained_cfg.get('file'):
         _logger.warning(f'{backbone} has weights, but weights=None starts from random ones; pass weights={backbone!r}')
     _logger.info(f'Backbone {net.report}')
     if grad_checkpointing:
         net.body.set_grad_checkpointing(True)
-    if frozen_stages is None:
-        frozen_stages = int(weights is not None and not net.plain)
     net.freeze_stages(frozen_stages)
     if freeze_bn:
         net.freeze_batch_norm()

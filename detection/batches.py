@@ -12,12 +12,8 @@ from .annotations import Record
 def aspect_ratio_groups(records: Sequence[Record], factor: int) -> np.ndarray:
     """Group images by width / height, as torchvision's detection reference does.
 
-    Args:
-        records: The images.
-        factor: Bins per octave of the ratio between 1/2 and 2, plus a bin on each side. 0: a single group.
-
-    Returns:
-        int array, one group number per image.
+    There are `factor` bins per octave of the ratio between 1/2 and 2, plus a bin on each side; a factor of 0 makes a
+    single group. Returns the group number of each image.
     """
     if not factor:
         return np.zeros(len(records), dtype=int)
@@ -58,10 +54,8 @@ class TrainBatches(Sampler[list[int]]):
 
     Args:
         groups: Group of every image; see aspect_ratio_groups().
-        batch_size: Images per batch of one process.
+        batch_size: Images per batch of one process, whose number among `world_size` is `rank`.
         seed: Seed of the order.
-        rank: This process.
-        world_size: Number of processes.
 
     Attributes:
         epoch: Epoch to draw the order for.

@@ -50,12 +50,7 @@ def coco_metrics(
         detections: Sequence[dict[str, np.ndarray]],
         class_names: Sequence[str],
 ) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
-    """Compute COCO's box average precision in per cent.
-
-    Args:
-        records: Images with their objects.
-        detections: For each image `boxes` (N, 4), `scores` (N,) and `labels` (N,).
-        class_names: Names of labels 1, 2, ...
+    """Compute COCO's box average precision in per cent; for the arguments see `voc_metrics`.
 
     Returns:
         `map` (mean over IoU 0.5, 0.55, ..., 0.95), `map50`, `map75` and `map_small`, `map_medium`, `map_large` by

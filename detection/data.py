@@ -164,14 +164,11 @@ class DetectionLoader:
 
     Args:
         dataset: The images.
-        batch_size: Images per batch of this process.
+        batch_size: Images per batch of this process, whose number among `world_size` is `rank`.
         training: Shuffle, and drop the last partial batch.
         workers: Worker processes.
         device: Device of the batches.
         seed: Seed of the order.
-        rank: This process.
-        world_size: Number of processes.
-        pin_mem: Pin host memory.
         aspect_ratio_group_factor: Factor of `aspect_ratio_groups` for training batches.
 
     Raises:

@@ -1,10 +1,7 @@
 """Build a detector from a configuration, or from the description in its checkpoints."""
 from typing import Any
 
-from timm.models import clean_state_dict
 from torch import nn
-
-from timm_alignmix.weights import key_problems
 
 from .config import DetectConfig
 from .models import build_faster_rcnn, build_ssd
@@ -26,36 +23,27 @@ def create_detector(config: DetectConfig, class_names: list[str]) -> tuple[nn.Mo
     Raises:
         ValueError: The backbone, its weights or an option does not fit.
     """
-    faster = config.detector == 'fasterrcnn'
+    faster, size = config.detector == 'fasterrcnn', config.img_size
     if config.batch_size == 1 and config.model_kwargs.get('conv4_stride1'):
         raise ValueError(
             'conv4_stride1 adds batch norms to maps of one position, which cannot train on a single image; '
             'pass --batch-size 2 or more')
-    if not faster:
-        arguments = dict(size=config.img_size)
-    elif config.augment == 'lsj':  # the images are already squares of this side
-        arguments = dict(min_size=config.img_size, max_size=config.img_size)
-    elif config.augment == 'multiscale':
-        arguments = dict(min_size=multiscale_sizes(config.img_size), max_size=config.max_size)
-    else:
-        arguments = dict(min_size=config.img_size, max_size=config.max_size)
-    # Like torchvision, Faster R-CNN freezes the norms and the first stage of a pretrained backbone.
-    freeze_bn = (faster and config.weights is not None) if config.freeze_bn is None else config.freeze_bn
-    frozen_stages = config.frozen_stages
+    arguments = dict(size=size) if not faster else dict(
+        min_size=multiscale_sizes(size) if config.augment == 'multiscale' else size,
+        max_size=size if config.augment == 'lsj' else config.max_size,  # lsj makes squares of this side
+    )
+    frozen = {name: value for name in ('freeze_bn', 'frozen_stages') if (value := getattr(config, name)) is not None}
     model = BUILDERS[config.detector](
         config.backbone,
         len(class_names) + 1,
         weights=config.weights,
-        freeze_bn=freeze_bn,
-        **({} if frozen_stages is None else dict(frozen_stages=frozen_stages)),
         grad_checkpointing=config.grad_checkpointing,
         backbone_kwargs=config.backbone_kwargs,
+        **frozen,
         **arguments,
         **config.model_kwargs,
     )
     report = model.backbone_report
-    if frozen_stages is None:
-        frozen_stages = int(faster and config.weights is not None and not model.backbone.plain)
     description = dict(
         detector=config.detector,
         backbone=report.arch,
@@ -63,8 +51,8 @@ def create_detector(config: DetectConfig, class_names: list[str]) -> tuple[nn.Mo
         arguments=dict(
             **arguments,
             **config.model_kwargs,
-            freeze_bn=freeze_bn,
-            frozen_stages=frozen_stages,
+            freeze_bn=report.freeze_bn,
+            frozen_stages=report.frozen_stages,
             image_mean=report.image_mean,
             image_std=report.image_std,
             backbone_kwargs=report.kwargs,
@@ -77,16 +65,3 @@ def rebuild(description: dict[str, Any]) -> nn.Module:
     """Build the detector of a description, with random weights."""
     build = BUILDERS[description['detector']]
     return build(description['backbone'], len(description['class_names']) + 1, **description['arguments'])
-
-
-def fill(model: nn.Module, state_dict: dict[str, Any], source: str) -> None:
-    """Load weights after checking every key and shape.
-
-    Raises:
-        ValueError: The message lists the keys that do not fit.
-    """
-    state_dict = clean_state_dict(state_dict)
-    problems = key_problems(model.state_dict(), state_dict)
-    if problems:
-        raise ValueError(f'{source} does not fit the detector: {problems}')
-    model.load_state_dict(state_dict)

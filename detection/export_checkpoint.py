@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from timm.models import clean_state_dict
 from torch import nn
 
-from alignmix_lab.runs.checkpoint import read_checkpoint
+from alignmix_lab.runs.checkpoint import load_weights, read_checkpoint
 from alignmix_lab.runs.options import exit_with_message
 
-from .detector import fill, rebuild
+from .detector import rebuild
 
 WEIGHTS_FILE, DESCRIPTION_FILE = 'model.safetensors', 'detector.json'
 
@@ -46,7 +47,7 @@ def read_weights(source: str | Path, ema: bool | None = None) -> tuple[dict[str,
     if ema and 'state_dict_ema' not in state:
         raise ValueError(f'{source} has no moving average of the weights; use the raw ones')
     use_ema = 'state_dict_ema' in state if ema is None else ema
-    return state['state_dict_ema' if use_ema else 'state_dict'], state['task_state']['detector']
+    return clean_state_dict(state['state_dict_ema' if use_ema else 'state_dict']), state['task_state']['detector']
 
 
 def load_detector(source: str | Path, ema: bool | None = None) -> tuple[nn.Module, list[str]]:
@@ -64,7 +65,7 @@ def load_detector(source: str | Path, ema: bool | None = None) -> tuple[nn.Modul
     """
     state_dict, description = read_weights(source, ema)
     model = rebuild(description)
-    fill(model, state_dict, str(source))
+    load_weights(model, state_dict, source, 'the detector')
     return model.eval(), description['class_names']
 
 

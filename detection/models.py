@@ -19,7 +19,7 @@ from torch import nn
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
 from torchvision.models.detection.ssd import SSD
-from torchvision.ops import MultiScaleRoIAlign
+from torchvision.ops import Conv2dNormActivation, MultiScaleRoIAlign
 
 from .backbones import Backbone, PyramidBackbone, SimpleFeaturePyramid, create_backbone
 
@@ -62,9 +62,8 @@ def build_faster_rcnn(
     Raises:
         ValueError: See `create_backbone`.
     """
-    options = {'freeze_bn': None, 'frozen_stages': None, 'image_size': fixed_size, **_backbone_options(kwargs)}
-    if options['freeze_bn'] is None:
-        options['freeze_bn'] = weights is not None
+    options = dict(
+        freeze_bn=weights is not None, frozen_stages=None, image_size=fixed_size) | _backbone_options(kwargs)
     net = create_backbone(partial(PyramidBackbone, out_channels=fpn_channels), backbone, weights, **options)
     coarsest = net.levels[-2]  # the pooled level rounds up, as in torchvision
     if fixed_size is not None and any(side % coarsest for side in fixed_size):
@@ -240,12 +239,12 @@ class ExtraLayers(nn.Module):
 
 
 def _conv(in_channels: int, out_channels: int, kernel_size: int, norm: bool, **kwargs: int) -> list[nn.Module]:
-    conv = nn.Conv2d(in_channels, out_channels, kernel_size, bias=not norm, **kwargs)
-    nn.init.xavier_uniform_(conv.weight)
-    if norm:
-        return [conv, nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True)]
-    nn.init.zeros_(conv.bias)
-    return [conv, nn.ReLU(inplace=True)]
+    layers = Conv2dNormActivation(
+        in_channels, out_channels, kernel_size, norm_layer=nn.BatchNorm2d if norm else None, **kwargs)
+    nn.init.xavier_uniform_(layers[0].weight)
+    if not norm:
+        nn.init.zeros_(layers[0].bias)
+    return list(layers)
 
 
 def _keep_stride_8(body: nn.Module, name: str) -> None:

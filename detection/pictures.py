@@ -33,7 +33,8 @@ def draw_detections(
         score, label, box = (detections[key][index] for key in ('scores', 'labels', 'boxes'))
         if score < threshold:
             continue
-        color = class_color(int(label), len(class_names))
+        hue = (0.12 + (label - 1) / len(class_names)) % 1  # a light colour per class, evenly spread
+        color = tuple(round(255 * value) for value in colorsys.hsv_to_rgb(hue, 0.75, 1))
         x, y = _ordered(box)[:2]
         draw.rectangle(_ordered(box), outline=color, width=line)
         text = f'{class_names[label - 1]} {score:.2f}'
@@ -50,8 +51,3 @@ def _ordered(box: np.ndarray) -> tuple[float, ...]:
     """Convert a box for PIL, which includes the last pixel and refuses boxes that end before they start."""
     x1, y1, x2, y2 = (float(value) for value in box)
     return x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)
-
-
-def class_color(label: int, num_classes: int) -> tuple[int, ...]:
-    """Return a light colour; the classes are spread evenly over the hues."""
-    return tuple(round(255 * value) for value in colorsys.hsv_to_rgb((0.12 + (label - 1) / num_classes) % 1, 0.75, 1))

@@ -5,7 +5,6 @@ experiment into training from scratch. Here weights are first loaded into a whol
 size, where every key must match, and then transferred to the network of the detector's size.
 """
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,8 @@ from timm.models import get_model_args, get_model_traits, load_state_dict
 from torch import nn
 
 from alignmix_lab.classification.export_checkpoint import export_checkpoint
-from timm_alignmix.weights import key_problems, read_config
+from alignmix_lab.runs.checkpoint import load_weights
+from timm_alignmix.weights import read_config
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def adapt(source: Source, **kwargs: Any) -> tuple[nn.Module, tuple[str, ...]]:
         )
         model = _create(source.arch, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
         state.update({key: model.state_dict()[key] for key in resized})
-    _fill(model, state, source.weights)
+    load_weights(model, state, source.weights, source.arch)
     return model, resized
 
 
@@ -157,7 +157,7 @@ def _read_named(name: str) -> Source:
         file = str(Path(file, 'model.safetensors'))
     if not file or not Path(file).is_file():
         return _describe(_create(name, pretrained=True), name)
-    _fill(model, load_state_dict(file), name)
+    load_weights(model, load_state_dict(file), name, _arch(model))
     return _describe(model, name)
 
 
@@ -168,11 +168,3 @@ def _read_checkpoint(path: Path, use_ema: bool) -> Source:
         source = _read_named(f'local-dir:{folder}')
         ema = read_config(folder)['training']['weights'] == 'ema'
     return replace(source, weights=f'{path} (moving average)' if ema else str(path))
-
-
-def _fill(model: nn.Module, state: Mapping[str, torch.Tensor], name: str) -> None:
-    """Load a state dict after checking its keys and shapes."""
-    problems = key_problems(model.state_dict(), state)
-    if problems:
-        raise ValueError(f'{name} does not fit {_arch(model)}: {problems}')
-    model.load_state_dict(state)

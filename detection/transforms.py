@@ -33,19 +33,8 @@ def create_transform(
         'none': [],
         'hflip': [flip],
         'multiscale': [flip],
-        'lsj': [
-            v2.ScaleJitter((size, size), antialias=True),
-            v2.RandomCrop(size, pad_if_needed=True, fill=fill),
-            flip,
-            sanitize,
-        ],
-        'ssd': [
-            v2.RandomPhotometricDistort(),
-            v2.RandomZoomOut(fill=fill),
-            v2.RandomIoUCrop(),
-            flip,
-            sanitize,
-        ],
+        'lsj': [v2.ScaleJitter((size, size)), v2.RandomCrop(size, pad_if_needed=True, fill=fill), flip, sanitize],
+        'ssd': [v2.RandomPhotometricDistort(), v2.RandomZoomOut(fill=fill), v2.RandomIoUCrop(), flip, sanitize],
     }
     if name not in steps:
         raise ValueError(f'augmentation {name!r} must be one of {", ".join(AUGMENTATIONS)}')

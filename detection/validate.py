@@ -13,7 +13,6 @@ from torch import nn
 from alignmix_lab.runs.logs import progress_bar
 from alignmix_lab.runs.run import Run
 
-from .annotations import Record
 from .coco_eval import coco_metrics
 from .data import read_image
 from .pictures import draw_detections
@@ -36,17 +35,19 @@ def validate(run: Run, model: nn.Module, name: str, folder: Path) -> dict[str, f
     Returns:
         Metrics in per cent, on every process; see `voc_metrics` and `coco_metrics`.
     """
-    records, config = run.loaders.val.dataset.records, run.config
+    records, class_names = run.loaders.val.dataset.records, run.loaders.class_names
     own, seconds = detect(run, model, name)
     detections = collect(own, len(records))
     shared: list[Any] = [None]
     if run.accelerator.is_main_process:
-        shared[0], per_class = measure(records, detections, run.loaders.class_names)
+        voc, voc_classes = voc_metrics(records, detections, class_names)
+        coco, coco_classes = coco_metrics(records, detections, class_names)
+        shared[0] = {**voc, **coco}
+        per_class = {name: {**values, **coco_classes.get(name, {})} for name, values in voc_classes.items()}
         _log(name, shared[0], per_class, len(own) / seconds)
         suffix = name.lower().replace(' ', '-').replace('(', '').replace(')', '')
         (folder / f'classes-{suffix}.json').write_text(json.dumps(per_class, indent=4), encoding='utf-8')
-        save_pictures(records, detections, run.loaders.class_names, folder / f'pictures-{suffix}', config.pictures,
-                      config.picture_threshold)
+        save_pictures(run, detections, folder / f'pictures-{suffix}')
     return broadcast_object_list(shared)[0]
 
 
@@ -84,17 +85,6 @@ def collect(own: dict[int, dict[str, np.ndarray]], num_images: int) -> list[dict
     return [merged[index] for index in range(num_images)]
 
 
-def measure(
-        records: list[Record],
-        detections: list[dict[str, np.ndarray]],
-        class_names: list[str],
-) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
-    """Compute the metrics of VOC and COCO, also for every class, in per cent."""
-    voc, voc_classes = voc_metrics(records, detections, class_names)
-    coco, coco_classes = coco_metrics(records, detections, class_names)
-    return {**voc, **coco}, {name: {**values, **coco_classes.get(name, {})} for name, values in voc_classes.items()}
-
-
 def _log(name: str, metrics: dict[str, float], per_class: dict[str, dict[str, float]], rate: float) -> None:
     values = '  '.join(f'{key}: {value:.2f}' for key, value in metrics.items() if value >= 0)
     _logger.info(f'{name}: {values}  ({rate:.1f} images/s per process)')
@@ -103,20 +93,15 @@ def _log(name: str, metrics: dict[str, float], per_class: dict[str, dict[str, fl
         _logger.info(f'  {class_name:<{width}}  ' + '  '.join(f'{key} {value:6.2f}' for key, value in figures.items()))
 
 
-def save_pictures(
-        records: list[Record],
-        detections: list[dict[str, np.ndarray]],
-        class_names: list[str],
-        folder: Path,
-        count: int,
-        threshold: float,
-) -> None:
+def save_pictures(run: Run, detections: list[dict[str, np.ndarray]], folder: Path) -> None:
     """Draw the detections and, thinner, the true boxes on images spread evenly over the data set."""
+    records, count = run.loaders.val.dataset.records, run.config.pictures
     if not count:
         return
     folder.mkdir(parents=True, exist_ok=True)
     places = np.linspace(0, len(records) - 1, min(count, len(records))).round().astype(int)
     for index in dict.fromkeys(places.tolist()):
         record = records[index]
-        picture = draw_detections(read_image(record), detections[index], class_names, threshold, record.boxes)
+        picture = draw_detections(
+            read_image(record), detections[index], run.loaders.class_names, run.config.picture_threshold, record.boxes)
         picture.save(folder / f'{record.path.stem}.png')

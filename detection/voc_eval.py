@@ -35,11 +35,6 @@ def class_average_precision(
     In order of falling score, each detection is compared with the object of its class and image that it overlaps most.
     It is false below the IoU threshold and ignored if that object is marked difficult. The first detection of an object
     is true, further ones are false.
-
-    Args:
-        records: Images with their objects.
-        detections: For each image `boxes` (N, 4), `scores` (N,) and `labels` (N,).
-        label: The class.
     """
     scores, outcomes, positives = [], [], 0
     for record, found in zip(records, detections, strict=True):

@@ -1,7 +1,7 @@
-"""Training a classifier with a mixing method: options, building, evaluation, export; without a command line."""
+"""Training of a classifier with a mixing method: options, building, evaluation and export, without command lines."""
 from .config import TrainConfig, resolve_config
 from .dry_run import dry_run
-from .training import fit_and_export, prepare, train
+from .train import fit_and_export, prepare, train
 
 __all__ = [
     'TrainConfig',

@@ -1,4 +1,4 @@
-"""Build everything a run needs from its configuration, and refuse what cannot work before anything is trained."""
+"""Build the parts of a classification run, and refuse options that cannot work before training starts."""
 import logging
 import os
 import pickle
@@ -28,7 +28,7 @@ _logger = logging.getLogger(__name__)
 
 
 def model_arguments(config: TrainConfig) -> dict[str, Any]:
-    """Arguments of `timm.create_model` except `pretrained`, `num_classes` and `checkpoint_path`."""
+    """Collect the arguments of `timm.create_model` except `pretrained`, `num_classes` and `checkpoint_path`."""
     extra = {}
     if timm_alignmix.create_mix(config.mix, **config.mix_kwargs).name == 'densemultimix':
         extra = timm_alignmix.dense_model_kwargs(config.model)
@@ -47,12 +47,12 @@ def model_arguments(config: TrainConfig) -> dict[str, Any]:
 
 
 def resolve_data(config: TrainConfig, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Input size, mean, std, interpolation and crop of the model, after checking that it takes such images.
+    """Resolve the input size, mean, std, interpolation and crop, after checking that the model accepts such images.
 
-    The model is built without memory (on the meta device), so that a wrong name or size costs no time.
+    The check uses the meta device, so that it takes no time and memory.
 
     Raises:
-        ValueError: No such model, or one that is built for another image size.
+        ValueError: There is no such model, or it was built for another image size.
     """
     name = config.model
     if ':' not in name and not timm.is_model(name):
@@ -60,24 +60,24 @@ def resolve_data(config: TrainConfig, arguments: dict[str, Any]) -> dict[str, An
     with torch.device('meta'):
         probe = timm.create_model(name, **arguments)
     data_config = resolve_data_config(config.to_dict(), model=probe)
+    size = data_config['input_size']
     for side in config.train_sides():
         try:
-            _probe_forward(probe, (data_config['input_size'][0], side, side))
+            _probe_forward(probe, (size[0], side, side))
         except (RuntimeError, AssertionError, ValueError) as e:
             raise ValueError(
-                f'{name} does not take images of {side} pixels; leave --min-res and --max-res out (the model says: '
+                f'{name} does not accept images of {side} pixels; leave out --min-res and --max-res (model error: '
                 f'{e})') from e
-    size = data_config['input_size']
     try:
         _probe_forward(probe, size)
     except (RuntimeError, AssertionError, ValueError) as e:
         built_for = resolve_data_config({}, model=probe)['input_size']
         remedy = f'--img-size {built_for[-1]}'
-        with suppress(Exception), torch.device('meta'):  # whatever stops this, the model cannot be told its size
+        with suppress(Exception), torch.device('meta'):  # after any error, img_size is no remedy
             _probe_forward(timm.create_model(name, **{**arguments, 'img_size': size[-1]}), size)
             remedy = f'--model-kwargs img_size={size[-1]}, or {remedy}'
         raise ValueError(
-            f'{name} was built for {_by(built_for)}, got {_by(size)}; pass {remedy} (the model says: {e})') from e
+            f'{name} was built for {_by(built_for)}, got {_by(size)}; pass {remedy} (model error: {e})') from e
     return data_config
 
 
@@ -97,7 +97,7 @@ def create_data(
         rank: int = 0,
         world_size: int = 1,
 ) -> Loaders:
-    """Loaders of a process, for the images that the model takes."""
+    """Create the loaders of a process for the input of the model."""
     images = {key: data_config[key] for key in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')}
     return open_loaders(LoaderOptions.of(config, **images, device=device, rank=rank, world_size=world_size))
 
@@ -111,36 +111,29 @@ def create_task(
         rank: int = 0,
         world_size: int = 1,
 ) -> timm_alignmix.MixTask:
-    """The model, on the run's device, inside its training task."""
+    """Create the model on the run's device, inside its training task."""
     if config.initial_checkpoint and not os.path.isfile(config.initial_checkpoint):
         raise ValueError(f'--initial-checkpoint {config.initial_checkpoint}: no such file')
     random_seed(config.seed)
-    model = timm.create_model(
-        config.model,
-        pretrained=config.pretrained,
-        num_classes=num_classes,
-        **arguments,
-    )
+    model = timm.create_model(config.model, pretrained=config.pretrained, num_classes=num_classes, **arguments)
     if config.initial_checkpoint:
         _load_initial(model, config.initial_checkpoint)
     if config.grad_checkpointing:
         try:
             model.set_grad_checkpointing(enable=True)
-        except AssertionError as e:  # how timm's models say that they cannot
+        except AssertionError as e:  # raised by timm's models without it
             raise ValueError(f'--grad-checkpointing: {config.model} does not have it; leave it out') from e
     if config.sync_bn and world_size > 1:
         model = convert_sync_batchnorm(model)
     model.to(device)
     if config.channels_last:
         model.to(memory_format=torch.channels_last)
-    criterion = dict(smoothing=config.smoothing)
-    if config.bce_loss:
-        criterion.update(loss_type='bce', bce_sum=config.bce_sum, bce_target_thresh=config.bce_target_thresh)
+    bce = dict(loss_type='bce', bce_sum=config.bce_sum, bce_target_thresh=config.bce_target_thresh)
     task = timm_alignmix.MixTask(
         model,
         mix=config.mix,
         mix_kwargs=config.mix_kwargs,
-        criterion_kwargs=criterion,
+        criterion_kwargs=dict(smoothing=config.smoothing, **(bce if config.bce_loss else {})),
         seed=config.seed,
         rank=rank,
         img_size=input_size[-2:],
@@ -155,26 +148,26 @@ def create_task(
 
 
 def _load_initial(model: nn.Module, path: str) -> None:
-    """Put the weights of a file into a model; nothing in the file is executed."""
+    """Load the weights of a file into a model; code in the file is never executed."""
     try:
         load_checkpoint(model, path)
     except (RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError, pickle.UnpicklingError,
-            SafetensorError) as e:  # of any foreign content
+            SafetensorError) as e:  # foreign content raises any of these
         reason = ' '.join(str(e).split())
         raise ValueError(f'--initial-checkpoint {path} has no weights for this model ({reason[:300]})') from e
 
 
 def build_run(config: TrainConfig) -> Run:
-    """Build and check the parts of a run; nothing is wrapped for several processes or resumed yet.
+    """Build and check the parts of a run, without resuming it or wrapping it for its devices.
 
     Raises:
-        ValueError: An option, the data or the model does not fit, with the remedy.
+        ValueError: An option, the data or the model does not fit; the message suggests a remedy.
     """
     accelerator = start_processes(config)
     arguments = model_arguments(config)
     data_config = resolve_data(config, arguments)
     place = accelerator.device, accelerator.process_index, accelerator.num_processes
-    with accelerator.local_main_process_first():  # what is written once is written by the first of each machine
+    with accelerator.local_main_process_first():  # the first process of each machine writes the shared files
         loaders = create_data(config, data_config, *place)
     data_config.update(loader=loaders.kind, class_names=loaders.class_names)
     task = create_task(config, arguments, data_config['input_size'], loaders.num_classes, *place)
@@ -188,6 +181,6 @@ def build_run(config: TrainConfig) -> Run:
 
 
 def classifier_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
-    """Parameters of a timm model's classifier, or of all of them where it has several."""
+    """List the parameters of a timm model's classifier, or of all its classifiers."""
     heads = model.get_classifier()
     return [p for head in (heads if isinstance(heads, (tuple, list)) else [heads]) for p in head.parameters()]

@@ -11,6 +11,7 @@ import numpy as np
 import timm
 import torch
 import yaml
+from timm.task import ClassificationTask
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -35,15 +36,6 @@ class PlannedProcesses:
     num_processes: int
     mixed_precision: str
     device: torch.device = torch.device('meta')
-
-
-@dataclass(frozen=True)
-class PlannedTask:
-    """Stand-in for the training task, with a model without values."""
-    model: torch.nn.Module
-
-    def get_trainable_module(self) -> torch.nn.Module:
-        return self.model
 
 
 def dry_run(config: TrainConfig) -> None:
@@ -86,7 +78,8 @@ def plan_run(config: TrainConfig) -> Run:
     with torch.device('meta'):
         model = timm.create_model(config.model, num_classes=loaders.num_classes, **arguments)
     precision = config.amp_dtype if config.amp else 'no'
-    run = Run(config, PlannedProcesses(processes, precision), loaders, PlannedTask(model), data_config, MixTotals)
+    task = ClassificationTask(model, device=torch.device('meta'), verbose=False)
+    run = Run(config, PlannedProcesses(processes, precision), loaders, task, data_config, MixTotals)
     run.add_optimizer(scaled=classifier_parameters(model), scale=config.head_lr_scale)
     return run
 

@@ -1,4 +1,4 @@
-"""From a training checkpoint to a folder that plain timm loads."""
+"""Export of a training checkpoint to a folder that plain timm loads."""
 import inspect
 import os
 import re
@@ -10,18 +10,16 @@ import timm
 import torch
 from timm.data import resolve_data_config
 from timm.models import clean_state_dict
-from torch import nn
 
-from alignmix_lab.runs.checkpoint import read_checkpoint
+from alignmix_lab.runs.checkpoint import load_weights, read_checkpoint
 from alignmix_lab.runs.options import result_options
 from timm_alignmix import create_mix, weights
 from timm_alignmix.version import __version__
-from timm_alignmix.weights import key_problems
 
 from .build import model_arguments
 from .config import TrainConfig
 
-# Options that the network and its images depend on.
+# Options that determine the network and its input.
 _MODEL_OPTIONS = (
     'model', 'model_kwargs', 'mix', 'mix_kwargs', 'num_classes', 'gp', 'in_chans', 'drop', 'drop_path', 'drop_block',
     'bn_momentum', 'bn_eps', 'img_size', 'input_size', 'crop_pct', 'crop_mode', 'mean', 'std', 'interpolation',
@@ -40,35 +38,25 @@ def export_checkpoint(
 
     Args:
         checkpoint: A checkpoint of train_imagenet.py or of timm's train.py.
-        folder: Where to write; files of an earlier export are replaced.
-        ema: The moving average (True), the raw weights (False), or the moving average where there is one (None).
-        dataset: Short name of the data set, for the tag; None takes it from the checkpoint.
+        folder: Folder to write; files of an earlier export are replaced.
+        ema: Export the moving average (True), the raw weights (False), or the moving average if there is one (None).
+        dataset: Short name of the data set for the tag; None takes it from the checkpoint.
         license: Licence of the weights.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: A damaged or partial checkpoint (the keys are named), or one without what was asked for.
+        ValueError: The checkpoint is damaged, lacks keys (listed in the message), or lacks the requested weights.
     """
-    model, data_config, facts, class_names = open_checkpoint(Path(checkpoint), ema, dataset)
-    return weights.export(
-        model, folder, license=license, data_config=data_config, training=facts, class_names=class_names)
-
-
-def open_checkpoint(
-        path: Path,
-        ema: bool | None,
-        dataset: str | None,
-) -> tuple[nn.Module, dict[str, Any], dict[str, Any], list[str] | None]:
-    """The model of a checkpoint, its preprocessing, the facts of its training, and the names of its classes."""
-    with torch.serialization.safe_globals([Namespace]):  # plain data; timm's train.py saves its arguments as one
+    path = Path(checkpoint)
+    with torch.serialization.safe_globals([Namespace]):  # plain data, in which timm's train.py saves its arguments
         state = read_checkpoint(path)
     if 'args' not in state:
         raise ValueError(f'{path} does not hold the arguments it was trained with; export the model itself instead')
     args = state['args'] if isinstance(state['args'], dict) else vars(state['args'])
     if ema and 'state_dict_ema' not in state:
-        raise ValueError(f'{path} has no moving average: the run was without --model-ema; export the raw weights')
+        raise ValueError(f'{path} has no moving average: the run did not use --model-ema; export the raw weights')
     key = 'state_dict' if ema is False or 'state_dict_ema' not in state else 'state_dict_ema'
     state_dict = clean_state_dict(state[key])
 
@@ -76,20 +64,18 @@ def open_checkpoint(
     arguments = model_arguments(config)
     num_classes = config.num_classes or _count_classes(config.model, arguments, state_dict, path)
     model = timm.create_model(config.model, num_classes=num_classes, **arguments)
-    problems = key_problems(model.state_dict(), state_dict)
-    if problems:
-        raise ValueError(f'{path} does not fit {config.model}: {problems}')
-    model.load_state_dict(state_dict)
+    load_weights(model, state_dict, path, config.model)
 
     class_names = state.get('data_config', {}).get('class_names')
     data_config = resolve_data_config(config.to_dict(), model=model)
     facts = _facts(path, state, args, 'raw' if key == 'state_dict' else 'ema')
     facts['dataset'] = dataset or _dataset_name(args, class_names)
-    return model, data_config, facts, class_names
+    return weights.export(
+        model, folder, license=license, data_config=data_config, training=facts, class_names=class_names)
 
 
 def _count_classes(name: str, arguments: dict[str, Any], weights: dict[str, torch.Tensor], path: Path) -> int:
-    """Rows of the classifier in a checkpoint."""
+    """Count the rows of the classifier in a checkpoint."""
     with torch.device('meta'):
         classifier = timm.create_model(name, **arguments).pretrained_cfg.get('classifier')
     key = f'{classifier if isinstance(classifier, str) else classifier[0]}.weight'
@@ -99,7 +85,7 @@ def _count_classes(name: str, arguments: dict[str, Any], weights: dict[str, torc
 
 
 def _facts(path: Path, state: dict[str, Any], args: dict[str, Any], weights: str) -> dict[str, Any]:
-    """What is known of a training run, without a path of the machine it ran on."""
+    """Collect the facts of a training run, without paths of its machine."""
     mix = create_mix(args.get('mix', 'none'), **args.get('mix_kwargs', {}))
     defaults = {name: p.default for name, p in inspect.signature(type(mix)).parameters.items()}
     facts = {
@@ -123,7 +109,7 @@ def _facts(path: Path, state: dict[str, Any], args: dict[str, Any], weights: str
 
 
 def _accuracy(path: Path, state: dict[str, Any], args: dict[str, Any]) -> dict[str, Any] | None:
-    """Metrics of the exported epoch and of the best one, each by name."""
+    """Collect the metrics of the exported epoch and of the best one."""
     metric = state.get('metric')
     if metric is None:
         return None
@@ -143,20 +129,20 @@ def _accuracy(path: Path, state: dict[str, Any], args: dict[str, Any]) -> dict[s
 
 
 def _recipe(args: dict[str, Any]) -> dict[str, Any]:
-    """The options that the result depends on and that are not empty; of paths only the last part."""
-    recipe = {name: args[name] for name in result_options(TrainConfig) if not _is_empty(args.get(name))}
+    """Collect the options that affect the result and are not empty, with only the last part of paths."""
+    values = {name: args.get(name) for name in result_options(TrainConfig)}
+    recipe = {
+        name: value for name, value in values.items()
+        if value is not None and value is not False and value not in ('', {}, [])  # but 0 is kept
+    }
     for key in ('data_dir', 'model', 'initial_checkpoint', 'class_map'):
         if key in recipe:
             recipe[key] = _base_name(recipe[key])
     return recipe
 
 
-def _is_empty(value: Any) -> bool:
-    return value is None or value is False or value in ('', {}, [])
-
-
 def _base_name(value: str) -> str:
-    """The last part of a path; names of timm models and of the hub as they are."""
+    """Return the last part of a path; names of timm models and of the hub are unchanged."""
     if value.startswith('hf-hub:'):
         return value
     return os.path.basename(os.path.abspath(value.removeprefix('local-dir:')))

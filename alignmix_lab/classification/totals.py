@@ -1,4 +1,4 @@
-"""What the steps of a mixing method add up to."""
+"""Sums over the training steps of a mixing method."""
 from typing import Any
 
 from alignmix_lab.runs.totals import LossTotals, Sums
@@ -22,7 +22,7 @@ class MixTotals(LossTotals):
         }
 
     def describe(self, sums: Sums) -> str:
-        """Share and mean loss of every mode and the mean lam, over all processes (which share the modes)."""
+        """Describe the share and mean loss of every mode, and the mean lam, over all processes."""
         means = sums.means()
         parts = [
             f'{mode} {100 * share:.1f}% (loss {means["loss/" + mode]:#.3g})'

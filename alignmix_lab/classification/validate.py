@@ -1,4 +1,4 @@
-"""One pass of evaluation in a training run."""
+"""Evaluation of a classifier during training."""
 import logging
 import time
 from collections import OrderedDict
@@ -15,13 +15,13 @@ _logger = logging.getLogger(__name__)
 
 @torch.inference_mode()
 def validate(run: Run, model: nn.Module, name: str = 'Test') -> OrderedDict[str, float]:
-    """Evaluate a model on the whole validation set, every image once.
+    """Evaluate a model on the whole validation set, using every image once.
 
-    Processes may have different numbers of batches, so they meet only after the last one.
+    Processes may have different numbers of batches, so they only synchronise after the last one.
 
     Args:
         run: The run.
-        model: Plain model that gives logits.
+        model: Plain model that returns logits.
         name: Start of the log line.
 
     Returns:

@@ -26,19 +26,18 @@ def draw_gallery(files: list[Path], args: argparse.Namespace) -> Figure:
 
 
 def draw_alignment(files: list[Path], args: argparse.Namespace) -> Figure:
-    opened, pixels = _open(files, args)
-    return plots.alignment(opened.network.network, pixels, args.layer, args.positions, args.count, args.eps,
-                           args.iterations)
+    network, pixels, _ = _open(files, args)
+    return plots.alignment(network, pixels, args.layer, args.positions, args.count, args.eps, args.iterations)
 
 
 def draw_attention(files: list[Path], args: argparse.Namespace) -> Figure:
-    opened, pixels = _open(files, args)
-    return plots.attention(opened.network.network, pixels, class_names=opened.class_names, seed=args.seed)
+    network, pixels, class_names = _open(files, args)
+    return plots.attention(network, pixels, class_names=class_names, seed=args.seed)
 
 
 def draw_hull(files: list[Path], args: argparse.Namespace) -> Figure:
-    opened, pixels = _open(files, args)
-    return plots.hull(opened.network.network, pixels, _names(files, args), args.n, seed=args.seed)
+    network, pixels, _ = _open(files, args)
+    return plots.hull(network, pixels, _names(files, args), args.n, seed=args.seed)
 
 
 def draw_morph(files: list[Path], args: argparse.Namespace) -> Figure:
@@ -47,9 +46,11 @@ def draw_morph(files: list[Path], args: argparse.Namespace) -> Figure:
     return plots.morph(model, mix, plots.read_images(files, size), **_given(lams=args.lams))
 
 
-def _open(files: list[Path], args: argparse.Namespace) -> tuple[Any, Any]:
+def _open(files: list[Path], args: argparse.Namespace) -> tuple[Any, Any, Any]:
+    """Open the network, the images at its size, and its class names."""
     opened = plots.open_network(args.model, args.pretrained, args.img_size)
-    return opened, plots.read_images(files, opened.data_config['input_size'][-1])
+    pixels = plots.read_images(files, opened.data_config['input_size'][-1])
+    return opened.network.network, pixels, opened.class_names
 
 
 def _given(**options: Any) -> dict[str, Any]:

@@ -11,6 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.utils import unwrap_model
+from torch import nn
+
+from timm_alignmix.weights import key_problems
 
 _logger = logging.getLogger(__name__)
 
@@ -144,7 +148,7 @@ class CheckpointSaver:
 
 def _numbered(folder: Path, pattern: str) -> list[tuple[tuple[int, ...], Path]]:
     """Find the files of a folder whose names match, sorted by their numbers."""
-    found = ((re.fullmatch(pattern, path.name), path) for path in folder.iterdir())
+    found = ((re.fullmatch(pattern, path.name), path) for path in folder.glob('*'))  # none if the folder is missing
     return sorted((tuple(map(int, match.groups())), path) for match, path in found if match)
 
 
@@ -176,9 +180,26 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return state
 
 
+def check_weights(model: nn.Module, state_dict: dict[str, torch.Tensor], source: str | Path, name: str) -> None:
+    """Check that weights from `source` have exactly the keys and shapes of a model.
+
+    Raises:
+        ValueError: Some do not fit `name`; the message lists them.
+    """
+    problems = key_problems(unwrap_model(model).state_dict(), state_dict)
+    if problems:
+        raise ValueError(f'{source} does not fit {name}: {problems}')
+
+
+def load_weights(model: nn.Module, state_dict: dict[str, torch.Tensor], source: str | Path, name: str) -> None:
+    """Load weights after :func:`check_weights`."""
+    check_weights(model, state_dict, source, name)
+    model.load_state_dict(state_dict)
+
+
 def has_checkpoints(folder: Path) -> bool:
     """Return whether a folder has the checkpoints of a run."""
-    return folder.exists() and ((folder / 'last.pth.tar').exists() or bool(_within_epochs(folder)))
+    return (folder / 'last.pth.tar').exists() or bool(_within_epochs(folder))
 
 
 def position(state: dict[str, Any]) -> tuple[int, int]:
@@ -194,9 +215,8 @@ def find_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
         ValueError: All checkpoints are damaged.
     """
     ends = [path for path in (folder / 'last.pth.tar', folder / 'previous.pth.tar') if path.exists()]
-    others = _within_epochs(folder) if folder.exists() else []
-    if folder.exists():
-        others += [((epoch + 1, 0), path) for (epoch,), path in _numbered(folder, r'checkpoint-(\d+)\.pth\.tar')]
+    others = _within_epochs(folder)
+    others += [((epoch + 1, 0), path) for (epoch,), path in _numbered(folder, r'checkpoint-(\d+)\.pth\.tar')]
     found = _first_whole(ends)
     reached = position(found[1]) if found else (-1, -1)
     newer = _first_whole([path for where, path in sorted(others, reverse=True) if where > reached])

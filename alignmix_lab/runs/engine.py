@@ -95,9 +95,7 @@ def _compute_gradients(
     module, results = task.get_trainable_module(), []
     steps = min(accum, len(run.loaders.train) - update * accum)  # the last update of an epoch may be smaller
     for step in range(steps):
-        log.wait_begins()
-        batch = next(batches, None)
-        log.wait_ends()
+        batch = log.next_batch(batches)
         if batch is None:
             return []
         if step == 0:

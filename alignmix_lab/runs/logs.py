@@ -35,10 +35,7 @@ def progress_bar(run: Run, name: str, total: int, initial: int = 0) -> Iterator[
 class EpochLog:
     """timm's training lines and the trackers' values of one epoch; only :meth:`write` waits for the device.
 
-    Args:
-        run: The run.
-        epoch: The epoch.
-        totals: Totals of the epoch, which may contain those from before a resume.
+    The totals may contain steps from before a resume, which the first line leaves out.
     """
 
     def __init__(self, run: Run, epoch: int, totals: LossTotals):
@@ -49,11 +46,12 @@ class EpochLog:
         self.images = self.images_since = 0  # of the last update, since the last line
         self.update_start, self.waited = time.perf_counter(), 0.0
 
-    def wait_begins(self) -> None:
-        self.wait_start = time.perf_counter()
-
-    def wait_ends(self) -> None:
-        self.waited += time.perf_counter() - self.wait_start
+    def next_batch(self, batches: Iterator[Any]) -> Any:
+        """Return the next batch, or None at the end, and time the wait for it."""
+        start = time.perf_counter()
+        batch = next(batches, None)
+        self.waited += time.perf_counter() - start
+        return batch
 
     def update_done(self, steps: int) -> None:
         """Count an update with a number of steps."""

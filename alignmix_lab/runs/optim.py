@@ -1,9 +1,8 @@
 """Learning rate and optimizer of a run."""
 from collections.abc import Iterable
-from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2, list_optimizers, optimizer_kwargs
+from timm.optim import list_optimizers
 
 from .config import RunConfig
 from .options import near_names
@@ -27,12 +26,6 @@ def scaled_lr(config: RunConfig, global_batch_size: int) -> float:
         scale = 'sqrt' if any(name in config.opt.lower() for name in ('ada', 'lamb')) else 'linear'
     ratio = global_batch_size / config.lr_base_size
     return config.lr_base * (ratio ** 0.5 if scale == 'sqrt' else ratio)
-
-
-def create_optimizer(config: RunConfig, parameters: Any, device: torch.device) -> torch.optim.Optimizer:
-    """Create the timm optimizer of a configuration for a module, parameters or parameter groups on a device."""
-    return create_optimizer_v2(
-        parameters, **optimizer_kwargs(config), **fused_update(config, device), **config.opt_kwargs)
 
 
 def fused_update(config: RunConfig, device: torch.device) -> dict[str, bool]:

@@ -76,16 +76,13 @@ class Options:
     """A configuration whose fields, made by :func:`config_option`, are checked and converted to their types."""
 
     def __post_init__(self):
-        for option in _config_options(self):
-            setattr(self, option.name, _convert(option, getattr(self, option.name)))
+        for option in fields(self):
+            if option.metadata:  # other fields are plain
+                setattr(self, option.name, _convert(option, getattr(self, option.name)))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the options as plain values, for files."""
         return asdict(self)
-
-
-def _config_options(config: Any) -> list[Field]:
-    return [option for option in fields(config) if 'group' in option.metadata]
 
 
 def result_options(config_class: type[Options]) -> list[str]:

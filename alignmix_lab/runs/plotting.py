@@ -142,9 +142,7 @@ def bars(
 def draw_by_epoch(ax: Axes, curves: dict[str, list[dict[int, float]]]) -> None:
     """Draw the mean by epoch and, for several runs, their range.
 
-    Args:
-        ax: Axes to draw on.
-        curves: For each name, the values by epoch of every run; epochs missing in some runs are left out.
+    `curves` has the values by epoch of every run, for each name; epochs missing in some of the runs are left out.
     """
     for i, (name, runs) in enumerate(curves.items()):
         epochs = sorted(set.intersection(*(set(run) for run in runs)))

@@ -1,4 +1,4 @@
-"""A run: its parts, and what a checkpoint holds of it, on the same or another number of processes."""
+"""A training run: its parts, and how checkpoints save and restore it, also on another number of processes."""
 import logging
 import math
 import time
@@ -8,18 +8,17 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.scheduler.scheduler import Scheduler
 from timm.task import TrainingTask
 from timm.utils import unwrap_model
 from torch import nn
 
-from timm_alignmix.weights import key_problems
-
 from .agreement import StopSignals
-from .checkpoint import position
+from .checkpoint import check_weights, position
 from .config import RunConfig
-from .optim import create_optimizer, scale_lr, scaled_lr
+from .optim import fused_update, scale_lr, scaled_lr
 from .totals import LossTotals
 
 _logger = logging.getLogger(__name__)
@@ -31,13 +30,13 @@ class Run:
 
     Attributes:
         loaders: `train` and `val` loaders and a `description`.
-        data_config: What is said of the images.
-        totals: What is summed over the steps of an epoch.
+        data_config: Preprocessing of the images, saved in checkpoints.
+        totals: Class of the sums over the steps of an epoch.
         start_epoch: First epoch.
-        start_update: Updates of it that a resumed run has done, with the totals `resumed_totals`.
-        nonfinite: Updates left out in a row, up to now.
-        seconds_before: Time that the run took before it was resumed.
-        stop: Whether the run was asked to stop.
+        start_update: Updates of it that were done before a resume, with the totals `resumed_totals`.
+        nonfinite: Number of updates skipped in a row.
+        seconds_before: Duration of the run before it was resumed.
+        stop: Signals to stop.
     """
 
     config: RunConfig
@@ -59,7 +58,7 @@ class Run:
 
     @property
     def updates_per_epoch(self) -> int:
-        """Optimizer updates of an epoch; batches left over at its end make a smaller last update."""
+        """Optimizer updates per epoch; the last one may have fewer batches."""
         return -(-len(self.loaders.train) // self.config.grad_accum_steps)
 
     @property
@@ -74,7 +73,7 @@ class Run:
 
     @property
     def layout(self) -> dict[str, int]:
-        """What the global batch is made of."""
+        """Parts of the global batch."""
         return dict(
             processes=self.accelerator.num_processes,
             batch_size=self.config.batch_size,
@@ -83,7 +82,7 @@ class Run:
 
     @property
     def seconds(self) -> float:
-        """Time that the run has taken, with what it took before it was resumed."""
+        """Duration of the run so far, including the time before a resume."""
         return self.seconds_before + time.perf_counter() - self.started
 
     def add_optimizer(
@@ -92,24 +91,24 @@ class Run:
             scaled: list[nn.Parameter] | None = None,
             scale: float = 1.0,
     ) -> None:
-        """Give the run its learning rate, optimizer and schedule.
+        """Set the learning rate and create the optimizer and the schedule.
 
         Args:
-            parameters: What timm's `create_optimizer_v2` takes as model or parameter groups; None is the trainable
-                module.
-            scaled: Parameters whose learning rate is scaled.
-            scale: Their learning rate, relative to that of the rest.
+            parameters: Model or parameter groups for timm's `create_optimizer_v2`; None for the trainable module.
+            scaled: Parameters with a scaled learning rate.
+            scale: Factor of their learning rate.
         """
         self.config = config = replace(self.config, lr=scaled_lr(self.config, self.global_batch_size))
         parameters = self.task.get_trainable_module() if parameters is None else parameters
-        self.optimizer = create_optimizer(config, parameters, self.accelerator.device)
+        fused = fused_update(config, self.accelerator.device)
+        self.optimizer = create_optimizer_v2(parameters, **optimizer_kwargs(config), **fused, **config.opt_kwargs)
         if scaled and scale != 1:
             scale_lr(self.optimizer, scaled, scale)
         self.scheduler, self.num_epochs = create_scheduler_v2(
             self.optimizer, **scheduler_kwargs(config), updates_per_epoch=self.updates_per_epoch)
 
     def describe(self) -> str:
-        """What the run will do: processes, steps, batch, learning rate and parameter groups."""
+        """Describe the run: data, processes, batch, steps, learning rate and parameter groups."""
         config, groups = self.config, self.optimizer.param_groups
         shown = ('input_size', 'mean', 'std', 'interpolation', 'crop_pct')
         lines = [
@@ -130,14 +129,14 @@ class Run:
         return '\n'.join(lines)
 
     def state_dict(self, epoch: int, updates: int = 0, totals: LossTotals | None = None) -> dict[str, Any]:
-        """Everything of a run that its checkpoint holds, under timm's keys; to be called on all processes.
+        """Collect the content of a checkpoint under timm's keys; must be called on all processes.
 
-        No generator needs saving: each draw is a function of the seed, the step and the process.
+        No generator is saved: each draw is a function of the seed, the step and the process.
 
         Args:
-            epoch: Epoch that a resumed run continues.
-            updates: Updates of that epoch that are done.
-            totals: What these summed up.
+            epoch: Epoch in which a resumed run continues.
+            updates: Number of updates of that epoch that are done.
+            totals: Totals of these updates.
 
         Raises:
             RuntimeError: Weights are not finite.
@@ -170,15 +169,16 @@ class Run:
         return state
 
     def load_state_dict(self, state: dict[str, Any], path: Path) -> None:
-        """Put a checkpoint into a run and set where it continues.
+        """Load a checkpoint and set where the run continues.
 
-        The moving average, where the run keeps one, starts from the loaded weights where the checkpoint has none.
+        A moving average that is not in the checkpoint starts from the loaded weights.
 
         Raises:
-            ValueError: The checkpoint is of another model or optimizer.
+            ValueError: The checkpoint belongs to another model or optimizer.
         """
         config, task = self.config, self.task
-        _check_weights(task.get_eval_model(), state, path, config.arch)
+        source = f'{path} ({state.get("arch", "unknown model")})'
+        check_weights(task.get_eval_model(), state['state_dict'], source, config.arch)
         task.load_checkpoint_state(state['state_dict'], state.get('task_state'))
         if task.has_ema():
             ema = state.get('state_dict_ema', state['state_dict'])
@@ -187,8 +187,8 @@ class Run:
             saved_opt = state.get('args', {}).get('opt', config.opt)
             if saved_opt != config.opt:
                 raise ValueError(
-                    f'{path} was trained with --opt {saved_opt}, not {config.opt}; pass --no-resume-opt to start the '
-                    'optimizer anew')
+                    f'{path} was trained with --opt {saved_opt}, not {config.opt}; pass --no-resume-opt to start with '
+                    'a new optimizer')
             self.optimizer.load_state_dict(state['optimizer'])
             if self.accelerator.scaler is not None and 'amp_scaler' in state:
                 self.accelerator.scaler.load_state_dict(state['amp_scaler'])
@@ -201,8 +201,8 @@ class Run:
         _logger.info(f'Resumed {path}: {where}')
 
     def _load_progress(self, progress: dict[str, Any], args: dict[str, Any]) -> None:
-        """Continue an epoch, on another layout at the same sample: batches of all processes together are stretches of
-        one order (but for FFCV files larger than memory, where each process reads a part of its own)."""
+        """Continue an epoch; with another layout at the same sample, because the batches of all processes follow one
+        order (except for FFCV files larger than memory, of which each process reads its own part)."""
         self.resumed_totals, self.nonfinite, self.seconds_before = (
             progress[key] for key in ('totals', 'nonfinite', 'seconds'))
         if progress['layout'] == self.layout:
@@ -216,25 +216,25 @@ class Run:
         if progress['updates'] == progress['updates_per_epoch']:
             self.start_update = self.updates_per_epoch
         elif progress['updates']:
-            # Round up: no sample is trained on twice.
+            # Rounded up, so that no sample is used twice.
             self.start_update = min(-(-progress['samples'] // self.global_batch_size), self.updates_per_epoch)
             left_out = self.start_update * self.global_batch_size - progress['samples']
             message += (
-                f'; epoch {self.start_epoch} goes on from {progress["updates"]} of '
+                f'; epoch {self.start_epoch} continues from {progress["updates"]} of '
                 f'{progress["updates_per_epoch"]} updates to {self.start_update} of {self.updates_per_epoch} (sample '
-                f'{progress["samples"]}' + (f', {left_out} left out' if left_out > 0 else '') + ')')
-        _logger.warning(message + '; the draws of mixing and dropout are others')
+                f'{progress["samples"]}' + (f', {left_out} skipped' if left_out > 0 else '') + ')')
+        _logger.warning(message + '; the random draws of mixing and dropout will differ')
 
     def _check_finite(self) -> None:
         weights = [parameter.detach() for parameter in self.task.get_eval_model().parameters()]
         largest = torch._foreach_norm(weights, math.inf)
         if not torch.stack([value.float() for value in largest]).isfinite().all():
             raise RuntimeError(
-                'the weights are no longer finite though the loss was: gradients overflowed. Nothing was saved; '
+                'the weights are no longer finite although the loss was: gradients overflowed. Nothing was saved; '
                 'continue from the last checkpoint with a lower --lr, --clip-grad or --amp-dtype bfloat16')
 
     def _statistics(self) -> list[torch.Tensor]:
-        """Running statistics of the model and its average, in which processes differ until an evaluation."""
+        """List the running statistics of the model and its average, which differ by process until an evaluation."""
         models = [self.task.get_eval_model(), *([self.task.get_eval_model(ema=True)] if self.task.has_ema() else [])]
         return [
             buffer for model in models for name, buffer in unwrap_model(model).named_buffers()
@@ -242,7 +242,7 @@ class Run:
         ]
 
     def _gather_statistics(self) -> torch.Tensor | None:
-        """Those of all processes, (processes, values), where they differ."""
+        """Gather the statistics of all processes, (processes, values); None if they are equal."""
         buffers = self._statistics()
         if self.accelerator.num_processes == 1 or not buffers:
             return None
@@ -253,14 +253,8 @@ class Run:
     def _load_statistics(self, rows: torch.Tensor | None) -> None:
         buffers = self._statistics()
         sizes = [buffer.numel() for buffer in buffers]
-        if rows is None or rows.shape[1] != sum(sizes):  # all alike, or with a moving average that only one of both has
+        if rows is None or rows.shape[1] != sum(sizes):  # all equal, or only one of both has a moving average
             return
         own = rows[self.accelerator.process_index].split(sizes)
         for buffer, values in zip(buffers, own, strict=True):
             buffer.copy_(values.view_as(buffer))
-
-
-def _check_weights(model: torch.nn.Module, state: dict[str, Any], path: Path, name: str) -> None:
-    problems = key_problems(unwrap_model(model).state_dict(), state['state_dict'])
-    if problems:
-        raise ValueError(f'{path} ({state.get("arch", "unknown model")}) does not fit {name}: {problems}')

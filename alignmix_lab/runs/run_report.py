@@ -55,8 +55,7 @@ def write_report(
     Args:
         run: The run.
         folder: Its folder.
-        last: `epoch` and metrics of the last epoch.
-        best: `epoch` and metrics of the best epoch.
+        last, best: `epoch` and metrics of the last and the best epoch.
         train: Training summary of the last epoch.
     """
     config, names, processes = run.config, run.config.metrics, run.accelerator.num_processes

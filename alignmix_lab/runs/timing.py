@@ -1,7 +1,7 @@
-"""Time callables against each other in one run: interleaved rounds, medians and quartiles, peak memory, hardware.
+"""Timing of callables relative to each other: interleaved rounds, medians and quartiles, peak memory, hardware.
 
-Clocks drift and machines are shared, so a figure means little alone: each round calls every case once, in an order that
-rotates, and what is compared is the ratio within a round.
+Clocks drift and machines are shared, so absolute times mean little. Each round times every case once, in rotating
+order, and cases are compared by their ratio within a round.
 """
 import platform
 import time
@@ -30,7 +30,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one call, an entry for each round; rounds of cases timed together belong together."""
+    """Seconds per call in each round; cases timed together share their rounds."""
     seconds: list[float]
 
     @property
@@ -38,7 +38,7 @@ class Timing:
         return Spread.of(self.seconds)
 
     def over(self, base: 'Timing') -> Spread:
-        """Ratio of this case's time to that of `base`, round by round: above 1 is slower than the base."""
+        """Compute the ratio of this case's time to that of `base` by round; above 1 it is slower."""
         return Spread.of([mine / other for mine, other in zip(self.seconds, base.seconds, strict=True)])
 
 
@@ -52,16 +52,16 @@ def time_interleaved(
 ) -> dict[str, Timing]:
     """Time cases in turn, round after round.
 
-    On a GPU the time is that between two events in the stream, so waiting for the host counts and the launch of the
-    next case does not; nothing is synchronised within a round's calls.
+    On a GPU, times are those between two events in the stream: they include waiting for the host but not the launch of
+    the next case. Nothing is synchronised between the calls of a timing.
 
     Args:
-        cases: What to call, by name, without arguments.
-        device: Where the work is done.
-        rounds: Rounds; each times every case once.
-        warmup: Rounds before those, not timed.
-        calls: Calls of a case in one timing, for cases shorter than the clock or the launch queue.
-        clock: Seconds on a CPU. time.process_time leaves out what other programs took, and counts every thread.
+        cases: Callables without arguments, by name.
+        device: Device of the work.
+        rounds: Number of rounds; each times every case once.
+        warmup: Number of rounds before, which are not timed.
+        calls: Calls of a case per timing, for cases shorter than the clock or the launch queue.
+        clock: Clock for CPUs. time.process_time ignores other programs and adds up all threads.
 
     Returns:
         A timing for each case.
@@ -95,10 +95,10 @@ def _time_calls(call: Callable[[], object], calls: int, device: torch.device, cl
 
 
 def peak_memory(call: Callable[[], object], device: torch.device | str = 'cpu') -> int:
-    """Bytes of tensors that one call holds at its peak, beyond what was allocated before it.
+    """Measure the peak of the bytes of tensors that a call allocates.
 
-    From the allocator's own count on a GPU, from the profiler's record of every allocation on a CPU (memory that
-    libraries take by themselves, such as packed weights, is not in it).
+    Uses the allocator's statistics on a GPU, and the profiler's allocation records on a CPU (which do not include
+    memory allocated inside libraries, such as packed weights).
     """
     device = torch.device(device)
     if device.type == 'cuda':
@@ -109,7 +109,7 @@ def peak_memory(call: Callable[[], object], device: torch.device | str = 'cpu') 
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        result = call()  # kept until the profile ends, else its release is part of it
+        result = call()  # kept until the profile ends, so that its release is not recorded
     changes = [
         (event.start_ns(), event.nbytes()) for event in profile.profiler.kineto_results.events()
         if event.name() == '[memory]'
@@ -123,7 +123,7 @@ def peak_memory(call: Callable[[], object], device: torch.device | str = 'cpu') 
 
 
 def hardware(device: torch.device | str = 'cpu') -> str:
-    """What ran: GPU or CPU model with its threads, torch and CUDA versions."""
+    """Describe the GPU, or the CPU with its threads, and the versions of CUDA, torch and Python."""
     device = torch.device(device)
     if device.type == 'cuda':
         properties = torch.cuda.get_device_properties(device)

@@ -10,18 +10,14 @@ from .run import Run
 
 
 def check_trackers(names: list[str]) -> None:
-    """Refuse trackers whose packages are missing; Accelerate would leave them out without a word.
-
-    Raises:
-        ValueError: One is missing.
-    """
+    """Raise a ValueError for trackers whose packages are missing, which Accelerate would silently ignore."""
     for name in names:
         if find_spec(name) is None and not (name == 'tensorboard' and find_spec('tensorboardX')):
             raise ValueError(f'--log-trackers {name}: the package is not installed; pip install {name}')
 
 
 def start_trackers(run: Run, folder: Path) -> None:
-    """Start the trackers of --log-trackers: TensorBoard writes into the folder; a resumed run goes on where it was."""
+    """Start the trackers of --log-trackers. TensorBoard writes to the folder; a resumed run continues its records."""
     names, accelerator = run.config.log_trackers, run.accelerator
     if not names:
         return
@@ -45,7 +41,7 @@ def start_trackers(run: Run, folder: Path) -> None:
 
 
 def track_epoch(run: Run, entry: dict[str, Any]) -> None:
-    """Send an epoch's figures to the trackers."""
+    """Send the results of an epoch to the trackers."""
     if run.accelerator.trackers:
         values = {f'eval/{name}': value for name, value in entry.get('validation', {}).items()}
         values.update({'epoch': entry['epoch'], 'epoch/train_loss': entry['train']['loss']})

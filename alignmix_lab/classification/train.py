@@ -1,4 +1,4 @@
-"""Train a classifier: build, resume, train, evaluate, save, export."""
+"""Training of a classifier: build, resume, train, evaluate, save, export."""
 import logging
 from typing import Any
 
@@ -18,19 +18,12 @@ _logger = logging.getLogger(__name__)
 
 
 def train(config: TrainConfig) -> dict[str, Any] | None:
-    """Train as configured.
-
-    Args:
-        config: The options.
-
-    Returns:
-        `folder` of the run, `last` and `best` epoch (`epoch` and the metrics; `best` on the main process) and
-        `history`, one entry per epoch; None for a dry run.
+    """Train as configured; returns the result of :func:`alignmix_lab.runs.fit.fit`.
 
     Raises:
-        ValueError: An option, the data or the model does not fit; nothing has been trained then.
+        ValueError: An option, the data or the model does not fit; training has not started.
         RuntimeError: The training loss is not finite, or a checkpoint cannot be written.
-        SystemExit: The run was asked to stop by SIGTERM or SIGUSR1; everything is saved.
+        SystemExit: The run was stopped by SIGTERM or SIGUSR1; everything is saved.
     """
     if config.dry_run:
         return dry_run(config)
@@ -38,7 +31,7 @@ def train(config: TrainConfig) -> dict[str, Any] | None:
 
 
 def prepare(config: TrainConfig) -> tuple[Run, CheckpointSaver]:
-    """Build and check a run, resume it where asked, and make it ready for its devices."""
+    """Build and check a run, resume it if asked, and wrap it for its devices."""
     run = build_run(config)
     saver = open_run(run, f'{safe_model_name(config.model)}-{run.data_config["input_size"][-1]}-{config.mix}')
     if config.torchcompile:
@@ -49,12 +42,9 @@ def prepare(config: TrainConfig) -> tuple[Run, CheckpointSaver]:
 
 
 def fit_and_export(run: Run, saver: CheckpointSaver) -> dict[str, Any] | None:
-    """Train a prepared classifier to its end, and write its last weights as a folder for timm.
+    """Train a prepared classifier to its end, and export its last weights to a folder for timm.
 
-    The run is complete and saved before the export, so what goes wrong there is said and does not end it.
-
-    Returns:
-        As :func:`train`.
+    The run is complete and saved before the export, so a failing export is only logged.
     """
     result = fit(run, saver, validate)
     if result is None or run.config.export == 'none' or not run.accelerator.is_main_process:
