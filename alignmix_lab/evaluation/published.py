@@ -88,7 +88,7 @@ SETTING = ('data', 'network', 'epochs')
 class Measure(NamedTuple):
     """A quantity that the papers report too."""
     protocol: str
-    key: str  # its column there, or in summary.csv without eval_
+    key: str  # its column, of runs without eval_
     title: str
     metrics: tuple[str, ...]  # their names for it
     data: str = ''  # start of the names of the data sets on which the metric means this

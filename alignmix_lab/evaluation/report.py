@@ -94,8 +94,8 @@ def compare(values: Iterable[Value]) -> list[Comparison]:
         rows = []
         for (measure, ood), same in group(own, lambda value: (value.measure, value.ood)).items():
             figures = published.find_measure(measure, ood, methods)
+            quantity = f'{measure.title}, {ood}' if ood else measure.title
             if figures:
-                quantity = f'{measure.title}, {ood}' if ood else measure.title
                 rows += [make_row(quantity, part) for part in group(same, lambda value: value.where).values()]
                 rows += published_rows(quantity, figures, measure.depends, setting)
         if rows:
@@ -202,8 +202,8 @@ class TrainingRun:
         self.setting = published.dataset_name(data), published.network_name(network), args['epochs']
         said = re.search(r'^    (\S.*)$', self.report, re.MULTILINE)
         self.command = said[1] if said else f'alignmix {command} --config {name}/args.yaml'
-        self.metric = f'eval_{args.get("eval_metric") or "top1"}'
-        measured, sign = [row for row in epochs if self.metric in row], -1 if self.metric == 'eval_loss' else 1
+        self.metric = args.get('eval_metric') or 'top1'
+        measured, sign = [row for row in epochs if self.metric in row], -1 if self.metric == 'loss' else 1
         self.curve = {int(row['epoch']): row[self.metric] for row in measured}
         self.last = measured[-1] if measured else {}
         self.best = max(measured, key=lambda row: sign * row[self.metric], default={})
@@ -215,15 +215,15 @@ class TrainingRun:
         """Figures that can be compared."""
         protocol = 'detection' if self.is_detector else 'accuracy'
         return [
-            Value(measure, '', f'here, {which} epoch', self.method, self.setting, row[f'eval_{measure.key}'])
+            Value(measure, '', f'here, {which} epoch', self.method, self.setting, row[measure.key])
             for measure in published.MEASURES if measure.protocol == protocol and self.finished
-            for which, row in (('last', self.last), ('best', self.best)) if f'eval_{measure.key}' in row]
+            for which, row in (('last', self.last), ('best', self.best)) if measure.key in row]
 
 
 def read_numbers(row: dict[str, str | None]) -> dict[str, float]:
-    """The cells of a line that hold finite numbers; a line that is being written may lack some."""
+    """The cells of a line of summary.csv that hold finite numbers, eval_ left out of their names."""
     number = re.compile(r'[-+]?\d+(\.\d*)?(e[-+]?\d+)?')
-    return {key: float(text) for key, text in row.items() if text and number.fullmatch(text)}
+    return {key.removeprefix('eval_'): float(text) for key, text in row.items() if text and number.fullmatch(text)}
 
 
 @dataclass
@@ -295,13 +295,13 @@ def draw_together(runs: Iterable[TrainingRun]) -> dict[str, bytes]:
     """Pictures of the metric by epoch, one for each setting with several runs."""
     pictures = {}
     for (data, network, epochs, metric), own in group(runs, lambda run: (*run.setting, run.metric)).items():
-        curves = group(own, lambda run: run.method)
         if len(own) > 1:
-            fig, axes = figure(size=(7.2, 4.2))
-            draw_by_epoch(axes[0, 0], {method: [run.curve for run in same] for method, same in curves.items()})
+            by_method = group(own, lambda run: run.method).items()
+            fig, ((ax,),) = figure(size=(7.2, 4.2))
+            draw_by_epoch(ax, {method: [run.curve for run in same] for method, same in by_method})
             title = f'{data}, {network}, {epochs} epochs'
-            axes[0, 0].set(ylabel=metric, title=f'{title}: mean and range over seeds')
-            shared_legend(fig, axes[0, 0])
+            ax.set(ylabel=metric + ('' if metric == 'loss' else ' (%)'), title=f'{title}: mean and range over seeds')
+            shared_legend(fig, ax)
             pictures[f'{metric}: {title}'] = as_png(fig, dpi=130)
     return pictures
 

@@ -360,7 +360,7 @@ def test_runs_that_are_cut_or_of_timm(tmp_path):
     args = yaml.safe_load((tmp_path / 'b' / 'args.yaml').read_text())
     (tmp_path / 'b' / 'args.yaml').write_text(yaml.safe_dump({k: v for k, v in args.items() if k != 'mix'}))
     cut, timms = find_sources([tmp_path]).runs
-    assert (cut.done, cut.last['epoch'], cut.best['eval_top1']) == (4, 1, 60.0)
+    assert (cut.done, cut.last['epoch'], cut.best['top1']) == (4, 1, 60.0)
     assert timms.method == 'unknown' and compare(timms.values) == []
 
 
