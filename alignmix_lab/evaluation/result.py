@@ -5,7 +5,8 @@ import json
 import math
 import platform
 import time
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,10 @@ from alignmix_lab.runs.files import write_whole
 from alignmix_lab.runs.plotting import as_png
 from timm_alignmix.version import __version__
 
+BOLD = (
+    'Bold: the best value; a percentage of images only where it leads the next one by more than the standard error of '
+    'their difference.')
+
 
 @dataclass(frozen=True)
 class Column:
@@ -27,10 +32,13 @@ class Column:
         title: Heading.
         format: Format of numbers, as in f-strings.
         better: 'higher' or 'lower' marks the best value of the column in bold; None marks none.
+        error: Key of the values' standard errors in the rows; a best value that leads the next one by no more than the
+            standard error of their difference is not marked.
     """
     title: str
     format: str = '.2f'
     better: str | None = None
+    error: str | None = None
 
 
 @dataclass
@@ -77,35 +85,58 @@ def environment(device: torch.device, processes: int) -> dict[str, Any]:
     }
 
 
+def standard_error(percent: float, count: int) -> float:
+    """Standard error, in per cent, of a percentage of `count` independent images."""
+    share = percent / 100
+    return 100 * math.sqrt(share * (1 - share) / count)
+
+
+def cells(columns: dict[str, Column], rows: Sequence[dict[str, Any]]) -> list[list[tuple[str, bool]]]:
+    """Each cell of a table as text, and whether it is marked as the best of its column."""
+    best = {key: _best(rows, key, column) for key, column in columns.items()}
+    return [
+        [(_text(row.get(key), column), place in best[key]) for key, column in columns.items()]
+        for place, row in enumerate(rows)]
+
+
 def table(result: Result) -> str:
     """The rows as a Markdown table, the best value of a column bold where it has a best one."""
     columns = {'model': Column('model'), **result.columns}
-    best = {key: _best(result.rows, key, column) for key, column in columns.items()}
     lines = [
         '| ' + ' | '.join(column.title for column in columns.values()) + ' |',
         '|---' + '|---:' * (len(columns) - 1) + '|',
     ]
-    for row in result.rows:
-        cells = [_cell(row.get(key), column, best[key]) for key, column in columns.items()]
-        lines.append('| ' + ' | '.join(cells) + ' |')
+    for row in cells(columns, result.rows):
+        texts = [f'**{text}**' if best else text.replace('|', '\\|') for text, best in row]
+        lines.append('| ' + ' | '.join(texts) + ' |')
     return '\n'.join(lines)
 
 
-def _cell(value: Any, column: Column, best: str | None) -> str:
+def is_number(value: Any) -> bool:
+    """Whether a cell holds a finite number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _text(value: Any, column: Column) -> str:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return '-'
-    if isinstance(value, str) or isinstance(value, bool):
-        return str(value).replace('|', '\\|')
-    shown = format(value, column.format)
-    return f'**{shown}**' if shown == best else shown
+    return str(value) if isinstance(value, (str, bool)) else format(value, column.format)
 
 
-def _best(rows: list[dict[str, Any]], key: str, column: Column) -> str | None:
-    """The best value as it is shown: what looks equal is equally good."""
-    values = [row[key] for row in rows if isinstance(row.get(key), (int, float)) and math.isfinite(row[key])]
+def _best(rows: Sequence[dict[str, Any]], key: str, column: Column) -> set[int]:
+    """Places of the rows with the best value; values that look equal are equally good."""
+    values = {place: row[key] for place, row in enumerate(rows) if is_number(row.get(key))}
     if column.better is None or len(values) < 2:
-        return None
-    return format(max(values) if column.better == 'higher' else min(values), column.format)
+        return set()
+    order = sorted(values, key=values.get, reverse=column.better == 'higher')
+    first = order[0]
+    ties = [place for place in order if _text(values[place], column) == _text(values[first], column)]
+    if column.error:
+        following = order[len(ties)] if len(ties) < len(order) else ties[-1]  # where all are equal, none leads
+        errors = [rows[place].get(column.error) or 0.0 for place in (first, following)]
+        if abs(values[first] - values[following]) <= math.hypot(*errors):
+            return set()
+    return set(ties)
 
 
 def markdown(title: str, result: Result, facts: dict[str, Any], pictures: list[str]) -> str:
@@ -153,7 +184,7 @@ def write_result(folder: Path, name: str, help: str, result: Result, facts: dict
     content = plain({
         'protocol': name,
         **facts,
-        'columns': {key: column.title for key, column in result.columns.items()},
+        'columns': {key: asdict(column) for key, column in result.columns.items()},
         'rows': result.rows,
         'notes': result.notes,
         'details': result.details,

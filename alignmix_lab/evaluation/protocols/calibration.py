@@ -14,7 +14,7 @@ from alignmix_lab.runs.plotting import GREY, color, paired_panels, shared_legend
 
 from ..base import register_protocol
 from ..context import Evaluation
-from ..result import Column, Result
+from ..result import BOLD, Column, Result, standard_error
 
 
 @dataclass
@@ -104,6 +104,7 @@ def calibration(ev: Evaluation) -> Result:
             'nll': float(found.nll.mean()),
             'confidence': 100 * float(found.confidence.mean()),
             'top1': found.top(1),
+            'top1_error': standard_error(found.top(1), len(found.label)),
             'images': len(found.label),
         })
     return Result(
@@ -113,7 +114,7 @@ def calibration(ev: Evaluation) -> Result:
             'brier': Column('Brier', '.4f', 'lower'),
             'nll': Column('NLL', '.4f', 'lower'),
             'confidence': Column('mean confidence (%)', '.2f'),
-            'top1': Column('top-1 (%)', '.2f', 'higher'),
+            'top1': Column('top-1 (%)', '.2f', 'higher', 'top1_error'),
             'images': Column('images', 'd'),
         },
         rows=rows,
@@ -123,6 +124,7 @@ def calibration(ev: Evaluation) -> Result:
             'accuracy, 0).',
             'Brier: squared error of all probabilities, summed over classes (0 to 2). NLL: in nats. No temperature '
             'scaling.',
+            BOLD,
         ],
         details={'bins': {label: vars(filled) for label, filled in diagrams.items()}},
         figures={'': draw(diagrams, rows)},

@@ -21,7 +21,7 @@ from ..context import Evaluation
 from ..data import Batch
 from ..models import EvalModel, eval_mode
 from ..predictions import check_finite
-from ..result import Column, Result
+from ..result import BOLD, Column, Result, standard_error
 from .noise import image_noise
 
 _option = partial(config_option, 'Robustness (sizes in 1/255 of the pixel range)')
@@ -113,22 +113,27 @@ def robustness(ev: Evaluation) -> Result:
                    'error': [error['clean'], *(error[f'{kind}_{eps:g}'] for eps in options.bounds(kind))]}
             for kind in ('fgsm', 'pgd')
         }
-        rows.append({
-            'model': model.label,
+        images = len(wrong['clean'])
+        shown = {
             'clean': error['clean'],
             'fgsm': error[f'fgsm_{options.fgsm_eps:g}'],
             'pgd': error[f'pgd_{options.pgd_eps:g}'],
+        }
+        rows.append({
+            'model': model.label,
+            **shown,
             'no_gradient': int(wrong['no_gradient'].sum()),
-            'images': len(wrong['clean']),
-            **{name: value for name, value in error.items() if name != 'clean'},
+            'images': images,
+            **error,
+            **{f'{name}_standard_error': standard_error(value, images) for name, value in shown.items()},
         })
     fgsm_title, pgd_title = f'FGSM {options.fgsm_eps:g}/255', f'PGD {options.pgd_eps:g}/255'
     start = {'uniform': 'from a uniformly random start', 'image': 'from the image'}[options.pgd_start]
     return Result(
         columns={
-            'clean': Column('clean error (%)', '.2f', 'lower'),
-            'fgsm': Column(f'{fgsm_title} error (%)', '.2f', 'lower'),
-            'pgd': Column(f'{pgd_title} error (%)', '.2f', 'lower'),
+            'clean': Column('clean error (%)', '.2f', 'lower', 'clean_standard_error'),
+            'fgsm': Column(f'{fgsm_title} error (%)', '.2f', 'lower', 'fgsm_standard_error'),
+            'pgd': Column(f'{pgd_title} error (%)', '.2f', 'lower', 'pgd_standard_error'),
             'no_gradient': Column('no gradient', 'd'),
             'images': Column('images', 'd'),
         },
@@ -141,6 +146,7 @@ def robustness(ev: Evaluation) -> Result:
             'evaluation mode, float32, true labels, all images. The papers do not state the number of iterations.',
             'No gradient: images whose loss has a gradient of exactly 0. The attacks cannot change them, so an '
             'overconfident model looks robust there.',
+            BOLD,
         ],
         details={'curves': curves},
         figures={'': draw(curves, options)},

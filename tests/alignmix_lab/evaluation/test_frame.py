@@ -37,6 +37,18 @@ def test_accuracy(run, logits, pixels):
     assert found['data'].endswith('validation: 15 images')
 
 
+@pytest.mark.parametrize('protocol, keys', [
+    ('accuracy', ['top1', 'top5']), ('calibration', ['top1']), ('robustness', ['clean', 'fgsm', 'pgd'])])
+def test_shares_of_images_have_standard_errors(run, protocol, keys):
+    options = dict(pgd_iterations=1, pgd_curve=[4], fgsm_curve=[8]) if protocol == 'robustness' else {}
+    found = run(protocol, **options)
+    assert [key for key, column in found['columns'].items() if column['error']] == keys
+    for row in found['rows']:
+        for key in keys:
+            share = row[key] / 100
+            assert row[found['columns'][key]['error']] == pytest.approx(100 * (share * (1 - share) / 15) ** 0.5)
+
+
 def test_top_k_of_many_classes():
     """A rank is the number of classes before the true one: as torch's topk counts."""
     from alignmix_lab.evaluation.predictions import Predictions, summarize
