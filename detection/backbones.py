@@ -309,13 +309,11 @@ def create_backbone(
 
     Args:
         cls: Backbone class, called with (body, name, image_size).
-        backbone: timm name with or without a tag, folder of exported weights, 'local-dir:FOLDER' or 'hf-hub:NAME'.
-        weights: Folder, tag or name as above, or a training checkpoint; None for random weights.
+        backbone, weights, use_ema: See `read_source`.
         image_size: (H, W) of all images, None if they differ.
         freeze_bn: Freeze every batch norm.
         frozen_stages: See Backbone.freeze_stages; None means 1 for pretrained weights, and 0 for random weights and
             plain networks.
-        use_ema: Take the moving average of a checkpoint that has one.
         image_mean: Pixel mean, 0-1 scale; default: that of the weights.
         image_std: Pixel standard deviation, 0-1 scale; default: that of the weights.
         grad_checkpointing: Recompute activations of the network in the backward pass to save memory.

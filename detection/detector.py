@@ -11,11 +11,7 @@ BUILDERS = {'ssd': build_ssd, 'fasterrcnn': build_faster_rcnn}
 
 
 def create_detector(config: DetectConfig, class_names: list[str]) -> tuple[nn.Module, dict[str, Any]]:
-    """Build the detector of a configuration.
-
-    Args:
-        config: The options.
-        class_names: Names of labels 1, 2, ...
+    """Build the detector of a configuration for labels 1, 2, ... of these names.
 
     Returns:
         The detector, and its description for :func:`rebuild`: plain values that do not refer to the backbone's weights.

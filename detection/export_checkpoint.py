@@ -70,13 +70,7 @@ def load_detector(source: str | Path, ema: bool | None = None) -> tuple[nn.Modul
 
 
 def export_detector(checkpoint: str | Path, folder: str | Path, ema: bool | None = None) -> Path:
-    """Export the detector of a checkpoint to a folder, and check that it loads.
-
-    Args:
-        checkpoint: Training checkpoint.
-        folder: Folder to write, created if missing.
-        ema: As for :func:`read_weights`.
-    """
+    """Export the detector of a checkpoint to a folder, and check that it loads; `ema` as for :func:`read_weights`."""
     state_dict, description = read_weights(checkpoint, ema)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

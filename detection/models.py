@@ -46,7 +46,7 @@ def build_faster_rcnn(
 
     Args:
         backbone: timm name with or without a tag, folder of exported weights, 'local-dir:FOLDER' or 'hf-hub:NAME'.
-        num_classes: Classes with the background.
+        num_classes: Number of classes, including the background.
         weights: Folder, tag or name as above, or a training checkpoint; None for random weights.
         min_size: Shorter image side in pixels. With several, training draws one per image and evaluation uses the last.
         max_size: Upper limit of the longer side.
@@ -106,10 +106,8 @@ def build_ssd(
     10, 5, 3 and 1 positions wide, with 8,732 default boxes; at 512 pixels 64 to 1, with 24,564, as in the paper.
 
     Args:
-        backbone: timm name with or without a tag, folder of exported weights, 'local-dir:FOLDER' or 'hf-hub:NAME'.
-        num_classes: Classes with the background.
+        backbone, num_classes, weights: See `build_faster_rcnn`.
         size: Side of the square input in pixels.
-        weights: Folder, tag or name as above, or a training checkpoint; None for random weights.
         conv4_stride1: For ResNets: end with layer3 at stride 8 and drop layer4, as NVIDIA's SSD does.
         kwargs: Options of `create_backbone`, and arguments of torchvision's SSD, e.g. score_thresh.
 

@@ -18,8 +18,8 @@ def draw_detections(
 
     Args:
         image: uint8 (3, H, W).
-        detections: `boxes` (N, 4), `scores` (N,) and `labels` (N,).
-        class_names: Names of labels 1, 2, ...
+        detections: `boxes` (N, 4), `scores` (N,) and `labels` (N,) from 1.
+        class_names: Names of the labels.
         threshold: Smallest score to draw.
         true_boxes: (M, 4), drawn as thin white lines.
     """

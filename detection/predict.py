@@ -41,7 +41,7 @@ def predict(
         threshold: float = 0.4,
         device: str = 'cuda' if torch.cuda.is_available() else 'cpu',
 ) -> Path:
-    """Detect objects in images one by one; write pictures and predictions.json.
+    """Detect objects in images one by one; write pictures and predictions.json to a folder and return it.
 
     Args:
         images: Files or folders.
@@ -49,9 +49,6 @@ def predict(
         output: Folder of the results.
         threshold: Smallest score to keep.
         device: Device of the detector.
-
-    Returns:
-        The output folder.
 
     Raises:
         ValueError: An image or the checkpoint is missing or damaged.

@@ -25,7 +25,7 @@ class Source:
     """A classification network as described by its weights.
 
     Attributes:
-        model: The network, on the meta device where there are no weights.
+        model: The network, on the meta device if it has no weights.
         arch: timm's name of its architecture.
         kwargs: Arguments of `timm.create_model` that rebuild it.
         mean: Pixel mean of its images, 0-1 scale.
@@ -46,7 +46,7 @@ def read_source(backbone: str, weights: str | Path | None = None, use_ema: bool 
     Args:
         backbone: timm name with or without a tag, folder of exported weights, 'local-dir:FOLDER' or 'hf-hub:NAME'.
         weights: Folder, tag or name as above, or a training checkpoint; None for random weights.
-        use_ema: Take the moving average of a checkpoint that has one.
+        use_ema: Use the moving average of a checkpoint that has one.
 
     Raises:
         ValueError: There is no such model or weights, the architectures differ, or keys do not match.

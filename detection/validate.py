@@ -24,13 +24,8 @@ _logger = logging.getLogger(__name__)
 def validate(run: Run, model: nn.Module, name: str, folder: Path) -> dict[str, float]:
     """Evaluate a detector on the whole validation set, using every image once.
 
-    Processes may have different numbers of batches, so they only synchronise after the last one.
-
-    Args:
-        run: The run.
-        model: Plain detector.
-        name: Start of the log lines and suffix of the files.
-        folder: Folder for classes-NAME.json, the metrics of every class, and pictures-NAME/.
+    Processes may have different numbers of batches, so they only synchronise after the last one. Writes
+    classes-NAME.json, the metrics of every class, and pictures-NAME/ to the folder.
 
     Returns:
         Metrics in per cent, on every process; see `voc_metrics` and `coco_metrics`.

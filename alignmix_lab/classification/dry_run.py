@@ -6,6 +6,7 @@ import logging
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import timm
@@ -216,16 +217,10 @@ def describe_cost(run: Run, cost: StepCost) -> list[str]:
     ]
 
 
-@dataclass
-class Curve:
-    """Learning rates over a run.
-
-    Attributes:
-        epochs: (T,) times in epochs.
-        rates: Learning rates (T,) by `lr_scale` of the parameter groups.
-    """
-    epochs: np.ndarray
-    rates: dict[float, np.ndarray]
+class Curve(NamedTuple):
+    """Learning rates over a run."""
+    epochs: np.ndarray  # (T,) times in epochs
+    rates: dict[float, np.ndarray]  # (T,) by `lr_scale` of the parameter groups
 
 
 def learning_rates(run: Run, points: int = 2000) -> Curve:

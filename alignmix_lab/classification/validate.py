@@ -19,13 +19,8 @@ def validate(run: Run, model: nn.Module, name: str = 'Test') -> OrderedDict[str,
 
     Processes may have different numbers of batches, so they only synchronise after the last one.
 
-    Args:
-        run: The run.
-        model: Plain model that returns logits.
-        name: Start of the log line.
-
     Returns:
-        `loss`, `top1` and `top5`, the latter two in per cent.
+        `loss`, and `top1` and `top5` in per cent.
     """
     loader, interval = run.loaders.val, run.config.log_interval
     model.eval()

@@ -56,10 +56,7 @@ class Agreement:
     Call :meth:`start` before the first forward pass of an update, :meth:`add` after each, :meth:`send` after the last,
     and :meth:`read` after the backward pass.
 
-    Args:
-        accelerator: The processes.
-        module: Trainable module, whose running statistics are restored by :meth:`undo`.
-        stop: Signals received by this process.
+    :meth:`undo` restores the running statistics of `module`. `stop` has the signals that this process received.
     """
 
     def __init__(self, accelerator: Accelerator, module: nn.Module, stop: StopSignals):

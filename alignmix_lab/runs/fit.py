@@ -1,4 +1,5 @@
 """The course of a run: open its folder, resume, train, evaluate, save."""
+import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from .checkpoint import CheckpointSaver, find_checkpoint, has_checkpoints, read_
 from .config import RunConfig
 from .engine import train_one_epoch
 from .files import write_whole
-from .logs import append_summary, mean_lr, result_json
+from .logs import append_summary, mean_lr
 from .options import changed_options
 from .run import Run
 from .run_report import draw_curves, write_report
@@ -30,9 +31,7 @@ _logger = logging.getLogger(__name__)
 def open_run(run: Run, name: str) -> CheckpointSaver:
     """Describe a run, create its folder and resume it if asked; a dry run stops after the description.
 
-    Args:
-        run: The run, complete but not wrapped for its devices.
-        name: Name of the folder without --experiment; the time is put in front of it.
+    The run is complete but not wrapped for its devices. Without --experiment the folder is named by time and `name`.
     """
     config = run.config
     name = config.experiment or f'{datetime.now().strftime("%Y%m%d-%H%M%S")}-{name}'
@@ -235,5 +234,7 @@ def _report(run: Run, saver: CheckpointSaver, history: list[dict[str, Any]]) -> 
             values = ', '.join(f'{key} {entry[key]:.4g}' for key in run.config.metrics)
             _logger.info(f'*** {which.capitalize()} ({entry["epoch"]}): {values}')
         write_report(run, saver.folder, last, best, history[-1]['train'])
-        print(result_json(history, metric), flush=True)
+        evaluated = [entry for entry in history if 'validation' in entry]
+        evaluated.sort(key=lambda entry: entry['validation'][metric], reverse=metric == 'loss')
+        print('--result\n' + json.dumps(evaluated[-10:], indent=4), flush=True)  # as timm ends, the best epoch last
     return {'folder': saver.folder, 'last': last, 'best': best, 'history': history}

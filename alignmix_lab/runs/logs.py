@@ -1,7 +1,6 @@
 """Log lines, progress bar and summary.csv of a run."""
 import csv
 import io
-import json
 import logging
 import math
 import sys
@@ -124,10 +123,3 @@ def append_summary(
         writer.writeheader()
     writer.writerow(row)
     write_whole(path, old + text.getvalue())
-
-
-def result_json(history: list[dict[str, Any]], eval_metric: str) -> str:
-    """Format timm's final `--result` block: the ten best epochs, the best one last."""
-    evaluated = [entry for entry in history if 'validation' in entry]
-    ranked = sorted(evaluated, key=lambda entry: entry['validation'][eval_metric], reverse=eval_metric == 'loss')
-    return '--result\n' + json.dumps(ranked[-10:], indent=4)

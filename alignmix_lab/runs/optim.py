@@ -38,13 +38,8 @@ def fused_update(config: RunConfig, device: torch.device) -> dict[str, bool]:
 def scale_lr(optimizer: torch.optim.Optimizer, parameters: Iterable[torch.nn.Parameter], scale: float) -> None:
     """Scale the learning rate of some parameters, such as the classifier's.
 
-    Existing groups (weight decay, layer decay) are split. timm's schedulers multiply the learning rate of a group by
-    its `lr_scale`.
-
-    Args:
-        optimizer: An optimizer that has not made a step yet.
-        parameters: Some of its parameters.
-        scale: Factor of their learning rate.
+    Splits the groups (of weight decay, layer decay) of an optimizer that has not made a step yet. timm's schedulers
+    multiply the learning rate of a group by its `lr_scale`.
     """
     chosen = {id(parameter) for parameter in parameters}
     groups = []

@@ -109,7 +109,7 @@ class Run:
 
     def describe(self) -> str:
         """Describe the run: data, processes, batch, steps, learning rate and parameter groups."""
-        config, groups = self.config, self.optimizer.param_groups
+        config = self.config
         shown = ('input_size', 'mean', 'std', 'interpolation', 'crop_pct')
         lines = [
             f'Data: {self.loaders.description}',
@@ -121,11 +121,10 @@ class Run:
             f'Steps: {self.num_epochs} epochs x {self.updates_per_epoch} updates ({len(self.loaders.train)} batches)',
             f'Learning rate: {config.lr:.4g}, {config.sched} schedule',
             f'Parameter groups ({config.opt}):',
+            *(f'  {len(group["params"])} tensors, {sum(p.numel() for p in group["params"]):,} values, '
+              f'weight decay {group.get("weight_decay", 0.0):g}, learning rate x{group.get("lr_scale", 1.0):g}'
+              for group in self.optimizer.param_groups),
         ]
-        for group in groups:
-            lines.append(
-                f'  {len(group["params"])} tensors, {sum(p.numel() for p in group["params"]):,} values, '
-                f'weight decay {group.get("weight_decay", 0.0):g}, learning rate x{group.get("lr_scale", 1.0):g}')
         return '\n'.join(lines)
 
     def state_dict(self, epoch: int, updates: int = 0, totals: LossTotals | None = None) -> dict[str, Any]:

@@ -18,7 +18,7 @@ SIZE = (3, 48, 48)
 TIMEOUT = 120  # seconds until what never ends counts as hanging; compilation takes some 10
 
 
-def batches(info, batch_size, train, **options):
+def make(info, batch_size, train, **options):
     return FFCVBatches(info, LoaderOptions(batch_size=batch_size, **{'input_size': SIZE, **options}), train)
 
 
@@ -35,19 +35,19 @@ def val_info(betons):
 @pytest.fixture(scope='module')
 def train(train_info):
     """Training batches of the only rank, on two threads through the page cache."""
-    return batches(train_info, 4, train=True, workers=2, seed=1)  # more batches than FFCV's ring holds
+    return make(train_info, 4, train=True, workers=2, seed=1)  # more batches than FFCV's ring holds
 
 
 @pytest.fixture(scope='module')
 def paged(train_info):
     """The same for the last of three ranks, page by page."""
-    return batches(train_info, 1, train=True, workers=1, seed=1, rank=2, world_size=3, os_cache=False)
+    return make(train_info, 1, train=True, workers=1, seed=1, rank=2, world_size=3, os_cache=False)
 
 
 @pytest.fixture(scope='module')
 def val(val_info):
     """Evaluation batches of the second of two ranks."""
-    return batches(val_info, 2, train=False, crop_pct=0.75, workers=1, rank=1, world_size=2)
+    return make(val_info, 2, train=False, crop_pct=0.75, workers=1, rank=1, world_size=2)
 
 
 def in_thread(function):
@@ -198,7 +198,7 @@ def test_a_failure_in_the_thread_surfaces(request, monkeypatch, name):
 def test_a_file_that_disappears_surfaces(paged, monkeypatch):
     monkeypatch.setattr(paged._loader.reader, '_fname', '/nowhere/train.beton')
     error = in_thread(lambda: list(paged))
-    assert isinstance(error, RuntimeError) and 'has died; is the file still there?' in str(error)
+    assert isinstance(error, RuntimeError) and 'has died; does the file still exist?' in str(error)
 
 
 def test_two_loaders_run_at_once(train, val):
@@ -213,7 +213,7 @@ def test_numba_types_of_the_process_stay_as_they_are(val_info):
     """FFCV marks a type read-only that all of the process shares: numba's finalizers then fail, at any later time."""
     import numba
     shared = numba.uint8[::1]
-    batches(val_info, 2, train=False, workers=1)
+    make(val_info, 2, train=False, workers=1)
     assert shared.mutable and numba.uint8[::1] is shared
 
 
@@ -221,7 +221,7 @@ def test_torch_keeps_its_threads(train, val_info):
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        batches(val_info, 2, train=False, workers=1)
+        make(val_info, 2, train=False, workers=1)
         list(train)
         assert torch.get_num_threads() == 2
     finally:
@@ -255,12 +255,12 @@ def test_normalisation_and_memory_format(val):
 ])
 def test_impossible_options_are_refused(train_info, options, message):
     with pytest.raises(ValueError, match=message):
-        batches(train_info, train=True, **{'batch_size': 8, **options})
+        make(train_info, train=True, **{'batch_size': 8, **options})
 
 
 def test_images_that_are_too_small_for_the_crop_are_refused(val_info):
     with pytest.raises(ValueError, match='an image of .* pixels is too small for a crop of 0.001'):
-        batches(val_info, 2, train=False, crop_pct=0.001)
+        make(val_info, 2, train=False, crop_pct=0.001)
 
 
 @pytest.mark.gpu

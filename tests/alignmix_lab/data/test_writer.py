@@ -80,7 +80,7 @@ def test_images_left_out_are_said_and_counted(tmp_path, crops, caplog):
     report, = convert(str(tmp_path / 'images'), tmp_path / 'out', val_split='', workers=0, progress=False)
     assert (report.num_samples, len(report.unreadable), len(report.skipped)) == (1, 1, 1)
     assert '1 images could not be read and were left out' in caplog.text
-    assert f"'{folder}/empty.jpg': ValueError: not an image in any format that is read" in caplog.text
+    assert f"'{folder}/empty.jpg': ValueError: not an image in any supported format" in caplog.text
     assert '1 files or folders are skipped' in caplog.text
 
 
