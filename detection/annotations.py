@@ -6,6 +6,7 @@ Labels start at 1; 0 is the background.
 """
 import json
 import logging
+import math
 import xml.etree.ElementTree as ET
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from alignmix_lab.data.images.folders import EXTENSIONS
 from alignmix_lab.runs.options import near_names
 
 _logger = logging.getLogger(__name__)
@@ -23,7 +25,6 @@ VOC_CLASSES = (
     'aeroplane', 'bicycle', 'bird', 'boat', 'bottle', 'bus', 'car', 'cat', 'chair', 'cow', 'diningtable', 'dog',
     'horse', 'motorbike', 'person', 'pottedplant', 'sheep', 'sofa', 'train', 'tvmonitor',
 )
-IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff')
 
 
 @dataclass
@@ -180,7 +181,7 @@ def _read_split(folder: Path, name: str) -> list[str]:
 def _image_files(folder: Path) -> dict[str, Path]:
     if not folder.is_dir():
         raise ValueError(f'{folder}: no such folder of images')
-    return {path.stem: path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES}
+    return {path.stem: path for path in folder.iterdir() if path.suffix.lower() in EXTENSIONS}
 
 
 def _read_voc_file(folder: Path, image_id: str) -> tuple[Record, list[str]]:
@@ -221,27 +222,64 @@ def read_coco(
         class_names: Names of the categories in order; None for those of the file.
 
     Raises:
-        ValueError: The file or an image is missing, or a class is unknown.
+        ValueError: The file or an image is missing, an entry is incomplete, malformed or there twice, or a class is
+            unknown.
     """
     path = coco_file(Path(data_dir), split)
-    try:
-        content = json.loads(path.read_text(encoding='utf-8'))
-        images, annotations, categories = content['images'], content['annotations'], content['categories']
-    except (ValueError, KeyError, TypeError) as e:
-        raise ValueError(f'{path} is damaged or no COCO annotation file ({e!r})') from e
+    images, annotations, categories = _read_coco_file(path)
     categories = sorted(categories, key=lambda category: category['id'])
     known = list(class_names) if class_names else [category['name'] for category in categories]
     used = {annotation['category_id'] for annotation in annotations}
     labels = {c['id']: _label(c['name'], known, path) for c in categories if c['id'] in used or c['name'] in known}
     by_image: dict[int, list[dict[str, Any]]] = {image['id']: [] for image in images}
     for annotation in annotations:
-        if annotation['category_id'] not in labels or annotation['image_id'] not in by_image:
-            raise ValueError(
-                f'{path}: annotation {annotation.get("id")} is of category {annotation["category_id"]} and image '
-                f'{annotation["image_id"]}, one of which the file does not list')
         by_image[annotation['image_id']].append(annotation)
     folder = _coco_images(Path(data_dir), split, images, path)
     return Annotations([_coco_record(image, by_image[image['id']], labels, folder) for image in images], known)
+
+
+def _read_coco_file(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
+    """Read images, annotations and categories; every entry is checked once and named where it is wrong."""
+    try:
+        content = json.loads(path.read_text(encoding='utf-8'))
+        images = _coco_entries(content, 'images', ('file_name', 'width', 'height'), path)
+        categories = _coco_entries(content, 'categories', ('name',), path)
+        annotations = _coco_entries(content, 'annotations', ('image_id', 'category_id', 'bbox'), path)
+    except (ValueError, KeyError, TypeError) as e:
+        raise ValueError(f'{path} is damaged or no COCO annotation file ({e})') from e
+    for kind, entries, key in (
+            ('images', images, 'id'), ('images', images, 'file_name'), ('categories', categories, 'id'),
+            ('categories', categories, 'name')):
+        repeated = [value for value, count in Counter(entry[key] for entry in entries).items() if count > 1]
+        if repeated:
+            raise ValueError(f'{path}: several {kind} have the {key} {repeated[0]!r}')
+    for image in images:
+        if not all(isinstance(image[side], int) and image[side] > 0 for side in ('width', 'height')):
+            raise ValueError(f'{path}: image {image["id"]} is {image["width"]!r} x {image["height"]!r} pixels')
+    image_ids, category_ids = ({entry['id'] for entry in entries} for entries in (images, categories))
+    for annotation in annotations:
+        for key, ids in (('image_id', image_ids), ('category_id', category_ids)):
+            if annotation[key] not in ids:
+                raise ValueError(
+                    f'{path}: annotation {annotation.get("id")} has the {key} {annotation[key]!r}, which the file does '
+                    'not list')
+        box = annotation['bbox']
+        if not (isinstance(box, list) and len(box) == 4 and all(
+                isinstance(value, (int, float)) and math.isfinite(value) for value in box)):
+            raise ValueError(
+                f'{path}: annotation {annotation.get("id")} has the bbox {box!r}; it takes four finite numbers: x, y, '
+                'width, height')
+    return images, annotations, categories
+
+
+def _coco_entries(content: Any, kind: str, keys: Sequence[str], path: Path) -> list[dict[str, Any]]:
+    """Return a list of a COCO file whose entries have what is read of them; images and categories need an id."""
+    keys = keys if kind == 'annotations' else ('id', *keys)
+    for place, entry in enumerate(content[kind]):
+        missing = [key for key in keys if key not in entry]
+        if missing:
+            raise ValueError(f'{kind}[{place}] (id {entry.get("id")}) has no {", ".join(missing)}')
+    return content[kind]
 
 
 def coco_file(root: Path, split: str) -> Path:

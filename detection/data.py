@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision import tv_tensors
 from torchvision.transforms.v2.functional import pil_to_tensor
 
+from alignmix_lab.data.images.decode import decode_image
 from alignmix_lab.data.worker_signals import end_with_parent, iterate
 
 from .annotations import VOC_CLASSES, Annotations, Record, clean, coco_file, read_coco, read_voc
@@ -130,15 +130,14 @@ class DetectionDataset(Dataset):
 
 
 def open_image(path: Path) -> torch.Tensor:
-    """Read an image file as uint8 (3, H, W).
+    """Read an image file upright, as uint8 (3, H, W).
 
     Raises:
         ValueError: The file is damaged.
     """
     try:
-        with Image.open(path) as file:
-            return pil_to_tensor(file.convert('RGB'))
-    except OSError as e:
+        return pil_to_tensor(decode_image(path))
+    except Exception as e:  # Pillow raises many types on damaged files
         raise ValueError(f'{path} is damaged or no image ({e})') from e
 
 
@@ -150,9 +149,12 @@ def read_image(record: Record) -> torch.Tensor:
     """
     image = open_image(record.path)
     if image.shape[1:] != (record.height, record.width):
+        turned = image.shape[1:] == (record.width, record.height)
         raise ValueError(
             f'{record.path} is {image.shape[2]}x{image.shape[1]} pixels, but its annotation says '
-            f'{record.width}x{record.height}')
+            f'{record.width}x{record.height}' + (
+                '; if its EXIF orientation turns it, its boxes belong to the unturned pixels: rotate the file itself '
+                'and strip the orientation' if turned else ''))
     return image
 
 

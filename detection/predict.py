@@ -10,9 +10,10 @@ from pathlib import Path
 
 import torch
 
+from alignmix_lab.data.images.folders import EXTENSIONS
+from alignmix_lab.runs.files import write_whole
 from alignmix_lab.runs.options import exit_with_message
 
-from .annotations import IMAGE_SUFFIXES
 from .data import open_image
 from .export_checkpoint import load_detector
 from .pictures import draw_detections
@@ -26,7 +27,7 @@ def find_images(paths: list[str]) -> list[Path]:
     """
     files = []
     for path in map(Path, paths):
-        inside = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES) if path.is_dir() else [path]
+        inside = sorted(p for p in path.iterdir() if p.suffix.lower() in EXTENSIONS) if path.is_dir() else [path]
         if not inside or not inside[0].is_file():
             raise ValueError(f'{path}: no such image' if not path.is_dir() else f'{path} has no images')
         files += inside
@@ -67,13 +68,13 @@ def predict(
         draw_detections(image, found, class_names, threshold).save(folder / f'{name}.png')
         results.append(dict(
             image=str(file),
-            boxes=found['boxes'].round(2).tolist(),
-            scores=found['scores'].round(4).tolist(),
+            boxes=found['boxes'].astype(float).round(2).tolist(),
+            scores=found['scores'].astype(float).round(4).tolist(),
             classes=[class_names[label - 1] for label in found['labels']],
         ))
         shown = ', '.join(f'{c} {s:.2f}' for c, s in zip(results[-1]['classes'], results[-1]['scores'], strict=True))
         print(f'{file} -> {folder / name}.png: {shown or "nothing"}')
-    (folder / 'predictions.json').write_text(json.dumps(results, indent=4), encoding='utf-8')
+    write_whole(folder / 'predictions.json', json.dumps(results, indent=4))
     return folder
 
 

@@ -32,8 +32,27 @@ def _open(source: BinaryIO | str | Path) -> Image.Image:
         Image.MAX_IMAGE_PIXELS = limit
 
 
-def _to_eight_bits(image: Image.Image) -> Image.Image:
-    """Keep the high byte of 16-bit grey images; Pillow's convert() would clip everything above 255 to white."""
+# How an EXIF orientation of 5 to 8 is shown: width and height are exchanged.
+_ORIENTATION, _TURNED = 0x0112, (5, 6, 7, 8)
+_BITS_PER_SAMPLE = 258  # of a TIFF file
+
+
+def image_size(path: str | Path) -> tuple[int, int]:
+    """Width and height of a file as decode_image() returns it, from its header."""
+    with Image.open(path) as image:
+        return _upright_size(image)
+
+
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    try:
+        turned = image.getexif().get(_ORIENTATION) in _TURNED
+    except Exception:  # a damaged EXIF block (many error types in Pillow): decode_image() ignores it too
+        turned = False
+    return image.size[::-1] if turned else image.size
+
+
+def _to_eight_bits(image: Image.Image, bits: int) -> Image.Image:
+    """Keep the highest 8 of the bits of grey images; Pillow's convert() would clip everything above 255 to white."""
     if image.mode == 'F':
         raise ValueError('floating-point pixels have no fixed range')
     if not image.mode.startswith('I'):
@@ -41,7 +60,7 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
     pixels = np.asarray(image)
     if pixels.max() > 65535 or pixels.min() < 0:
         raise ValueError(f'integer pixels from {pixels.min()} to {pixels.max()} do not fit in 16 bits')
-    return Image.fromarray((pixels >> 8).astype(np.uint8))
+    return Image.fromarray((pixels >> max(bits - 8, 0)).clip(0, 255).astype(np.uint8))
 
 
 def decode_image(
@@ -72,12 +91,13 @@ def decode_image(
         image.draft(image.mode, (max_side, max_side))
     if image.width * image.height > max_pixels:
         raise ValueError(f'{width} x {height} pixels are more than the limit of {max_pixels} (a decompression bomb?)')
+    bits = getattr(image, 'tag_v2', {}).get(_BITS_PER_SAMPLE, (16,))[0]
     image.load()
     try:
         image = ImageOps.exif_transpose(image)
     except Exception as error:  # a damaged EXIF block (many error types in Pillow) says nothing about the pixels
         _logger.debug(f'EXIF orientation ignored: {error}')
-    image = _to_eight_bits(image)
+    image = _to_eight_bits(image, bits)
     if image.mode == 'P' and 'transparency' in image.info:
         image = image.convert('RGBA')
     return image.convert(mode)

@@ -10,11 +10,20 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+from PIL import features
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 
 _logger = logging.getLogger(__name__)
 
-EXTENSIONS = ('.bmp', '.gif', '.jpeg', '.jpg', '.pgm', '.png', '.ppm', '.tif', '.tiff', '.webp')
+EXTENSIONS = (
+    *(('.avif',) if features.check('avif') else ()),
+    '.bmp', '.gif', '.jpeg', '.jpg', '.pgm', '.png', '.ppm', '.tif', '.tiff', '.webp',
+)
+_HINTS = {
+    '.avif': 'this Pillow was built without AVIF; install 11.3 or newer',
+    '.heic': 'Pillow does not read it; convert to JPEG, e.g. with heif-convert',
+    '.heif': 'Pillow does not read it; convert to JPEG, e.g. with heif-convert',
+}
 TRAIN_FOLDERS = ('train', 'training')
 EVAL_FOLDERS = ('validation', 'val', 'valid', 'eval', 'evaluation', 'test')
 
@@ -133,7 +142,8 @@ def _reason_to_skip(entry: os.DirEntry) -> str:
     """Reason to skip a file, or ''. Broken links are listed: reading them reports the error."""
     extension = os.path.splitext(entry.name)[1]
     if extension.lower() not in EXTENSIONS:
-        return f'the extension {extension!r} is not read'
+        hint = _HINTS.get(extension.lower())
+        return f'the extension {extension!r} is not read' + (f': {hint}' if hint else '')
     if not os.path.isfile(entry.path) and os.path.exists(entry.path):
         return 'not a regular file'  # reading a pipe would wait forever
     return ''

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn as nn
-from PIL import Image
 
 from alignmix_lab.runs.options import Options, config_option
 from timm_alignmix.anatomy import Anatomy
@@ -229,8 +228,7 @@ def seen_by(model: EvalModel, source: BoxSource, seen: dict[str, np.ndarray], th
 def scaled_boxes(source: BoxSource, index: int, sides: tuple[int, int]) -> dict[str, np.ndarray]:
     """True boxes of an image by class, in pixels of the resized image."""
     image = source.dataset[index]
-    with Image.open(image.path) as file:
-        size = file.size
+    size = image_size(image.path)
     return {name: resize_box(boxes, size, sides[::-1]) for name, boxes in image.boxes.items()}
 
 
