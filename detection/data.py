@@ -129,14 +129,14 @@ class DetectionDataset(Dataset):
         return image, dict(boxes=boxes, labels=target['labels'], index=index)
 
 
-def open_image(path: Path) -> torch.Tensor:
-    """Read an image file upright, as uint8 (3, H, W).
+def open_image(path: Path, upright: bool = True) -> torch.Tensor:
+    """Read an image file as uint8 (3, H, W), turned as its EXIF orientation says or as it is stored.
 
     Raises:
         ValueError: The file is damaged.
     """
     try:
-        return pil_to_tensor(decode_image(path))
+        return pil_to_tensor(decode_image(path, upright=upright))
     except Exception as e:  # Pillow raises many types on damaged files
         raise ValueError(f'{path} is damaged or no image ({e})') from e
 
@@ -147,14 +147,13 @@ def read_image(record: Record) -> torch.Tensor:
     Raises:
         ValueError: The file is damaged, or its size differs from the annotation.
     """
-    image = open_image(record.path)
-    if image.shape[1:] != (record.height, record.width):
-        turned = image.shape[1:] == (record.width, record.height)
+    image, size = open_image(record.path), (record.height, record.width)
+    if image.shape[1:] != size and image.shape[1:] == size[::-1]:
+        image = open_image(record.path, upright=False)  # its boxes were drawn on the pixels as they are stored
+    if image.shape[1:] != size:
         raise ValueError(
             f'{record.path} is {image.shape[2]}x{image.shape[1]} pixels, but its annotation says '
-            f'{record.width}x{record.height}' + (
-                '; if its EXIF orientation turns it, its boxes belong to the unturned pixels: rotate the file itself '
-                'and strip the orientation' if turned else ''))
+            f'{record.width}x{record.height}')
     return image
 
 

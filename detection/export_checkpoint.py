@@ -17,6 +17,7 @@ from timm.models import clean_state_dict
 from torch import nn
 
 from alignmix_lab.runs.checkpoint import load_weights, read_checkpoint
+from alignmix_lab.runs.files import write_whole
 from alignmix_lab.runs.options import exit_with_message
 
 from .detector import rebuild
@@ -75,7 +76,8 @@ def export_detector(checkpoint: str | Path, folder: str | Path, ema: bool | None
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_file({key: value.contiguous() for key, value in state_dict.items()}, folder / WEIGHTS_FILE)
-    (folder / DESCRIPTION_FILE).write_text(json.dumps(description, indent=4), encoding='utf-8')
+    (folder / WEIGHTS_FILE).chmod(0o644)  # safetensors writes files for their owner only
+    write_whole(folder / DESCRIPTION_FILE, json.dumps(description, indent=4))
     load_detector(folder)
     return folder
 

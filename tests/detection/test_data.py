@@ -264,3 +264,66 @@ def test_targets_are_what_detectors_take(rectangles):
     image, target = DetectionDataset([empty], create_transform('hflip', 64))[0]
     assert image.shape == (3, 48, 64)
     assert target['boxes'].shape == (0, 4) and target['labels'].dtype == torch.int64
+
+
+def coco_file_with(tmp_path, **changes):
+    """A sound COCO split of two images and two boxes, with some lists changed by functions of them."""
+    images = [dict(id=1, width=64, height=48), dict(id=2, width=64, height=48)]
+    annotations = [
+        dict(image_id=image_id, category_id=category['id'], bbox=[1, 1, 2, 2])
+        for image_id, category in zip((1, 2), CATEGORIES, strict=False)]
+    add_coco(tmp_path, 'train', images, annotations, CATEGORIES)
+    path = tmp_path / 'annotations' / 'instances_train.json'
+    content = json.loads(path.read_text())
+    for name, change in changes.items():
+        change(content[name])
+    path.write_text(json.dumps(content))
+    return tmp_path
+
+
+@pytest.mark.parametrize('changes, said', [
+    (dict(images=lambda entries: entries[1].update(id=1)), 'several images have the id 1'),
+    (dict(images=lambda entries: entries[1].update(file_name='0001.png')), 'several images have the file_name'),
+    (dict(images=lambda entries: entries[1].pop('width')), r'images\[1\] \(id 2\) has no width'),
+    (dict(images=lambda entries: entries[1].update(height=0)), 'image 2 is 64 x 0 pixels'),
+    (dict(categories=lambda entries: entries[1].update(id=entries[0]['id'])), 'several categories have the id'),
+    (dict(categories=lambda entries: entries[1].update(name=entries[0]['name'])), 'several categories have the name'),
+    (dict(annotations=lambda entries: entries[1].pop('bbox')), r'annotations\[1\] \(id 2\) has no bbox'),
+    (dict(annotations=lambda entries: entries[1].pop('category_id')), r'annotations\[1\] .* no category_id'),
+    (dict(annotations=lambda entries: entries[1].update(bbox=[1, 1, 2])), 'annotation 2 has the bbox .* four finite'),
+    (dict(annotations=lambda entries: entries[1].update(bbox=[1, 1, 2, float('nan')])), 'annotation 2 has the bbox'),
+    (dict(annotations=lambda entries: entries[1].update(bbox=None)), 'annotation 2 has the bbox None'),
+    (dict(annotations=lambda entries: entries[1].update(image_id=9)), 'annotation 2 has the image_id 9'),
+])
+def test_coco_entries_are_checked_and_named(tmp_path, changes, said):
+    with pytest.raises(ValueError, match=f'instances_train.json.*{said}'):
+        read_coco(coco_file_with(tmp_path, **changes), 'train')
+
+
+def save_turned(path, pixels):
+    """Save pixels (H, W, 3) as a photo that a viewer turns by a quarter: EXIF orientation 6."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels).save(path, exif=exif)
+
+
+def record_of(path, width, height):
+    none = np.zeros(0)
+    return Record('a', path, width, height, np.zeros((0, 4)), none, none, none, none)
+
+
+def test_turned_photos_are_read_as_their_annotation_says(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 255, (20, 30, 3), dtype=np.uint8)
+    save_turned(tmp_path / 'a.png', pixels)
+    upright = np.rot90(pixels, -1).transpose(2, 0, 1)
+    assert np.array_equal(read_image(record_of(tmp_path / 'a.png', 20, 30)).numpy(), upright)
+    assert np.array_equal(read_image(record_of(tmp_path / 'a.png', 30, 20)).numpy(), pixels.transpose(2, 0, 1))
+    with pytest.raises(ValueError, match='is 20x30 pixels, but its annotation says 31x20'):
+        read_image(record_of(tmp_path / 'a.png', 31, 20))
+
+
+def test_deep_grey_images_keep_their_brightness(tmp_path):
+    grey = np.linspace(0, 65535, 12 * 10).reshape(10, 12).astype(np.uint16)
+    Image.fromarray(grey).save(tmp_path / 'a.png')
+    read = read_image(record_of(tmp_path / 'a.png', 12, 10)).numpy()
+    assert np.array_equal(read, np.broadcast_to(grey >> 8, (3, 10, 12)))

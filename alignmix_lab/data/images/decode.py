@@ -68,6 +68,7 @@ def decode_image(
         mode: str = 'RGB',
         max_side: int | None = None,
         max_pixels: int = MAX_PIXELS,
+        upright: bool = True,
 ) -> Image.Image:
     """Decode every pixel of an image, upright and as 8-bit `mode`.
 
@@ -80,6 +81,7 @@ def decode_image(
         max_side: Sufficient longer side: a JPEG of more than max_pixels is decoded at a reduced scale, but no smaller
             than this. Other images keep their size.
         max_pixels: Maximum number of pixels to decode.
+        upright: Turn the image as its EXIF orientation says.
 
     Raises:
         ValueError: Not an image, too many pixels, or a pixel type without an 8-bit equivalent.
@@ -94,7 +96,7 @@ def decode_image(
     bits = getattr(image, 'tag_v2', {}).get(_BITS_PER_SAMPLE, (16,))[0]
     image.load()
     try:
-        image = ImageOps.exif_transpose(image)
+        image = ImageOps.exif_transpose(image) if upright else image
     except Exception as error:  # a damaged EXIF block (many error types in Pillow) says nothing about the pixels
         _logger.debug(f'EXIF orientation ignored: {error}')
     image = _to_eight_bits(image, bits)

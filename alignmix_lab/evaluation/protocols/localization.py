@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 
+from alignmix_lab.data.images.decode import image_size
 from alignmix_lab.runs.options import Options, config_option
 from timm_alignmix.anatomy import Anatomy
 

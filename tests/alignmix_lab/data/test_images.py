@@ -1,10 +1,11 @@
 import io
+import struct
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from alignmix_lab.data.images.decode import decode_image
+from alignmix_lab.data.images.decode import decode_image, image_size
 
 
 @pytest.fixture
@@ -110,3 +111,31 @@ def test_pixels_without_an_eight_bit_meaning_are_refused():
         decode_image(saved(Image.fromarray(np.ones((4, 4), np.float32)), 'TIFF'))
     with pytest.raises(ValueError, match='do not fit in 16 bits'):
         decode_image(saved(Image.fromarray(np.full((4, 4), 70000, np.int32)), 'TIFF'))
+
+
+def twelve_bit_tiff(values: np.ndarray) -> io.BytesIO:
+    """An uncompressed grey TIFF of 12 bits a pixel, which Pillow reads and does not write."""
+    height, width = values.shape
+    bits = ''.join(f'{value:012b}' for value in values.ravel())
+    strip = int(bits, 2).to_bytes(len(bits) // 8, 'big')
+    tags = [(256, 4, width), (257, 4, height), (258, 3, 12), (259, 3, 1), (262, 3, 1), (273, 4, 0), (277, 3, 1),
+            (278, 4, height), (279, 4, len(strip))]
+    offset = 8 + 2 + 12 * len(tags) + 4
+    entries = b''.join(
+        struct.pack('<HHI', tag, kind, 1) + struct.pack('<I', offset if tag == 273 else value)
+        for tag, kind, value in tags)
+    return io.BytesIO(b'II*\0' + struct.pack('<IH', 8, len(tags)) + entries + bytes(4) + strip)
+
+
+def test_twelve_bit_grey_keeps_its_brightness():
+    values = np.linspace(0, 4095, 64).astype(int).reshape(8, 8)
+    decoded = pixels(decode_image(twelve_bit_tiff(values)))
+    np.testing.assert_array_equal(decoded, (values >> 4)[..., None].repeat(3, axis=2))
+
+
+@pytest.mark.parametrize('orientation', range(1, 9))
+def test_size_from_the_header_is_that_of_the_upright_image(photo, tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    photo.save(tmp_path / 'a.jpg', exif=exif)
+    assert image_size(tmp_path / 'a.jpg') == decode_image(tmp_path / 'a.jpg').size
