@@ -61,7 +61,7 @@ class Record:
 
 @dataclass
 class Annotations:
-    """The images of a split.
+    """Images of a split with their objects.
 
     Attributes:
         records: One per image.

@@ -228,7 +228,7 @@ class ExtraLayers(nn.Module):
             in_channels = out_channels
 
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """The map of every block, largest first."""
+        """Return the map of every block, largest first."""
         maps = []
         for block in self.blocks:
             x = block(x)

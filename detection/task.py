@@ -48,7 +48,7 @@ class DetectionTask(TrainingTask):
         )
 
     def get_eval_model(self, module: nn.Module | None = None, ema: bool = False) -> nn.Module | None:
-        """The plain detector, or its moving average."""
+        """Return the plain detector, or its moving average."""
         resolved = super().get_eval_model(module=module, ema=ema)
         return resolved if resolved is None else unwrap_model(resolved)
 

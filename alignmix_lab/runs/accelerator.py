@@ -1,4 +1,4 @@
-"""The processes and the device of a run, through Accelerate."""
+"""Start of the processes and the device of a run, through Accelerate."""
 import logging
 import os
 from datetime import timedelta

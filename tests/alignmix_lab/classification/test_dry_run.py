@@ -38,13 +38,13 @@ def test_nothing_is_needed_but_sizes(run_training, monkeypatch, tmp_path):
 
 
 def test_missing_facts_are_asked_for(tmp_path):
-    with pytest.raises(ValueError, match='say its classes too: --num-classes'):
+    with pytest.raises(ValueError, match='pass its number of classes too: --num-classes'):
         plan(num_classes=None)
     with pytest.raises(ValueError, match='does not exist'):
         plan(dataset_size=None, data_dir=str(tmp_path / 'gone'))
     with pytest.raises(ValueError, match='not enough for one batch'):
         plan(batch_size=1001)
-    with pytest.raises(ValueError, match='does not take images of 48 pixels'):
+    with pytest.raises(ValueError, match='does not accept images of 48 pixels'):
         plan(model='deit_tiny_patch16_224', img_size=None, min_res=48, max_res=64)
 
 

@@ -93,7 +93,7 @@ def test_resume_refuses_where_every_checkpoint_is_damaged(continued):
         for path in folder.glob('*.pth.tar'):
             truncate(path)
 
-    with pytest.raises(ValueError, match='no checkpoint in .* can be read'):
+    with pytest.raises(ValueError, match='all checkpoints in .* are damaged'):
         continued(damage)
 
 
