@@ -35,7 +35,7 @@ from dataclasses import dataclass, fields
 
 from alignmix_lab.runs.options import Options, near_names
 
-from .config import EvalConfig
+from .config import AllConfig, EvalConfig
 from .context import Evaluation
 from .result import Result
 
@@ -112,5 +112,6 @@ def get_protocol(name: str) -> Protocol:
 def options_class(name: str) -> type[EvalConfig]:
     """Dataclass of all options of a protocol, or of every protocol for 'all'."""
     chosen = _protocols.values() if name == 'all' else [get_protocol(name)]
-    bases = (EvalConfig, *dict.fromkeys(protocol.options for protocol in chosen if protocol.options is not Options))
+    common = AllConfig if name == 'all' else EvalConfig
+    bases = (common, *dict.fromkeys(protocol.options for protocol in chosen if protocol.options is not Options))
     return dataclass(type(f'{name.capitalize()}Config', bases, {'__doc__': f'Options of {name}.'}))

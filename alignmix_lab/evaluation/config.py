@@ -60,3 +60,10 @@ class EvalConfig(SourceOptions):
             raise ValueError(
                 f'{models} models and {checkpoints} checkpoints: pass one --checkpoint per --model, or a single '
                 '--model; training checkpoints need no model name, pass them as --model')
+
+
+@dataclass
+class AllConfig(EvalConfig):
+    """Options of `all`; those of the protocols are added."""
+
+    skip: list[str] | None = _run(None, 'protocols to leave out, e.g. cost robustness', nargs='+')

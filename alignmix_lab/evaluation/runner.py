@@ -38,7 +38,10 @@ def evaluate(name: str, config: EvalConfig) -> dict[str, Result]:
     accelerator = create_accelerator(config.device, config.amp, config.amp_dtype)
     ev = Evaluation(config, accelerator)
     results = {}
+    skipped = [get_protocol(skip).name for skip in getattr(config, 'skip', None) or ()]
     for protocol in map(get_protocol, list_protocols() if name == 'all' else [name]):
+        if protocol.name in skipped:
+            continue
         try:
             results[protocol.name] = run_protocol(ev, protocol)
         except NotApplicable as e:
@@ -91,7 +94,7 @@ def command_line(name: str, config: EvalConfig) -> str:
     """Command that reproduces a result, with all options that differ from their defaults."""
     words = ['python', 'evaluate.py', name]
     default = type(config)()
-    for option in fields(config):
+    for option in (*fields(EvalConfig), *fields(get_protocol(name).options)):  # `all` has those of every protocol
         value = getattr(config, option.name)
         if value != getattr(default, option.name):
             words += option_words(option.name, value)

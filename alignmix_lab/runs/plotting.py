@@ -82,6 +82,8 @@ def panels(count: int, most_columns: int = 3, **options: Any) -> tuple[Figure, l
     fig, axes = figure(-(-count // columns), columns, **options)
     for ax in axes.flat[count:]:
         ax.set_axis_off()
+    for ax in axes.flat[max(count - columns, 0):count]:
+        ax.tick_params(labelbottom=True)  # the lowest of its column, though an empty place may be below it
     return fig, list(axes.flat[:count])
 
 

@@ -37,7 +37,8 @@ def inclusive_iou(boxes_a: np.ndarray, boxes_b: np.ndarray) -> np.ndarray:
 
 def resize_box(box: np.ndarray, size: tuple[float, float], new_size: tuple[int, int]) -> np.ndarray:
     """Scale boxes (N, 4) from an image of `size` (width, height) to `new_size`, rounded down to whole pixels."""
-    scaled = np.asarray(box, dtype=np.float64) * ([new_size[0] / size[0], new_size[1] / size[1]] * 2)
+    # In this order: a quotient's rounding would take a coordinate that is whole to the pixel below.
+    scaled = np.asarray(box, dtype=np.float64) * (new_size * 2) / (size * 2)
     return scaled.astype(np.int64).clip(0, [new_size[0] - 1, new_size[1] - 1] * 2)
 
 

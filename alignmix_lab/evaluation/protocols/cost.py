@@ -173,8 +173,10 @@ class CostOptions(Options):
     """Options of the cost protocol."""
     cost_mixes: list[str] | None = config_option(
         'Cost', None, 'mixes to time in addition to none; default: all', nargs='+')
-    cost_batch: int = config_option('Cost', 128, 'images per step', int, low=2)
-    cost_rounds: int = config_option('Cost', 10, 'rounds; each times six steps of every mix', int, low=1)
+    cost_batch: int | None = config_option(
+        'Cost', None, 'images per step; default: 128, on a CPU 8', int, low=2)
+    cost_rounds: int | None = config_option(
+        'Cost', None, 'rounds; each times six steps of every mix; default: 10, on a CPU 5', int, low=1)
     cost_compile: bool = config_option('Cost', False, 'compile the steps with torch.compile', bool)
 
 
@@ -184,7 +186,9 @@ def cost(ev: Evaluation) -> Result:
     config = ev.config
     mixes = [BASE, *(name for name in config.cost_mixes or list_mixes() if name != BASE)]
     amp_dtype = getattr(torch, config.amp_dtype) if config.amp else None
-    batch, rows, notes, spreads = config.cost_batch, [], [], {}
+    on_cpu = ev.device.type == 'cpu'
+    batch, rounds = config.cost_batch or (8 if on_cpu else 128), config.cost_rounds or (5 if on_cpu else 10)
+    rows, notes, spreads = [], [], {}
     for model in one_of_each_kind(ev.models):
         label = f'{model.arch} {model.data_config["input_size"][-1]} px'
         images = torch.randn(batch, *model.data_config['input_size'], device=ev.device)
@@ -194,8 +198,10 @@ def cost(ev: Evaluation) -> Result:
         steps, refused = build_steps(
             lambda mix, model=model: network_for(model, mix, config.model_kwargs), mixes, images, target,
             amp_dtype=amp_dtype, compile=config.cost_compile)
-        with ev.progress(f'cost {label}', (config.cost_rounds + 2) * len(steps)) as bar:
-            costs = measure_steps(steps, config.cost_rounds, tick=bar.update)
+        _logger.info(f'cost of {label}: {rounds} rounds of {CYCLE} steps of {batch} images for {", ".join(steps)}')
+        with ev.progress(f'cost {label}', (rounds + 2) * len(steps)) as bar:
+            costs = measure_steps(steps, rounds, tick=bar.update)
+        _logger.info(f'cost of {label}: done')
         notes += [f'{label}, {mix}: left out. {reason}' for mix, reason in refused.items()]
         rows += [_row(label, mix, cost, costs[BASE], batch) for mix, cost in costs.items()]
         spreads[label] = {mix: cost.step.seconds for mix, cost in costs.items()}
@@ -216,11 +222,13 @@ def cost(ev: Evaluation) -> Result:
         notes=[
             f'One process, {where}, {hardware(ev.device)}.',
             'A step consists of random draws, forward, loss, backward and SGD update on images that are already on the '
-            f'device, without data loading. Each of {config.cost_rounds} rounds times {CYCLE} steps of every mix, with '
+            f'device, without data loading. Each of {rounds} rounds times {CYCLE} steps of every mix, with '
             'the modes of a mix in proportion to their probabilities; ms/step and images/s are medians over rounds.',
             *(['Times are CPU times of the process (one thread), not wall-clock times.']
               if clock_for(ev.device) is time.process_time else []),
             'Time vs none: median and quartiles of the ratio within each round, which cancels drift of the machine.',
+            *([f'{rounds} round(s) say nothing about the spread: a difference of some per cent may be chance; pass '
+               '--cost-rounds 5 or more.'] if rounds < 3 else []),
             'Memory: parameters, buffers and momentum, plus the peak of the tensors within a step.',
             *notes,
         ],

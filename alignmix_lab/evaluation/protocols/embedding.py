@@ -10,6 +10,7 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
+import matplotlib
 import numpy as np
 import torch
 import torch.nn as nn
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 
 from alignmix_lab.runs.options import Options, config_option
-from alignmix_lab.runs.plotting import COLORS, MARKERS, panels
+from alignmix_lab.runs.plotting import MARKERS, panels
 from timm_alignmix.anatomy import Anatomy
 
 from ..base import register_protocol
@@ -227,11 +228,12 @@ def draw_maps(ev: Evaluation, found: dict[str, tuple[np.ndarray, np.ndarray]]) -
     for ax, (label, (embed_ND, _)) in zip(axes, found.items(), strict=True):
         with ev.progress(f'umap {label}', 1):
             places = umap.UMAP(random_state=ev.config.seed, metric=metric, n_jobs=1).fit_transform(embed_ND[shown])
+        palette = matplotlib.colormaps['tab10' if len(classes) <= 10 else 'tab20']
         for i, which in enumerate(classes):
             mine = places[labels[shown] == which]
             ax.scatter(
-                *mine.T, s=9, alpha=0.7, linewidths=0, color=COLORS[i % len(COLORS)],
-                marker=MARKERS[(i + i // len(COLORS)) % len(MARKERS)],
+                *mine.T, s=9, alpha=0.7, linewidths=0, color=palette(i % palette.N),
+                marker=MARKERS[i // palette.N % len(MARKERS)],
                 label=str(names[which]) if names else f'class {which}')
         ax.set(title=label, xticks=[], yticks=[])
     fig.legend(

@@ -54,12 +54,12 @@ def draw_pictures(columns: list[PictureColumn]) -> Figure:
             show(ax, cell, f'IoU {iou:.2f}, ' + ('class right' if cell.said is None else f'taken for {cell.said}'))
             ax.imshow(cell.scores, cmap='jet', alpha=0.45, vmin=0, vmax=255)
             frame(ax, cell.box, PREDICTED, '--')
-        head = f'{column.label}, box at {column.threshold:.3f} of the maximum'
+        head = f'{column.label},\nbox at {column.threshold:.3f} of the maximum'
         axes[0, place].set_title(f'{head}\n{axes[0, place].get_title()}', fontsize=8)
     fig.legend(
         [Line2D([], [], color=TRUE), Line2D([], [], color=PREDICTED, linestyle='--')],
-        ['true box', "box of the map's largest contour, at the threshold of MaxBoxAcc"],
-        loc='outside lower center', ncols=2, frameon=False)
+        ['true box', "box of the map's largest contour,\nat the threshold of MaxBoxAcc"],
+        loc='outside lower center', ncols=2 if len(columns) > 1 else 1, frameon=False, fontsize=8)
     return fig
 
 

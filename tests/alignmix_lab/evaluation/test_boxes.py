@@ -103,3 +103,12 @@ def test_the_best_threshold_is_one_for_the_whole_set():
     assert box_accuracy(iou_NT, 0.5)[[0, 60, 150, 950]].tolist() == [25, 50, 25, 25]
     assert max_box_accuracy(iou_NT) == (50, pytest.approx(0.05))  # not 75: each image at its own best threshold
     assert max_box_accuracy(iou_NT, 0.7) == (25, pytest.approx(0.9))
+
+
+def test_resized_coordinates_are_those_of_the_exact_quotient():
+    """Against whole-number arithmetic: dividing first takes 92 of these to the pixel below."""
+    sizes = [(width, height) for width in range(201, 520, 7) for height in range(203, 500, 11)]
+    for width, height in sizes:
+        box = np.array([[width // 3, height // 4, width - 1, height // 2]])
+        exact = [[x * 224 // width, y * 224 // height] for x, y in ((box[0, 0], box[0, 1]), (box[0, 2], box[0, 3]))]
+        np.testing.assert_array_equal(resize_box(box, (width, height), (224, 224)), [exact[0] + exact[1]])

@@ -330,3 +330,22 @@ def test_random_weights_are_never_taken_for_trained_ones():
 def test_all_options_have_names_of_their_own():
     assert options_class('all')().bins == 15
     assert evaluate.__module__ == 'alignmix_lab.evaluation.runner'
+
+
+def test_all_records_the_command_of_each_protocol(models, folder):
+    """A command with the options of the other protocols would be refused when it is run."""
+    config = options_class('all')(model=models, data_dir=str(folder), bins=7, pgd_iterations=3, skip=['cost'])
+    for name, own in (('accuracy', set()), ('calibration', {'--bins'}), ('robustness', {'--pgd-iterations'})):
+        words = shlex.split(command_line(name, config))
+        config_class = options_class(name)
+        parser = create_parser(config_class, '', '')
+        parse_flags(parser, config_class, lambda flags, file, name=name: resolve(name, flags, file), words[3:])
+        assert {'--bins', '--pgd-iterations', '--skip'} & set(words) == own
+
+
+def test_all_skips_what_is_named(models, folder, tmp_path, caplog):
+    others = [name for name in base.list_protocols() if name != 'accuracy']
+    options = dict(model=models, data_dir=str(folder), workers=0, device='cpu', output=str(tmp_path))
+    assert list(evaluate('all', options_class('all')(**options, skip=others))) == ['accuracy']
+    with pytest.raises(ValueError, match="unknown protocol 'costs'; did you mean cost"):
+        evaluate('all', options_class('all')(**options, skip=['costs']))
