@@ -91,7 +91,8 @@ def _stand_in_loaders(config: TrainConfig, processes: int) -> Loaders | None:
     if at_hand or config.dataset_size is None:
         return None
     if config.num_classes is None:
-        raise ValueError('--dataset-size replaces data that is not at hand; pass its number of classes too: --num-classes N')
+        raise ValueError(
+            '--dataset-size replaces data that is not at hand; pass its number of classes too: --num-classes N')
     train, val = config.dataset_size
     return Loaders(
         train=range(train_batches(train, config.batch_size, processes)),
