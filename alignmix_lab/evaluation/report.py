@@ -35,7 +35,7 @@ from .result import Column, cells, is_number
 _logger = logging.getLogger(__name__)
 
 PICTURES = {'.png': 'png', '.jpg': 'jpeg', '.jpeg': 'jpeg', '.svg': 'svg+xml', '.webp': 'webp', '.gif': 'gif'}
-MOST_PICTURES = 50  # that belong to no result, in one folder; more are taken for a data set
+MOST_PICTURES = 30  # that belong to no result, in one folder; more are taken for a data set
 
 
 def group(items: Iterable[Any], key: Callable[[Any], Any]) -> dict[Any, list[Any]]:
@@ -319,7 +319,7 @@ def render(found: Sources, title: str) -> str:
         found=found, title=title, date=time.strftime('%Y-%m-%d'), version=__version__, papers=published.PAPERS,
         protocols={name + (f': {helps[name]}' if name in helps else ''): by_protocol[name] for name in names},
         comparisons=compare(value for run in found.runs for value in run.values),
-        together=draw_together(run for run in found.runs if run.curve))
+        together=draw_together(run for run in found.runs if len(run.curve) > 1))
 
 
 def main(argv: list[str] | None = None, prog: str = 'alignmix report') -> None:
