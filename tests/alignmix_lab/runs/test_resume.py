@@ -99,7 +99,7 @@ def test_resume_refuses_where_every_checkpoint_is_damaged(continued):
 
 def test_resume_auto_of_a_new_folder_starts_anew(make_config, run_training, tmp_path):
     run = run_training(make_config(tmp_path, resume='auto', epochs=1))
-    assert any('no checkpoint in' in line and 'starting anew' in line for line in run.log)
+    assert any('no checkpoint in' in line and 'starting from scratch' in line for line in run.log)
     assert [entry['epoch'] for entry in run.result['history']] == [0]
 
 
