@@ -54,8 +54,7 @@ setup(
     license='Apache-2.0',
     packages=find_packages(include=['timm_alignmix', 'timm_alignmix.*', 'alignmix_lab', 'alignmix_lab.*']),
     package_data={
-        'alignmix_lab.evaluation': ['published.csv'],
-        'alignmix_lab.evaluation.ablation': ['studies.yaml'],
+        'alignmix_lab.evaluation': ['published.csv', 'studies.yaml'],
         'alignmix_lab.evaluation.report': ['page.html'],
     },
     python_requires='>=3.10',

@@ -7,7 +7,7 @@ do: the host waits for the forward pass only, and the device never runs out of w
 """
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -16,7 +16,6 @@ from torch import distributed, nn
 
 # BSD's EX_TEMPFAIL: a failure that goes away when the command is run again.
 EXIT_REQUEUE = 75
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _RUNNING_STATISTICS = ('running_mean', 'running_var', 'num_batches_tracked')
 
 
@@ -25,13 +24,17 @@ class StopRequested(Exception):
 
 
 class StopSignals:
-    """Takes notice of SIGTERM and SIGUSR1, with which clusters announce that they will end a job.
+    """Takes notice of signals.
+
+    Args:
+        numbers: The signals; by default those with which clusters announce that they will end a job.
 
     Attributes:
         received: The first signal, or None.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, numbers: Iterable[signal.Signals] = (signal.SIGTERM, signal.SIGUSR1)) -> None:
+        self.numbers = numbers
         self.received: signal.Signals | None = None
 
     @contextmanager
@@ -40,7 +43,7 @@ class StopSignals:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, self._notice) for number in _SIGNALS}
+        before = {number: signal.signal(number, self._notice) for number in self.numbers}
         try:
             yield
         finally:

@@ -4,6 +4,7 @@ import logging
 import math
 import os
 import platform
+import re
 import shlex
 import sys
 from datetime import timedelta
@@ -100,6 +101,17 @@ def write_report(
     lines += ['', f'Updates left out in the last epoch because the loss was not finite: {train["skipped"]}', '',
               '![curves](curves.png)', '']
     write_whole(folder / 'report.md', '\n'.join(lines))
+
+
+def seconds_per_epoch(folder: Path) -> float | None:
+    """Read from the report.md of a run how long an epoch took; None where there is none."""
+    path = folder / 'report.md'
+    text = path.read_text(encoding='utf-8') if path.is_file() else ''
+    found = re.search(r'^- Time: (?:(\d+) days?, )?(\d+):(\d+):(\d+) for (\d+) epochs', text, re.MULTILINE)
+    if found is None:
+        return None
+    days, hours, minutes, seconds, epochs = (int(number or 0) for number in found.groups())
+    return (((24 * days + hours) * 60 + minutes) * 60 + seconds) / epochs
 
 
 def _hardware(run: Run) -> str:
