@@ -59,8 +59,7 @@ setup(
     package_dir={'alignmix_lab.recipes': 'recipes'},  # where the programs find recipes by name without a clone
     package_data={
         'alignmix_lab.recipes': ['**/*.yaml', 'README.md'],
-        'alignmix_lab.evaluation': ['published.csv', 'report.html'],
-        'alignmix_lab.evaluation.ablation': ['studies.yaml'],
+        'alignmix_lab.evaluation': ['published.csv', 'report.html', 'studies.yaml'],
     },
     entry_points={'console_scripts': ['alignmix = alignmix_lab.__main__:main']},
     python_requires='>=3.10',

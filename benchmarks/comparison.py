@@ -7,8 +7,7 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 
-from alignmix_lab.evaluation.ablation.outcome import spread
-from alignmix_lab.runs.plotting import draw_by_epoch
+from alignmix_lab.runs.plotting import draw_by_epoch, spread
 
 ROOT = Path(__file__).resolve().parent.parent
 

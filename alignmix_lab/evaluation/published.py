@@ -191,6 +191,13 @@ def dataset_name(name: str | None) -> str:
     return DATASETS.get(re.sub('[^a-z0-9]', '', last.lower()), last)
 
 
+def data_name(dataset: str, data_dir: str) -> str:
+    """The papers' name of a run's data: of a data set, else the last part of a folder, else the built-in sample's."""
+    if dataset or not data_dir:
+        return dataset_name(dataset or 'digits')
+    return Path(data_dir).name
+
+
 def network_name(arch: str) -> str:
     """The papers' name of a network, or timm's where it is none of theirs."""
     return NETWORKS.get(arch.partition('.')[0], arch)

@@ -6,7 +6,7 @@ sum after it has queued the backward pass, so it only waits for the forward pass
 """
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -15,7 +15,6 @@ from torch import distributed, nn
 
 # BSD's EX_TEMPFAIL: a failure that goes away when the command is run again.
 EXIT_REQUEUE = 75
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _RUNNING_STATISTICS = ('running_mean', 'running_var', 'num_batches_tracked')
 
 
@@ -24,13 +23,17 @@ class StopRequested(Exception):
 
 
 class StopSignals:
-    """Records SIGTERM and SIGUSR1, with which clusters announce the end of a job.
+    """Records signals.
+
+    Args:
+        numbers: The signals; by default SIGTERM and SIGUSR1, with which clusters announce the end of a job.
 
     Attributes:
         received: The first signal, or None.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, numbers: Iterable[signal.Signals] = (signal.SIGTERM, signal.SIGUSR1)) -> None:
+        self.numbers = numbers
         self.received: signal.Signals | None = None
 
     @contextmanager
@@ -39,7 +42,7 @@ class StopSignals:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, self._record) for number in _SIGNALS}
+        before = {number: signal.signal(number, self._record) for number in self.numbers}
         try:
             yield
         finally:

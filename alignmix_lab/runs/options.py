@@ -1,6 +1,7 @@
 """Options of a command: dataclass fields that carry their flag, read from the command line and from YAML files."""
 import argparse
 import difflib
+import re
 import sys
 from ast import literal_eval
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -139,6 +140,26 @@ def near_names(name: str, names: Iterable[str]) -> str:
     """Return the end of an error message that suggests names similar to `name`, or ''."""
     near = difflib.get_close_matches(name, list(names), n=3, cutoff=0.6)
     return f'; did you mean {" or ".join(near)}?' if near else ''
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which 1e-3 is a number, as it is in a flag."""
+
+
+_Loader.add_implicit_resolver(
+    'tag:yaml.org,2002:float', re.compile(r'[-+]?\d+(\.\d*)?[eE][-+]?\d+$'), list('-+0123456789'))
+
+
+def load_yaml(text: str, said: str) -> Any:
+    """Read a text as YAML.
+
+    Raises:
+        ValueError: It is none; the message begins with `said`.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as e:
+        raise ValueError(f'{said} is not YAML: {e}') from e
 
 
 def _convert(option: Field, value: Any) -> Any:

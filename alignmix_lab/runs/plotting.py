@@ -141,6 +141,14 @@ def bars(
     ax.grid(visible=False, axis='y')
 
 
+def spread(values: Sequence[float]) -> tuple[float | None, float | None]:
+    """Mean and sample standard deviation; None where there are too few values."""
+    return (
+        statistics.mean(values) if values else None,
+        statistics.stdev(values) if len(values) > 1 else None,
+    )
+
+
 def draw_by_epoch(ax: Axes, curves: dict[str, list[dict[int, float]]]) -> None:
     """Draw the mean by epoch and, for several runs, their range.
 

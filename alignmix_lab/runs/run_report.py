@@ -1,6 +1,7 @@
 """Picture of a run's curves after each epoch, and a short report at its end."""
 import csv
 import math
+import re
 import shlex
 import sys
 from datetime import timedelta
@@ -85,3 +86,14 @@ def write_report(
     lines += ['', f'Updates skipped in the last epoch because the loss was not finite: {train["skipped"]}', '',
               '![curves](curves.png)', '']
     write_whole(folder / 'report.md', '\n'.join(lines))
+
+
+def seconds_per_epoch(folder: Path) -> float | None:
+    """Read from the report.md of a run how long an epoch took; None where there is none."""
+    path = folder / 'report.md'
+    text = path.read_text(encoding='utf-8') if path.is_file() else ''
+    found = re.search(r'^- Time: (?:(\d+) days?, )?(\d+):(\d+):(\d+) for (\d+) epochs', text, re.MULTILINE)
+    if found is None:
+        return None
+    days, hours, minutes, seconds, epochs = (int(number or 0) for number in found.groups())
+    return (((24 * days + hours) * 60 + minutes) * 60 + seconds) / epochs

@@ -1,27 +1,22 @@
-"""Ablations: grids and studies, jobs that end, fail or are cut, and what is made of their figures."""
+"""Ablations: grids and studies, the commands they come to, and what is made of their figures."""
 import csv
-import importlib.util
 import json
 import math
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
 from alignmix_lab.classification import TrainConfig
-from alignmix_lab.evaluation import published
-from alignmix_lab.evaluation.ablation import AblationOptions, Job, load_studies, parse_grid, run_jobs
-from alignmix_lab.evaluation.ablation.cli import ablate
-from alignmix_lab.evaluation.ablation.grid import STUDIES, Cell, Study, grid_study, parse_settings
-from alignmix_lab.evaluation.ablation.jobs import run_job
-from alignmix_lab.evaluation.ablation.outcome import Outcome, draw_axis, spread
-from alignmix_lab.evaluation.ablation.runs import Plan, run_name
+from alignmix_lab.commands.train import parse_config
+from alignmix_lab.evaluation import ablation, published
+from alignmix_lab.evaluation.ablation import AblationOptions, ablate, draw_axis, main, make_job, plan, run_name
+from alignmix_lab.evaluation.studies import STUDIES, Cell, Study, grid_study, load_studies, parse_words
 from alignmix_lab.runs.plotting import figure
+from alignmix_lab.runs.run_report import seconds_per_epoch
 
-ROOT = Path(__file__).resolve().parents[3]
+SETTINGS = ['model=test_resnet', 'epochs=2']
 
 
 def write_run(folder: Path, config: TrainConfig, top1: list[float]) -> None:
@@ -35,29 +30,38 @@ def write_run(folder: Path, config: TrainConfig, top1: list[float]) -> None:
 
 
 @pytest.fixture
-def plan(tmp_path) -> Plan:
+def options(tmp_path) -> AblationOptions:
     """Two seeds and two epochs of the sample."""
-    return Plan(None, {'model': 'test_resnet', 'epochs': 2}, [0, 1], tmp_path / 'runs')
+    return AblationOptions(grid=['mix=mixup,none'], set=SETTINGS, seeds=[0, 1], output=str(tmp_path))
+
+
+def finish(options: AblationOptions, top1: dict[tuple[str, int], list[float]]) -> None:
+    """Pretend that some of the runs have been trained: top-1 by epoch, by case and seed."""
+    for (mix, seed), values in top1.items():
+        cell = Cell({'mix': mix}, mix, '')
+        job = make_job(options, cell, seed)
+        write_run(job.folder, cell.config, values)
 
 
 # Grids and studies
 
 
 def test_grid_values_are_yaml():
-    assert parse_grid(['mix=multimix,none', 'mix_kwargs.m=null,2', 'mix-kwargs.alpha=1,[0.5,2.0]', 'lr=1e-3']) == {
+    words = ['mix=multimix,none', 'mix_kwargs.m=null,2', 'mix-kwargs.alpha=1,[0.5,2.0]', 'lr=1e-3']
+    assert parse_words(words, '--grid') == {
         'mix': ['multimix', 'none'], 'mix_kwargs.m': [None, 2], 'mix_kwargs.alpha': [1, [0.5, 2.0]], 'lr': [0.001]}
-    assert parse_settings(['epochs=5', 'data_dir=/data/x', 'scale=[0.5, 1.0]', 'mix_kwargs.eps=1e-2']) == {
+    assert parse_words(['epochs=5', 'data_dir=/data/x', 'scale=[0.5, 1.0]', 'mix_kwargs.eps=1e-2'], '--set') == {
         'epochs': 5, 'data_dir': '/data/x', 'scale': [0.5, 1.0], 'mix_kwargs.eps': 0.01}
 
 
 @pytest.mark.parametrize('words', [['n'], ['=1'], ['n=1', 'n=2'], ['n='], ['n=[1']])
 def test_grid_errors_name_the_word(words):
     with pytest.raises(ValueError, match=r'n?='):
-        parse_grid(words)
+        parse_words(words, '--grid')
 
 
 def test_grid_is_the_product_in_order():
-    study = grid_study(parse_grid(['mix=multimix,densemultimix', 'mix_kwargs.n=1,10,1000']))
+    study = grid_study({'mix': ['multimix', 'densemultimix'], 'mix_kwargs.n': [1, 10, 1000]})
     assert [(cell.settings['mix'], cell.settings['mix_kwargs.n']) for cell in study.cells] == [
         ('multimix', 1), ('multimix', 10), ('multimix', 1000),
         ('densemultimix', 1), ('densemultimix', 10), ('densemultimix', 1000)]
@@ -76,148 +80,102 @@ def test_papers_studies_have_every_published_case():
         assert {cell.settings[f'mix_kwargs.{name}'] for cell in studies[other].cells} == set(values)
 
 
-def test_every_case_is_a_command_that_train_imagenet_reads_back(plan, caplog):
-    spec = importlib.util.spec_from_file_location('train_imagenet', ROOT / 'train_imagenet.py')
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+def test_every_case_is_a_command_that_training_reads_back(options):
     studies = load_studies([str(STUDIES)])
-    jobs = plan.jobs(studies)
+    jobs = plan(options, studies)
     by_name = {run_name(cell, 0): cell for study in studies for cell in study.cells}
     assert len(jobs) == 2 * len(by_name)
     for name in [*by_name][::4]:  # parsing takes a moment
-        command = jobs[name].command
-        read = script.parse_config(list(command[2:]))
-        wanted = plan.config(by_name[name], 0)
+        job = jobs[name]
+        assert [*job.command[:2]] == ['python', 'train_imagenet.py']
+        read, wanted = parse_config([*job.command[2:]]), by_name[name].config
         assert (read.mix, read.seed, read.resume, read.experiment) == (wanted.mix, 0, 'auto', name)
         assert {k: list(v) if isinstance(v, tuple) else v for k, v in read.mix_kwargs.items()} == wanted.mix_kwargs
-        assert read.model_kwargs == wanted.model_kwargs and jobs[name].epochs == 2
+        assert read.model_kwargs == wanted.model_kwargs and job.epochs == 2
+
+
+def test_an_installed_package_trains_as_a_module(options, monkeypatch, tmp_path):
+    monkeypatch.setattr(ablation, 'SCRIPT', tmp_path / 'train_imagenet.py')
+    options.launch = 'accelerate launch --num_processes 8'
+    command = [*make_job(options, Cell({'mix': 'mixup'}, '', ''), 0).command]
+    assert command[:7] == ['accelerate', 'launch', '--num_processes', '8', '-m', 'alignmix_lab', 'train']
+    assert parse_config(command[7:]).mix == 'mixup'
+
+
+def test_the_script_is_that_of_the_clone_wherever_the_command_runs(options, monkeypatch, tmp_path):
+    (tmp_path / 'train_imagenet.py').write_text('raise SystemExit("that of another project")')
+    monkeypatch.chdir(tmp_path)
+    job = make_job(options, Cell({'mix': 'mixup'}, '', ''), 0)
+    assert job.command[1] == str(ablation.SCRIPT)
+
+
+def test_epochs_are_those_of_the_whole_schedule(options):
+    cell = Cell({'cooldown_epochs': 3, 'warmup_epochs': 1, 'warmup_prefix': True}, '', '')
+    assert make_job(options, cell, 0).epochs == 2 + 3 + 1
 
 
 def test_options_of_the_method_go_with_the_method(tmp_path):
     recipe = tmp_path / 'recipe.yaml'
-    recipe.write_text('dataset: torch/cifar100\nmix: multimix\nmix_kwargs: {n: 10, prob: 1.0}\n')
-    plan = Plan(str(recipe), {}, [0], tmp_path)
-    assert plan.config(Cell({'mix_kwargs.n': 100}), 0).mix_kwargs == {'n': 100, 'prob': 1.0}
-    assert plan.config(Cell({'mix': 'alignmix', 'mix_kwargs.eps': 0.2}), 0).mix_kwargs == {'eps': 0.2}
+    recipe.write_text('dataset: torch/cifar100\nmix: multimix\nmix_kwargs: {n: 10, prob: 1.0}\n'
+                      'mixes: {mixup: {batch_size: 32, mix_kwargs: {per_example: true}}}\n')
+    options = AblationOptions(recipe=str(recipe), study=['n'], output=str(tmp_path))
+
+    def resolved(**settings: object) -> TrainConfig:
+        cell = Cell({key.replace('__', '.'): value for key, value in settings.items()}, '', '')
+        command = make_job(options, cell, 0).command
+        assert parse_config([*command[2:]]).mix_kwargs == cell.config.mix_kwargs
+        return cell.config
+
+    assert resolved(mix_kwargs__n=100).mix_kwargs == {'n': 100, 'prob': 1.0}
+    assert resolved(mix='alignmix', mix_kwargs__eps=0.2).mix_kwargs == {'eps': 0.2}
+    mixup = resolved(mix='mixup', mix_kwargs__alpha=0.2)
+    assert mixup.mix_kwargs == {'per_example': True, 'alpha': 0.2} and mixup.batch_size == 32
     with pytest.raises(ValueError, match='temperature'):
-        plan.config(Cell({'mix_kwargs.temperature': 1}), 0)
+        resolved(mix_kwargs__temperature=1)
 
 
-def test_wrong_options_stop_before_anything_is_trained(plan):
-    study = Study('s', 'S', [{'mix': ['none', 'mixup'], 'epohs': 3}])
+def test_wrong_options_stop_before_anything_is_trained(options, tmp_path):
     with pytest.raises(ValueError, match=r'study s, none epohs=3: .*epohs; did you mean epochs'):
-        plan.jobs([study])
+        plan(options, [Study('s', 'S', [{'mix': ['none', 'mixup'], 'epohs': 3}])])
+    with pytest.raises(ValueError, match='no option epochs.x'):
+        plan(options, [Study('s', 'S', [{'epochs.x': 3}])])
+    with pytest.raises(ValueError, match='another case has the same name in files, multimix-n1-seed0'):
+        plan(options, [Study('s', 'S', [{'mix': 'multimix', 'mix_kwargs.n': 1}]),
+                       Study('t', 'T', [{'mix': 'multimix', 'opt_kwargs.n': 1}])])
     with pytest.raises(ValueError, match='there is none; did you mean iterations'):
         load_studies(['iteration'])
+    file = tmp_path / 'own.yaml'
+    with pytest.raises(ValueError, match='No such file'):
+        load_studies([str(file)])
+    for text in ('- a', 'a: [', 'a: none', 'a: {title: A}', 'a: {title: A, cases: [mix]}', 'a: {title: A, cases: []}',
+                 'a: {title: A, cases: [{mix: none}], colour: red}',
+                 'a: {title: A, cases: [{mix: none}], scale: log2}'):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=r'own\.yaml|study a'):
+            load_studies([str(file)])
     with pytest.raises(ValueError, match='either --study or --grid'):
         AblationOptions()
+    with pytest.raises(ValueError, match='--recipe nowhere: no such file'):
+        AblationOptions(study=['n'], recipe='nowhere')
+    with pytest.raises(ValueError, match='one at a time'):
+        AblationOptions(study=['n'], collect=True, dry_run=True)
 
 
-def test_a_folder_of_another_training_is_refused(plan):
-    cell = Cell({'mix': 'mixup'})
-    write_run(plan.runs / run_name(cell, 0), plan.config(cell, 0), [50.0, 60.0])
-    assert plan.job(cell, 0).finished
-    other = Plan(plan.recipe, {**plan.settings, 'weight_decay': 0.5}, plan.seeds, plan.runs)
-    with pytest.raises(ValueError, match=r'--weight-decay 0\.05, not 0\.5.*--output'):
-        other.job(cell, 0)
-
-
-# Jobs
-
-FAKE = """
-import csv, pathlib, signal, sys, time
-folder, epochs, wait = pathlib.Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
-def stop(*_):
-    (folder / 'saved').touch()
-    sys.exit(75)
-signal.signal(signal.SIGTERM, stop)
-folder.mkdir(exist_ok=True)
-path = folder / 'summary.csv'
-done = len(path.read_text().splitlines()) - 1 if path.exists() else 0
-for epoch in range(done, epochs):
-    if not epoch:
-        path.write_text('epoch,eval_top1\\n')
-    if epoch == int(sys.argv[4]):
-        raise RuntimeError('out of memory, say')
-    with path.open('a') as file:
-        file.write(f'{epoch},{50 + epoch}\\n')
-    with (folder / 'starts').open('a') as file:
-        file.write(f'{done}\\n')
-    time.sleep(wait)
-"""
-
-
-def fake_job(folder: Path, epochs: int = 2, wait: float = 0.0, fails_at: int = -1) -> Job:
-    """A job that takes no time."""
-    return Job(('python', '-c', FAKE, str(folder), str(epochs), str(wait), str(fails_at)), folder, epochs)
-
-
-def test_failed_jobs_are_reported_and_the_rest_goes_on(tmp_path, caplog):
-    jobs = [fake_job(tmp_path / 'a', fails_at=1), fake_job(tmp_path / 'b')]
-    failed = run_jobs(jobs)
-    assert list(failed) == ['a'] and 'exit code 1' in failed['a'] and 'RuntimeError: out of memory, say' in failed['a']
-    assert [job.finished for job in jobs] == [False, True]
-    assert 'going on with the rest' in caplog.text
-    assert run_jobs([fake_job(tmp_path / 'a'), jobs[1]]) == {}  # goes on at epoch 1; b is not started again
-    assert (tmp_path / 'a' / 'starts').read_text().split() == ['0', '1']
-    assert (tmp_path / 'b' / 'starts').read_text().split() == ['0', '0']
-
-
-def test_an_interruption_lets_the_training_save_and_the_next_call_goes_on(tmp_path):
-    job = fake_job(tmp_path / 'a', epochs=3, wait=0.5)
-
-    def interrupt(done: int) -> None:
-        if done == 1:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        run_job(job, interrupt)
-    assert (job.folder / 'saved').exists() and 0 < job.done() < 3
-    assert run_job(job) is None and job.finished
-    assert (job.folder / 'starts').read_text().split()[-1] != '0'
-    assert [row['epoch'] for row in job.rows()] == ['0', '1', '2']
-
-
-def test_a_run_that_someone_else_trains_is_left_alone(tmp_path):
-    job = fake_job(tmp_path / 'a')
-    holder = subprocess.Popen([sys.executable, '-c', (
-        'import fcntl, sys, time\n'
-        f'file = open({str(job.log)!r}, "a")\n'
-        'fcntl.flock(file, fcntl.LOCK_EX)\n'
-        'print("held", flush=True)\n'
-        'time.sleep(60)\n')], stdout=subprocess.PIPE)
-    try:
-        assert holder.stdout.readline() == b'held\n'
-        assert 'another process is training it' in run_job(job)
-    finally:
-        holder.kill()
-        holder.communicate()
-    assert run_job(job) is None
-
-
-def test_a_program_that_is_not_there_is_a_failure(tmp_path):
-    job = Job(('no-such-launcher', 'train_imagenet.py'), tmp_path / 'a', 1)
-    assert 'no-such-launcher cannot be started' in run_job(job)
+def test_a_folder_of_another_training_is_refused(options):
+    finish(options, {('mixup', 0): [50.0, 60.0]})
+    assert make_job(options, Cell({'mix': 'mixup'}, '', ''), 0).finished
+    options.set = [*SETTINGS, 'weight_decay=0.5']
+    with pytest.raises(ValueError, match=r'study grid, mixup: .*--weight-decay 0\.05 -> 0\.5.*--output'):
+        ablate(options, '')
 
 
 # Results
 
 
-def test_spread_by_hand():
-    assert spread([]) == (None, None) and spread([3.0]) == (3.0, None)
-    mean, std = spread([80.0, 84.0])
-    assert mean == 82.0 and std == pytest.approx(math.sqrt(8))
-
-
-def test_finished_trainings_become_tables_and_pictures(tmp_path, plan):
-    values = {('mixup', 0): [81.0, 80.0], ('mixup', 1): [86.0, 84.0], ('none', 0): [10.0, 70.0]}
-    for (mix, seed), top1 in values.items():
-        cell = Cell({'mix': mix})
-        write_run(plan.runs / run_name(cell, seed), plan.config(cell, seed), top1)
-    options = AblationOptions(
-        grid=['mix=mixup,none'], set=['model=test_resnet', 'epochs=2'], seeds=[0, 1], collect=True,
-        output=str(tmp_path), runs=str(plan.runs))
-    assert ablate(options, 'python evaluate.py ablation ...') == {}
+def test_finished_trainings_become_tables_and_pictures(tmp_path, options):
+    finish(options, {('mixup', 0): [81.0, 80.0], ('mixup', 1): [86.0, 84.0], ('none', 0): [10.0, 70.0]})
+    options.collect = True
+    assert ablate(options, 'alignmix ablate ...') == {}
     found = json.loads((tmp_path / 'ablation.json').read_text())
     first, second = found['rows']
     assert first == {'model': 'test_resnet', 'mix': 'mixup', 'seeds': 2, 'last': 82.0,
@@ -228,13 +186,12 @@ def test_finished_trainings_become_tables_and_pictures(tmp_path, plan):
     assert '| test_resnet | mixup | 2 | **82.00** | 2.83 |' in (tmp_path / 'ablation.md').read_text()
 
 
-def test_published_figures_stand_in_the_table_and_what_differs_below(tmp_path, plan):
+def test_published_figures_stand_in_the_table_and_what_differs_below(tmp_path, options):
+    options.grid, options.study = None, ['iterations']
     (study,) = load_studies(['iterations'])
-    for seed in plan.seeds:
+    for seed in options.seeds:
         for cell in study.cells:
-            write_run(plan.runs / run_name(cell, seed), plan.config(cell, seed), [50.0, 60.0])
-    options = AblationOptions(
-        study=['iterations'], set=['model=test_resnet', 'epochs=2'], seeds=[0, 1], output=str(tmp_path))
+            write_run(make_job(options, cell, seed).folder, cell.config, [50.0, 60.0])
     ablate(options, '')  # all are finished: nothing is started
     found = json.loads((tmp_path / 'ablation-iterations.json').read_text())
     assert [row['published'] for row in found['rows']] == [80.98, 80.96, 81.31, 81.42, 81.71, 81.5, 81.34, 81.28]
@@ -242,12 +199,24 @@ def test_published_figures_stand_in_the_table_and_what_differs_below(tmp_path, p
     assert 'Not a reproduction' in note and all(word in note for word in ('data (', 'network (', 'epochs (2, not 2000'))
 
 
-def test_queue_writes_what_is_not_finished(tmp_path, plan):
-    cell = Cell({'mix': 'mixup'})
-    write_run(plan.runs / run_name(cell, 0), plan.config(cell, 0), [50.0, 60.0])
-    options = AblationOptions(
-        grid=['mix=mixup'], set=['model=test_resnet', 'epochs=2'], seeds=[0, 1], runs=str(plan.runs),
-        output=str(tmp_path), queue=str(tmp_path / 'jobs.txt'), launch='accelerate launch --num_processes 8')
+def test_several_studies_are_also_drawn_together(tmp_path, options):
+    file = tmp_path / 'own.yaml'
+    file.write_text('a: {title: A, x: lr, cases: [{lr: [0.1, 1e-2]}]}\n'
+                    'b: {title: B, x: opt, scale: categories, cases: [{mix: [none, mixup], opt: [sgd, adam]}]}\n')
+    options.grid, options.study, options.collect = None, [str(file)], True
+    for name, job in plan(options, load_studies([str(file)])).items():
+        if name != 'mixup-optsgd-seed0':
+            job.folder.mkdir(parents=True)
+            (job.folder / 'summary.csv').write_text('epoch,eval_top1\n0,50\n1,60\n')
+    ablate(options, '')
+    names = ('ablation-a.png', 'ablation-b.png', 'ablation-together.png', 'ablation-a-curves.png')
+    assert all((tmp_path / name).stat().st_size > 5000 for name in names)
+
+
+def test_queue_writes_what_is_not_finished(tmp_path, options):
+    finish(options, {('mixup', 0): [50.0, 60.0]})
+    options.grid, options.launch = ['mix=mixup'], 'accelerate launch --num_processes 8'
+    options.queue = str(tmp_path / 'jobs.txt')
     ablate(options, '')
     (line,) = (tmp_path / 'jobs.txt').read_text().splitlines()
     words = shlex.split(line)
@@ -256,30 +225,49 @@ def test_queue_writes_what_is_not_finished(tmp_path, plan):
     assert not (tmp_path / 'ablation.json').exists()
 
 
+def test_a_dry_run_lists_the_runs_and_estimates_their_time(tmp_path, options, capsys, caplog):
+    finish(options, {('mixup', 0): [50.0, 60.0], ('none', 1): [40.0]})
+    (tmp_path / 'runs' / 'mixup-seed0' / 'report.md').write_text('- Time: 1:00:10 for 2 epochs of 5 updates\n')
+    options.dry_run, options.jobs = True, 2
+    caplog.set_level('INFO')
+    assert ablate(options, '') == {}
+    assert capsys.readouterr().out.splitlines() == [
+        'mixup-seed0: 2 of 2 epochs', 'none-seed0: 0 of 2 epochs',
+        'mixup-seed1: 0 of 2 epochs', 'none-seed1: 1 of 2 epochs']
+    # Five epochs of 1805 s, two at a time.
+    assert 'Runs: 4, 1 finished; epochs: 8, 3 done; the rest takes about 1:15:12' in caplog.text
+    assert not (tmp_path / 'ablation.json').exists()
+
+
 def test_lines_over_a_log_axis_and_the_range_as_a_level():
     (study,) = load_studies(['alpha'])
 
-    def outcome(mix: str, alpha: float | list[float], *last: float) -> Outcome:
-        return Outcome(Cell({'mix': mix, 'mix_kwargs.alpha': alpha}), [{0: 1.0, 1: value} for value in last],
-                       None if isinstance(alpha, list) else alpha)
+    def case(mix: str, alpha: float | list[float], *last: float) -> Cell:
+        return Cell({'mix': mix, 'mix_kwargs.alpha': alpha}, '', '', None, [{0: 1.0, 1: value} for value in last])
 
+    study.cells = [
+        case('multimix', 1.0, 60.0, 62.0), case('multimix', 0.5, 50.0, 54.0), case('multimix', [0.5, 2.0], 64.0),
+        case('densemultimix', 0.5, 70.0), case('densemultimix', 4.0)]
     _, axes = figure()
-    draw_axis(axes[0, 0], study, [
-        outcome('multimix', 1.0, 60.0, 62.0), outcome('multimix', 0.5, 50.0, 54.0),
-        outcome('multimix', [0.5, 2.0], 64.0), outcome('densemultimix', 0.5, 70.0)])
+    draw_axis(axes[0, 0], study)
     drawn = {container.get_label(): container.lines[0].get_xydata().tolist() for container in axes[0, 0].containers}
     assert drawn == {'multimix': [[0.5, 52.0], [1.0, 61.0]], 'densemultimix': [[0.5, 70.0]]}
     (level,) = [line for line in axes[0, 0].lines if 'U[0.5, 2.0]' in str(line.get_label())]
     assert set(level.get_ydata()) == {64.0} and axes[0, 0].get_xscale() == 'log'
 
 
-def test_a_training_of_the_sample_from_the_command_to_the_picture(tmp_path):
-    options = AblationOptions(
-        grid=['mix_kwargs.n=5'], seeds=[3], output=str(tmp_path), set=[
-            'mix=multimix', 'model=test_resnet', 'img_size=32', 'epochs=1', 'batch_size=256', 'export=none',
-            'workers=1'])
-    assert ablate(options, '') == {}
+def test_two_trainings_of_the_sample_at_a_time_from_the_command_to_the_picture(tmp_path, capsys):
+    words = ['--grid', 'mix_kwargs.n=5', '--seeds', '3', '4', '--jobs', '2', '--output', str(tmp_path), '--set',
+             'mix=multimix', 'model=test_resnet', 'img_size=32', 'epochs=1', 'batch_size=256', 'export=none',
+             'workers=0']
+    main(words)
     (row,) = json.loads((tmp_path / 'ablation.json').read_text())['rows']
-    with (tmp_path / 'runs' / 'n5-seed3' / 'summary.csv').open() as file:
-        (epoch,) = csv.DictReader(file)
-    assert row['seeds'] == 1 and row['last'] == row['best'] == float(epoch['eval_top1'])
+    top1 = []
+    for seed in (3, 4):
+        with (tmp_path / 'runs' / f'n5-seed{seed}' / 'summary.csv').open() as file:
+            (epoch,) = csv.DictReader(file)
+        top1.append(float(epoch['eval_top1']))
+    assert row['seeds'] == 2 and row['last'] == row['best'] == pytest.approx(sum(top1) / 2)
+    assert seconds_per_epoch(tmp_path / 'runs' / 'n5-seed3') > 0  # what estimates are made of
+    main([*words, '--dry-run'])
+    assert 'n5-seed4: 1 of 1 epochs' in capsys.readouterr().out

@@ -1,7 +1,9 @@
 """What all pictures of evaluations share."""
+import math
+
 import pytest
 
-from alignmix_lab.runs.plotting import figure, shared_legend
+from alignmix_lab.runs.plotting import figure, shared_legend, spread
 
 
 @pytest.mark.parametrize('labels, columns', (
@@ -23,3 +25,9 @@ def test_a_shared_legend_is_inside_the_figure(labels, columns):
     if columns != 1:
         box = legend.get_window_extent()
         assert box.x0 >= 0 and box.x1 <= fig.bbox.width
+
+
+def test_spread_by_hand():
+    assert spread([]) == (None, None) and spread([3.0]) == (3.0, None)
+    mean, std = spread([80.0, 84.0])
+    assert mean == 82.0 and std == pytest.approx(math.sqrt(8))
