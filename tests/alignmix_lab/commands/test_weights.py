@@ -43,7 +43,7 @@ def test_list_of_nothing(monkeypatch, tmp_path, capsys):
 
 
 def test_push_passes_its_options_on(monkeypatch, capsys):
-    monkeypatch.setattr('alignmix_lab.commands.weights.push', lambda *args, **kwargs: f'{args} {sorted(kwargs.items())}')
+    monkeypatch.setattr('alignmix_lab.commands.weights.push', lambda *args, **kw: f'{args} {sorted(kw.items())}')
     main(['push', 'folder', 'me/resnet', '--private', '--message', 'First'])
     output = capsys.readouterr().out
     assert "('folder', 'me/resnet')" in output and "('message', 'First'), ('private', True)" in output
