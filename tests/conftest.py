@@ -85,7 +85,13 @@ def own_tables(monkeypatch):
     from timm.models import _registry as tables
 
     from timm_alignmix.weights import registry as ours
-    for module, name in ((tables, '_model_pretrained_cfgs'), (tables, '_model_has_pretrained'),
-                         (tables, '_model_with_tags'), (tables, '_model_entrypoints'), (ours, '_folders'),
-                         (ours, '_wrapped')):
-        monkeypatch.setattr(module, name, copy.deepcopy(getattr(module, name)))
+    for module in (tables, ours):
+        for name, value in list(vars(module).items()):
+            if isinstance(value, (dict, set)) and not name.startswith('__'):
+                copied = copy.copy(value)
+                if isinstance(value, dict) and all(isinstance(entry, (list, set)) for entry in value.values()):
+                    copied.update({key: copy.copy(entry) for key, entry in value.items()})
+                monkeypatch.setattr(module, name, copied)
+    for name, module in list(sys.modules.items()):
+        if name.startswith('timm') and isinstance(getattr(module, 'default_cfgs', None), dict):
+            monkeypatch.setattr(module, 'default_cfgs', copy.copy(module.default_cfgs))

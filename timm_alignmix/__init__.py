@@ -1,9 +1,15 @@
-"""AlignMixup, MultiMix and Dense MultiMix, and the mixups they are compared with, for timm models."""
+"""AlignMixup, MultiMix and Dense MultiMix, and the mixups they are compared with, for timm models.
+
+The import adds to timm the networks of :mod:`timm_alignmix.models` and the tags of weights installed on this machine.
+It lists one folder for these and opens no file; with TIMM_ALIGNMIX_NO_LOCAL_WEIGHTS=1 it does not look.
+"""
+import os
+from typing import Any
+
 from . import models, weights
 from .anatomy import Anatomy, UnsupportedModel, dense_model_kwargs
 from .mixes import Mix, create_mix, list_mixes, register_mix
 from .mixup_fn import create_mixup
-from .task import MixTask
 from .version import __version__
 
 __all__ = [
@@ -21,4 +27,17 @@ __all__ = [
     'weights',
 ]
 
-weights.register_local()
+if os.environ.get('TIMM_ALIGNMIX_NO_LOCAL_WEIGHTS', '0') in ('', '0'):
+    weights.register_local()
+
+
+def __getattr__(name: str) -> Any:
+    """Import :class:`MixTask` when it is asked for: it needs timm.task, which older releases of timm lack."""
+    if name != 'MixTask':
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    from .task import MixTask
+    return MixTask
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

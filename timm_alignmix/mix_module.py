@@ -1,6 +1,6 @@
-"""The model and a mixing method as one module, in whose forward all trainable compute happens.
+"""Model and mixing method as one module, in whose forward all trainable compute happens.
 
-DDP, torch.compile and autocast act only on a module's forward, so the method's part of the network (dense heads, mixed
+DDP, torch.compile and autocast act on a module's forward only, so the method's part of the network (dense heads, mixed
 features, closed-form losses) must run there too.
 """
 import copy
@@ -17,9 +17,9 @@ from .mixes.base import Draw
 
 
 class Tap:
-    """Forward hook on one layer: idle unless armed, then it records the layer's output and lets the method replace it.
+    """Forward hook on a layer. When armed, it records the layer's output and lets the method replace it.
 
-    A plain object, so that copies of the model (EMA) get idle taps of their own and a pickled model stays loadable.
+    A plain object, so that copies of the model (EMA) get idle taps of their own and a pickled model can be loaded.
     """
 
     def __init__(self, name: str) -> None:
@@ -39,25 +39,25 @@ class Tap:
         self.mix, self.draw = mix, draw
 
     def disarm(self) -> torch.Tensor | None:
-        """Go idle and return what was recorded."""
+        """Go idle and return the recorded output."""
         output = self.output
         self.mix = self.draw = self.output = None
         return output
 
 
 class MixModule(nn.Module):
-    """A timm model that can also run one step of a mixing method. Called without a draw, it is the model.
+    """timm model that can also run a step of a mixing method. Called without a draw, it is the model.
 
     Args:
-        model: A timm classification model, kept as `.model` and not changed but for idle forward hooks on the layers
-            the method taps, installed here because torch.compile ignores later ones. Layers of the method's own, where
-            it has any, are `.extra`.
-        mix: Name or method; a method is copied, since it learns about one model.
+        model: A timm classification model, kept as `.model`. The layers that the method taps get forward hooks here,
+            because torch.compile ignores later ones; they are idle outside a mixed step. Layers of the method's own,
+            if it has any, are `.extra`.
+        mix: Name of a method, or a method, which is copied because it is bound to one model.
         mix_kwargs: Options of a method given by name.
         img_size: Size of the images; None takes the size the model was built for.
 
     Raises:
-        ValueError: The method does not exist, has no such option, or cannot mix this model exactly.
+        ValueError: Unknown method or option, or a model that the method cannot mix exactly.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class MixModule(nn.Module):
     ) -> None:
         super().__init__()
         if isinstance(mix, Mix) and mix_kwargs:
-            raise ValueError(f'mix_kwargs {sorted(mix_kwargs)} go with the name of a mix, {mix!r} has its options')
+            raise ValueError(f'mix_kwargs {sorted(mix_kwargs)} need the name of a mix: {mix!r} has its options')
         self.mix = copy.deepcopy(mix) if isinstance(mix, Mix) else create_mix(mix, **(mix_kwargs or {}))
         if type(self.mix).bind is not Mix.bind:
             self.mix.bind(Anatomy(model, img_size))
@@ -81,7 +81,7 @@ class MixModule(nn.Module):
         self._handles = [model.get_submodule(name).register_forward_hook(tap) for name, tap in self.taps.items()]
 
     def remove_hooks(self) -> None:
-        """Take the hooks off the model; mixing with this module ends."""
+        """Remove the hooks from the model and so end mixing."""
         for handle in self._handles:
             handle.remove()
 
@@ -89,22 +89,22 @@ class MixModule(nn.Module):
         """Make the next forward of the model the step that was drawn.
 
         Raises:
-            RuntimeError: Gradient checkpointing would run the layer again in the backward pass, without the mix.
+            RuntimeError: Gradient checkpointing would recompute the layer without the mix.
         """
         if draw['layer'] is not None:
             if draw['layer'] in self.mix.layers and getattr(self.model, 'grad_checkpointing', False):
                 raise RuntimeError(
                     f'mix {self.mix.name!r} replaces the features of {draw["layer"]!r}, which gradient checkpointing '
-                    'would compute again without the mix; turn it off, or use mix none, mixup, cutmix, multimix or '
+                    'would recompute without the mix; turn it off, or use mix none, mixup, cutmix, multimix or '
                     'densemultimix')
             self.taps[draw['layer']].arm(self.mix, draw)
 
     def disarm(self, draw: Draw) -> torch.Tensor | None:
-        """Make the model itself again; returns the tapped layer's output."""
+        """Return the model to its own forward; returns the tapped layer's output."""
         return None if draw['layer'] is None else self.taps[draw['layer']].disarm()
 
     def check_ran(self, draw: Draw, feature_map: torch.Tensor | None) -> None:
-        """Raise RuntimeError if the tapped layer was by-passed: targets must never be mixed without the features."""
+        """Raise RuntimeError if the tapped layer was by-passed and targets would be mixed without features."""
         if draw['layer'] is not None and feature_map is None:
             raise RuntimeError(
                 f'module {draw["layer"]!r} was not called in this forward pass, so nothing was mixed; gradient '
@@ -117,16 +117,16 @@ class MixModule(nn.Module):
             draw: Draw | None = None,
             smoothing: float = 0.0,
     ) -> Any:
-        """Run the model, or one step.
+        """Run the model, or a step.
 
         Args:
-            images: (B, C, H, W), already mixed where the step mixes its input.
+            images: (B, C, H, W), already mixed if the step mixes its input.
             target: (B,) classes or (B, C) probabilities of the clean examples.
             draw: The step; None runs the model alone.
-            smoothing: Label smoothing of a closed-form loss.
+            smoothing: Label smoothing of a loss in closed form.
 
         Returns:
-            The model's output; with a draw, a dict of 'output' and, for a closed-form loss, 'loss'.
+            The model's output; with a draw, a dict of 'output' and, for a loss in closed form, 'loss'.
         """
         if draw is None:
             return self.model(images)
@@ -140,15 +140,13 @@ class MixModule(nn.Module):
         loss = self.mix.loss(output, feature_map, target, draw, smoothing)
         return dict(output=output) if loss is None else dict(output=output, loss=loss)
 
-    # What timm's optimizer factory asks a model, answered for the inner one.
-
     def no_weight_decay(self) -> set[str]:
+        """Names of the inner model's parameters without weight decay, for timm's optimizer factory."""
         names = self.model.no_weight_decay() if hasattr(self.model, 'no_weight_decay') else ()
         return {f'model.{name}' for name in names}
 
     def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
-        """timm's layer groups of the inner model, by the wrapped parameter names; layers of the method's own are with
-        its last."""
+        """Layer groups of the inner model, for timm's optimizer factory; the method's own layers join the last."""
         layers = group_parameters(self.model, self.model.group_matcher(coarse=coarse), reverse=True)
         last = max(layers.values())
         return lambda name: last if name.startswith('extra.') else layers[name.removeprefix('model.')]

@@ -1,4 +1,4 @@
-"""Any mixing method behind timm.data.Mixup's call, for loops that were written for it."""
+"""Mixing methods with the call of timm.data.Mixup, for loops that were written for it."""
 from typing import Any
 
 import torch
@@ -11,8 +11,7 @@ from .step_random import StepRandom
 
 
 class MixupFn:
-    """`x, target = mixup_fn(x, target)`, then `SoftTargetCrossEntropy()(model(x), target)`; see
-    :func:`create_mixup`."""
+    """Mixup function of a model, made by :func:`create_mixup`."""
 
     def __init__(
             self,
@@ -56,9 +55,9 @@ class MixupFn:
             target: Classes (B,) int64, or probabilities (B, num_classes).
 
         Returns:
-            Images for the model, and soft targets (rows, num_classes) for what it will return: B rows, or n for
-            multimix, or n * R for densemultimix. In dense steps the targets are filled in by the model's forward, since
-            they depend on its attention: pass on this very tensor (a copy taken before holds NaN).
+            Images for the model, and float32 soft targets (rows, num_classes) for its output: B rows, n for multimix or
+            n * R for densemultimix. When features are mixed, the model's forward fills the targets in, since dense ones
+            depend on its attention. Pass on this very tensor; a copy taken before the forward holds NaN.
 
         Raises:
             RuntimeError: The step before was not followed by a training forward of the model.
@@ -88,7 +87,7 @@ class MixupFn:
         self._pending = None
 
     def remove_hooks(self) -> None:
-        """Take the hooks off the model; mixing with this function ends."""
+        """Remove the hooks from the model and so end mixing."""
         self._module.remove_hooks()
         for handle in self._handles:
             handle.remove()
@@ -127,35 +126,36 @@ def create_mixup(
         img_size: int | tuple[int, int] | None = None,
         **options: Any,
 ) -> MixupFn:
-    """A mixing method as a function like timm.data.Mixup, for loops that were written for it.
+    """Create a mixup function: `x, target = mixup_fn(x, target)`, as with timm.data.Mixup.
 
-    Feature methods arm the model for exactly one training forward; evaluation is never mixed, and a step that is drawn
-    but not run raises at the next call. The loss is the same as :class:`timm_alignmix.MixTask`'s for the same draws.
-    The task is the form that saves memory: here multimix returns n rows of logits and densemultimix n * R, all kept for
-    the backward pass.
+    Feature methods arm the model for exactly one training forward; evaluation is never mixed, and a step that was drawn
+    but not run raises at the next call. For the same draws the loss is that of :class:`timm_alignmix.MixTask`, which
+    takes less memory: here multimix returns n rows of logits and densemultimix n * R, all kept for the backward pass.
 
     Args:
         name: Name of a method (see :func:`timm_alignmix.list_mixes`) or a method.
-        model: The timm model, before DDP or torch.compile wrap it.
-        num_classes: The model's when None.
+        model: The timm model, before DDP or torch.compile wrap it. It gets forward hooks.
+        num_classes: Number of classes; None takes the model's.
         label_smoothing: timm's convention; the loss must not smooth again.
         seed: Seed of the draws; each is a function of (seed, step, rank).
-        rank: This process.
+        rank: Rank of this process.
         img_size: Size of the images; None takes the size the model was built for.
-        **options: The method's options.
+        **options: Options of the method.
 
     Returns:
         A callable with timm's switch `mixup_enabled`, and `mode` and `lam` of the last step.
 
     Raises:
-        ValueError: As :class:`timm_alignmix.MixTask`.
+        ValueError: Unknown method or option; a model that the method cannot mix exactly, or that is wrapped; a method
+            that trains layers of its own.
 
     Example:
         >>> import timm, torch
         >>> from timm.loss import SoftTargetCrossEntropy
         >>> model = timm.create_model('test_resnet', num_classes=10)
-        >>> mixup_fn = create_mixup('alignmix', model)
-        >>> x, target = mixup_fn(torch.randn(4, 3, 160, 160), torch.tensor([1, 2, 3, 4]))
+        >>> mixup_fn = create_mixup('alignmix', model, img_size=64)
+        >>> x, target = mixup_fn(torch.randn(4, 3, 64, 64), torch.tensor([1, 2, 3, 4]))
         >>> loss = SoftTargetCrossEntropy()(model(x), target)
+        >>> loss.backward()
     """
     return MixupFn(name, model, options, num_classes, label_smoothing, seed, rank, img_size)

@@ -1,4 +1,4 @@
-"""Randomness as a function of (seed, step, rank): resume is exact by construction, and no global state is touched."""
+"""Random numbers as a function of (seed, step, rank), so that resumed runs draw the same; no global state is used."""
 import numpy as np
 import torch
 
@@ -7,8 +7,8 @@ class StepRandom:
     """Generators for one training step.
 
     Attributes:
-        shared: CPU generator that is the same on all ranks in a step (the mode must be).
-        host: CPU generator of this rank, for what Python must know (box coordinates).
+        shared: CPU generator, the same on all ranks, for the mode.
+        host: CPU generator of this rank, for numbers that Python needs (box coordinates).
         device: Generator of this rank on the device of the data.
     """
 
@@ -18,7 +18,7 @@ class StepRandom:
         self.device = torch.Generator()
 
     def at(self, step: int, device: torch.device) -> 'StepRandom':
-        """Seed the generators for a step and return self. Costs no device sync."""
+        """Seed the generators for a step and return self, without a device sync."""
         if self.device.device != device:
             self.device = torch.Generator(device)
         for generator, key in (
@@ -32,10 +32,8 @@ class StepRandom:
 
 
 def sample_beta(alpha: float, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    """Draw float32 lam ~ Beta(alpha, alpha) on the generator's device.
-
-    The ratio of two Gamma variables, since torch's Beta takes no generator.
-    """
+    """Draw float32 lam ~ Beta(alpha, alpha) on the generator's device."""
+    # A ratio of Gamma variables, since torch's Beta takes no generator.
     gamma = torch._standard_gamma(
         torch.full((2, *shape), alpha, dtype=torch.float32, device=generator.device), generator=generator)
     return gamma[0] / gamma.sum(dim=0)

@@ -1,4 +1,4 @@
-"""Any mixing method as a timm training task."""
+"""Mixing methods as a timm training task."""
 from typing import Any
 
 import torch
@@ -16,19 +16,20 @@ from .step_random import StepRandom
 class MixTask(ClassificationTask):
     """Train a timm model with a mixing method: model + method -> {'loss', 'output', 'mode', 'lam'}.
 
-    EMA, compile, DDP and checkpoints are timm's. Checkpoints carry the plain model's keys; evaluation, export and
-    fine-tuning use the model itself, which is not changed.
+    EMA, compilation, DDP and checkpoints are timm's, and checkpoints have the keys of the plain model. Evaluation,
+    export and fine-tuning use the model itself, which gets forward hooks that are idle outside a training step and is
+    not changed otherwise.
 
     Args:
         model: A timm classification model.
         mix: Name of a method (see :func:`timm_alignmix.list_mixes`) or a method.
         mix_kwargs: Options of a method given by name.
-        criterion: Loss of (logits, soft targets) for methods whose rows are images or mixed pairs. Softmax
-            cross-entropy, in timm's or torch's classes, is recognised with its label smoothing and computed in float32;
-            any other is called as it is (mix 'none' passes it the targets untouched).
-        criterion_kwargs: Arguments for timm.loss.create_classification_loss instead.
+        criterion: Loss of (logits, soft targets). Softmax cross-entropy, in timm's or torch's classes, is recognised
+            with its label smoothing and computed in float32 or better; any other is called as it is (mix 'none' passes
+            the targets on as they are).
+        criterion_kwargs: Arguments of timm.loss.create_classification_loss, instead of a criterion.
         seed: Seed of the draws; each is a function of (seed, step, rank).
-        rank: This process, so that ranks draw differently; the mode is the same on all.
+        rank: Rank of this process. Ranks draw differently, but for the mode.
         img_size: Size of the images; None takes the size the model was built for.
         device: Device for task tensors.
         dtype: Dtype for task tensors.
@@ -36,7 +37,7 @@ class MixTask(ClassificationTask):
 
     Raises:
         ValueError: Unknown method or option; a model that the method cannot mix exactly; a criterion other than softmax
-            cross-entropy for multimix or densemultimix.
+            cross-entropy for methods with a loss in closed form (multimix, densemultimix, alignmix_ae).
 
     Example:
         >>> import timm, torch
@@ -76,15 +77,19 @@ class MixTask(ClassificationTask):
         self._random = StepRandom(seed, rank)
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> dict[str, Any]:
-        """One step: draw, mix, run the model, compute the loss. In eval mode, the clean loss.
+        """Run one step: draw, mix, run the model, compute the loss. In eval mode the loss is clean.
 
         Args:
             input: Images (B, C, H, W), normalised.
             target: Classes (B,) int64, or probabilities (B, num_classes).
 
         Returns:
-            'loss', a scalar; 'output', the logits of what the model was fed (mixed images in an input mode); 'mode',
-            what was drawn; 'lam', the weight of each example against its partner (scalar or (B,)), or None.
+            'loss', a scalar; 'output', logits (B, num_classes), of mixed examples if the step mixes images or an inner
+            layer; 'mode', the mode drawn; 'lam', the weight of each example against its partner, () or (B,), or None.
+
+        Raises:
+            ValueError: Targets of the wrong shape, or that do not sum to 1.
+            RuntimeError: Gradient checkpointing by-passes the mixed layer.
         """
         if not self.trainable_module.training:
             output = self.trainable_module(input)
@@ -110,20 +115,20 @@ class MixTask(ClassificationTask):
         return soft_target_cross_entropy(output, self.mix.target(target_BC, draw) if mixed else target_BC)
 
     def compile(self, backend: str = 'inductor', mode: str | None = None, **compile_kwargs: Any) -> nn.Module:
-        """Compile the training step and, apart from it, the plain model for evaluation."""
+        """Compile the training step and, separately, the plain model for evaluation."""
         options = dict(backend=backend, mode=mode, **compile_kwargs)
         self.eval_model = torch.compile(self.trainable_module.model, **options)
         self.trainable_module = torch.compile(self.trainable_module, **options)
         return self.eval_model
 
     def get_eval_model(self, module: nn.Module | None = None, ema: bool = False) -> nn.Module | None:
-        """The plain timm model (or its EMA copy, or its compiled form)."""
+        """Plain timm model, its EMA copy, or its compiled form."""
         resolved = super().get_eval_model(module=module, ema=ema)
         inner = unwrap_model(resolved) if resolved is not None else None
         return inner.model if isinstance(inner, MixModule) else resolved
 
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
-        """What the next draws depend on besides the rank, and the weights of the method's own layers, if it has any."""
+        """State for checkpoints: step and seed of the draws, and the weights of the method's own layers, if any."""
         extra = self._extra(ema)
         layers = {} if extra is None else dict(extra=extra.state_dict())
         return dict(step=self.step, seed=self.seed, **layers)
@@ -135,14 +140,14 @@ class MixTask(ClassificationTask):
             module: nn.Module | None = None,
             ema: bool = False,
     ) -> None:
-        """Continue the draws of a checkpoint, and the method's own layers.
+        """Continue the draws of a checkpoint and load the method's own layers.
 
         Raises:
-            ValueError: The checkpoint has no such layers.
+            ValueError: The method has layers of its own and the checkpoint has none.
         """
         extra = self._extra(ema)
         if not state:
-            if ema and extra is not None:  # a checkpoint without an average: it starts from the layers just loaded
+            if ema and extra is not None:  # no average in the checkpoint: start from the layers just loaded
                 extra.load_state_dict(self._extra(False).state_dict())
             return
         if not ema:
@@ -152,7 +157,7 @@ class MixTask(ClassificationTask):
             return
         if 'extra' not in state:
             raise ValueError(
-                f'the checkpoint has no weights for the layers of mix {self.mix.name!r}: it is of another method; '
+                f'the checkpoint is of another method: it has no weights for the layers of mix {self.mix.name!r}; '
                 'start from its model alone (train_imagenet.py: --initial-checkpoint)')
         extra.load_state_dict(state['extra'], strict=strict)
 

@@ -1,11 +1,11 @@
-"""The mixing methods in timm's own train.py, unmodified.
+"""Mixing methods in timm's own train.py, whose file stays as it is.
 
     python -m timm_alignmix.timm_train PATH/TO/train.py --mix densemultimix --mix-kwargs n=1000 [flags of train.py]
     torchrun --nproc-per-node 8 -m timm_alignmix.timm_train PATH/TO/train.py --mix alignmix [flags of train.py]
 
 timm ships train.py in its repository only, so its path is the first argument. The script is imported, --mix and
---mix-kwargs join its flags (and its args.yaml and --config files), and timm_alignmix.MixTask stands where it builds its
-timm.task.ClassificationTask. Everything else (data, optimizer, schedule, EMA, checkpoints, logs) is train.py's own.
+--mix-kwargs are added to its flags (and to its args.yaml and --config files), and its ClassificationTask is replaced by
+timm_alignmix.MixTask. Data, optimizer, schedule, EMA, checkpoints and logs are train.py's own.
 """
 import importlib.metadata
 import importlib.util
@@ -20,14 +20,14 @@ from timm.utils import ParseKwargs
 
 from . import MixTask, create_mix
 
-# What is used of train.py. timm's own tests of 1.0.31 use these names too.
+# Names that are used of train.py. timm 1.0.31's own tests use them too.
 NAMES_USED = ('parser', '_parse_args', 'ClassificationTask', 'main')
 
 
 def load_train_script(path: Path) -> ModuleType:
     """Import timm's train.py as the module `train`.
 
-    Its folder stays off sys.path: in a clone of timm's repository that folder holds another copy of timm.
+    Its folder is not put on sys.path: in a clone of timm's repository it holds another copy of timm.
 
     Args:
         path: train.py of timm's repository.
@@ -36,7 +36,7 @@ def load_train_script(path: Path) -> ModuleType:
         The module, also entered in sys.modules, where data loader workers look for it.
 
     Raises:
-        ValueError: There is no such file, or it lacks a name that is needed here.
+        ValueError: The file does not exist, or lacks a name that is needed here.
     """
     if not path.is_file():
         raise ValueError(f"no file {path}: give the path of train.py in a clone of timm's repository.")
@@ -48,12 +48,12 @@ def load_train_script(path: Path) -> ModuleType:
     if missing:
         raise ValueError(
             f"{path} has no {', '.join(missing)}: it is not a train.py of timm that this version of timm_alignmix "
-            f'knows (timm {timm.__version__} is installed). train_imagenet.py does not depend on it.')
+            f'knows (timm {timm.__version__} is installed). train_imagenet.py does not need it.')
     return train
 
 
 def check_timm_is_the_installed_one() -> None:
-    """Refuse a `timm` folder that hides the installed timm.
+    """Raise RuntimeError if a `timm` folder hides the installed timm.
 
     `python -m` looks in the working directory first, and in a clone of timm's repository finds the clone's timm.
     """
@@ -61,12 +61,12 @@ def check_timm_is_the_installed_one() -> None:
     imported = Path(timm.__file__)
     if installed.exists() and not installed.samefile(imported):
         raise RuntimeError(
-            f'timm was imported from {imported.parent} and hides the installed timm {installed.parent}: '
+            f'timm was imported from {imported.parent}, which hides the installed timm {installed.parent}: '
             'run the command from another folder.')
 
 
 def check_args(args: Namespace) -> None:
-    """Raise ValueError where flags ask for what --mix cannot do, or name a method or option that does not exist."""
+    """Raise ValueError for flags that contradict --mix, and for methods and options that do not exist."""
     create_mix(args.mix, **args.mix_kwargs)
     if getattr(args, 'kd_model_name', None):
         raise ValueError('--kd-model-name trains with a distillation task, which --mix cannot replace: drop one.')
@@ -80,7 +80,7 @@ def check_args(args: Namespace) -> None:
 
 
 def install(train: ModuleType) -> None:
-    """Add --mix and --mix-kwargs to a train script, and put MixTask where it builds its task.
+    """Add --mix and --mix-kwargs to a train script and replace its task by MixTask.
 
     Args:
         train: The module of load_train_script().
@@ -99,7 +99,7 @@ def install(train: ModuleType) -> None:
             train.parser.error(str(e))
 
         def create_task(model, **kwargs):
-            # Both read here, not above: train.py learns its rank and makes its model after it has read its flags.
+            # Read here and not above: train.py finds its rank and makes its model after parsing its flags.
             img_size = resolve_data_config(vars(args), model=model)['input_size'][-2:]
             return MixTask(
                 model, args.mix, args.mix_kwargs, seed=args.seed, rank=args.rank, img_size=img_size, **kwargs)

@@ -1,5 +1,6 @@
 """`alignmix weights`: exported weights on this machine and on the Hugging Face hub."""
 import argparse
+from pathlib import Path
 
 from timm.utils import setup_default_logging
 
@@ -35,9 +36,15 @@ def _run(args: argparse.Namespace) -> str:
         return push(
             args.folder, args.repo_id, private=args.private, revision=args.revision, create_pr=args.create_pr,
             message=args.message)
-    lines = [f'{name}: {read_config(folder)["pretrained_cfg"].get("description", "")}'
-             for name, folder in list_local().items()]
+    lines = [f'{name}: {_description(folder)}' for name, folder in list_local().items()]
     return '\n'.join(lines) or f'nothing is installed in {registry_dir()}'
+
+
+def _description(folder: Path) -> str:
+    try:
+        return read_config(folder)['pretrained_cfg'].get('description', '')
+    except ValueError as e:
+        return f'error: {e}'
 
 
 def main(argv: list[str] | None = None, prog: str = 'alignmix weights') -> None:

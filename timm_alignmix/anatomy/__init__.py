@@ -1,4 +1,4 @@
-"""The only part of the package that knows how timm models are built."""
+"""Structure of timm models, which no other part of the package knows."""
 from .dense_head import DenseHead
 from .examine import Anatomy, dense_model_kwargs
 from .layers import FeatureLayer, Layout, feature_map

@@ -1,4 +1,4 @@
-"""A model's own head as a function of one position.
+"""Head of a model as a function of one position.
 
 Shape suffixes: B batch, C classes, D channels, R spatial positions.
 """
@@ -17,22 +17,22 @@ DROPOUTS = (nn.modules.dropout._DropoutNd,)
 
 @dataclass(frozen=True)
 class HeadStep:
-    """A module on the way from the pooled vector to the logits, and the per-example shape it takes."""
+    """Module between the pooled vector and the logits, and the shape of its input for one example."""
     module: nn.Module
     shape: tuple[int, ...]
 
 
 class DenseHead:
-    """The model's own head, applied at every position instead of once after pooling.
+    """Head of a model, applied at every position instead of once after pooling.
 
-    Inference is untouched. A BatchNorm in the head normalises positions with the mean and variance of the POOLED batch,
-    as one affine map, and its running statistics are left to the model's own pooled forward; dropout draws one channel
-    mask an example; norms and layers after the pooling are applied per position ([M] defines the dense classifier so).
+    A BatchNorm in the head normalises positions with the mean and variance of the POOLED batch, as one affine map, and
+    leaves its running statistics to the model's own pooled forward. Dropout draws one channel mask per example. Other
+    norms and layers after the pooling are applied per position, as [M] defines the dense classifier.
 
     Attributes:
         name: Name of the module whose output is pooled.
-        layout: Its layout.
-        exact_mean: Whether the mean of dense logits equals the model's logits (a head that is affine after pooling).
+        layout: Layout of that output.
+        exact_mean: Whether the mean of dense logits equals the model's logits (the head is affine after pooling).
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class DenseHead:
         self._model, self._branches, self._positions = model, branches, positions
 
     def positions_at(self, images: torch.Tensor) -> int:
-        """R for images of this size, learnt from one clean forward pass when the size is new."""
+        """Number of positions R for images of this size; a new size takes one clean forward pass."""
         size = tuple(images.shape[1:])
         if size not in self._positions:
             self._positions[size] = self.layout.positions(self.feature_map(images[:1])).shape[2]
@@ -62,8 +62,8 @@ class DenseHead:
         """Dense logits and embeddings of a feature map.
 
         Returns:
-            logits_BRC, whose classifier is the mean of the model's linear heads, and embed_BDR, the inputs of those
-            linears (concatenated over heads along D).
+            logits_BRC, the mean over the model's linear heads, and embed_BDR, the inputs of these heads, concatenated
+            along D.
         """
         feat_BRD = self.layout.positions(feature_map).transpose(1, 2)
         logits, embeds = [], []
@@ -76,14 +76,14 @@ class DenseHead:
         return logits_BRC, embed_BRD.transpose(1, 2)
 
     def weight(self) -> torch.Tensor:
-        """(C, D) weight of the classifier of :meth:`__call__`'s embeddings."""
+        """Weight (C, D) of the classifier of the embeddings."""
         weights = [branch[-1].module.weight.flatten(1) for branch in self._branches]
         return weights[0] if len(weights) == 1 else torch.cat(weights, dim=1) / len(weights)
 
     def _embed(self, steps: list[HeadStep], feat_BRD: torch.Tensor) -> torch.Tensor:
         normalised = any(isinstance(step.module, NORMS) for step in steps)
         if normalised:
-            # The pooled vector walks along as one more position: it is what the statistics are taken from.
+            # The pooled vector becomes one more position, the one that statistics are computed from.
             feat_BRD = torch.cat([feat_BRD, feat_BRD.mean(dim=1, keepdim=True)], dim=1)
         dropped = False
         for step in steps:
@@ -95,7 +95,7 @@ class DenseHead:
             else:
                 feat_BRD = _apply(step, feat_BRD)
         if not dropped:
-            # ResNet and others drop with F.dropout(p=model.drop_rate), which is no module.
+            # ResNet and others call F.dropout(p=model.drop_rate) instead of a module.
             feat_BRD = _drop_channels(feat_BRD, float(getattr(self._model, 'drop_rate', 0.0)), self._model.training)
         return feat_BRD[:, :-1] if normalised else feat_BRD
 
@@ -114,7 +114,7 @@ def _drop_channels(feat_BRD: torch.Tensor, p: float, training: bool) -> torch.Te
 
 
 def _norm_like_pooled(bn: nn.Module, feat_BRD: torch.Tensor) -> torch.Tensor:
-    """BatchNorm as one affine map whose statistics are those of the last position, the pooled vector."""
+    """Apply a BatchNorm as one affine map, with the statistics of the last position, the pooled vector."""
     x = feat_BRD.float() if feat_BRD.dtype != torch.float64 else feat_BRD
     if bn.training or bn.running_mean is None:
         if isinstance(bn, nn.SyncBatchNorm) and torch.distributed.is_initialized():
@@ -131,7 +131,7 @@ def _norm_like_pooled(bn: nn.Module, feat_BRD: torch.Tensor) -> torch.Tensor:
 
 
 def _global_moments(pooled_BD: torch.Tensor, group: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and variance over all ranks, differentiable, as SyncBatchNorm has them."""
+    """Mean and variance over all ranks, differentiable, as in SyncBatchNorm."""
     from torch.distributed.nn.functional import all_reduce
 
     count = pooled_BD.new_full((1,), len(pooled_BD))

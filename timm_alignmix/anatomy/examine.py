@@ -1,7 +1,7 @@
-"""How a timm model is built: where features can be mixed, and what stands between them and the logits.
+"""Places in a timm model where features can be mixed, and the layers between them and the logits.
 
-Everything is found by watching the model's own forward pass, on a copy, and is believed only after the copy has
-reproduced that forward pass through the split; a model that cannot be split exactly is refused by name.
+They are found in a recorded forward pass of a copy and accepted if the copy gives the same logits through the split. A
+model that cannot be split exactly is refused by name.
 
 Shape suffixes: B batch, C classes, D channels, R spatial positions.
 """
@@ -17,7 +17,7 @@ from .trace import Call, Trace, UnsupportedModel, is_same
 
 
 class Anatomy:
-    """Where a timm model can be mixed. Examines a copy once, on the model's device; the model itself is not touched.
+    """Places where a timm model can be mixed. A copy is examined once, on the model's device.
 
     Args:
         model: A timm classification model.
@@ -25,6 +25,11 @@ class Anatomy:
 
     Raises:
         UnsupportedModel: The model has no classifier, or does not run at that size.
+
+    Example:
+        >>> anatomy = Anatomy(timm.create_model('test_resnet', num_classes=10), img_size=64)
+        >>> anatomy.align_layer()
+        FeatureLayer(name='layer3', layout=Layout(kind='NCHW', prefix=0), num_positions=16, before_pool=False)
     """
 
     def __init__(self, model: nn.Module, img_size: int | tuple[int, int] | None = None) -> None:
@@ -37,10 +42,8 @@ class Anatomy:
         self.input_size = _input_size(model, cfg, img_size)
         self._trace = Trace(model, self.name, self.input_size)
 
-    # Classifier
-
     def linear_heads(self) -> list[Call]:
-        """The linear layers whose mean is the model's output.
+        """Linear layers whose mean is the model's output.
 
         Raises:
             UnsupportedModel: The logits are not an affine function of an embedding.
@@ -60,14 +63,12 @@ class Anatomy:
             f'{self.name}: the logits are not the output of linear layers (nor their mean), so mixing embeddings is '
             'not mixing logits; use mix none, mixup, cutmix, manifold or alignmix')
 
-    # Layers to mix at
-
     def output_shape(self, name: str) -> tuple[int, ...]:
         """Shape of a module's output for one image."""
         return tuple(self._trace.by_name[name].output.shape[1:])
 
     def stages(self) -> list[str]:
-        """Module names of the model's stages or blocks, input to output (the stem left out)."""
+        """Module names of the model's stages or blocks, from input to output, without the stem."""
         names = [entry['module'] for entry in self._feature_info() if entry['module'] in self._trace.by_name]
         stem = ('act', 'stem', 'conv', 'bn', 'relu', 'norm', 'patch_embed')
         while len(names) > 2 and names[0].split('.')[0].rstrip('0123456789').startswith(stem):
@@ -91,19 +92,20 @@ class Anatomy:
         return best
 
     def is_isotropic(self) -> bool:
-        """Whether all stages are blocks of one resolution, as in a plain ViT."""
+        """Check for blocks of one resolution, as in a plain ViT."""
         shapes = {_shape(self._trace.by_name[name].output) for name in self.stages()}
         return len(self.stages()) > 4 and len(shapes) == 1
 
     def align_layer(self, at: str | int = 'auto') -> FeatureLayer:
-        """The layer AlignMixup mixes at.
+        """Layer that AlignMixup mixes at.
 
         Args:
-            at: 'auto' (the stem of LeViT, the end of a middle block of an isotropic model, else the last stage that is
-                followed by another one), 'last' (what is pooled), a stage or block index, or a module's name.
+            at: 'auto' (the stem of LeViT, the end of a middle block of an isotropic model, else the last stage that
+                another one follows), 'last' (the map that is pooled), the index of a stage or block, or the name of a
+                module.
 
         Raises:
-            UnsupportedModel: Nothing of the kind, or features there do not determine the logits alone.
+            UnsupportedModel: There is no such layer, or its features do not determine the logits alone.
         """
         if at == 'last':
             return self.layer(self.dense_head(allow_class_token=True).name)
@@ -117,7 +119,7 @@ class Anatomy:
         return self._first(candidates)
 
     def manifold_layers(self) -> list[FeatureLayer]:
-        """Manifold mixup's default layers besides the input: ends of stages 1 and 2, or of blocks d/3 and 2d/3."""
+        """Default layers of manifold mixup besides the input: ends of stages 1 and 2, or of blocks d/3 and 2d/3."""
         stages = self.stages()
         if self.is_isotropic():
             depth = len(stages)
@@ -135,7 +137,7 @@ class Anatomy:
     def _stage(self, at: str | int, stages: list[str]) -> str:
         if isinstance(at, int) or at.lstrip('-').isdigit():
             if not -len(stages) <= int(at) < len(stages):
-                raise UnsupportedModel(f'{self.name} has {len(stages)} stages or blocks, there is no number {at}')
+                raise UnsupportedModel(f'{self.name} has {len(stages)} stages or blocks, and none with number {at}')
             return stages[int(at)]
         return at
 
@@ -152,10 +154,11 @@ class Anatomy:
         raise UnsupportedModel(f'{self.name} has no layer to mix positions at: ' + ('; '.join(reasons) or 'no stages'))
 
     def layer(self, name: str) -> FeatureLayer:
-        """A module as a place to mix, proved to be the only way from the image to the logits.
+        """Module as a place to mix, after a check that its output alone determines the logits.
 
         Raises:
-            UnsupportedModel: No such module, called more than once, not a feature map, or by-passed.
+            UnsupportedModel: The module does not exist, is called more than once, has no feature map as output, or is
+                by-passed.
         """
         call = self._trace.by_name.get(name)
         if call is None:
@@ -175,7 +178,7 @@ class Anatomy:
         return FeatureLayer(name, layout, feat_BDR.shape[2], before_pool)
 
     def _vectors(self, channels: int) -> list[torch.Tensor]:
-        """Every pooled vector a module is given: (2, D), or (2, D, 1, 1), (2, 1, 1, D)."""
+        """Pooled vectors that modules take as input, as (2, D)."""
         vectors = []
         for call in self._trace.calls:
             for x in call.inputs[:1]:
@@ -187,13 +190,13 @@ class Anatomy:
         x = call.output
         if not isinstance(x, torch.Tensor) or x.ndim not in (3, 4) or x.shape[0] != 2:
             what = tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
-            raise UnsupportedModel(f'{self.name}: the output of {call.name!r} is {what}, no feature map')
+            raise UnsupportedModel(f'{self.name}: the output of {call.name!r} is {what}, not a feature map')
         if x.ndim == 4:
             return Layout(self._image_layout(call.name, x))
         prefix = self._prefix_tokens(x.shape[1])
         if prefix is None:
             raise UnsupportedModel(
-                f'{self.name}: the {x.shape[1]} tokens of {call.name!r} are no grid of the image plus the model\'s '
+                f'{self.name}: the {x.shape[1]} tokens of {call.name!r} are not a grid of the image plus the model\'s '
                 f'{getattr(self.model, "num_prefix_tokens", 0)} prefix tokens')
         return Layout('NLC', prefix)
 
@@ -201,14 +204,14 @@ class Anatomy:
         expected = next((entry['num_chs'] for entry in self._feature_info() if entry['module'] == name), None)
         if expected in (x.shape[1], x.shape[3]) and x.shape[1] != x.shape[3]:
             return 'NCHW' if expected == x.shape[1] else 'NHWC'
-        # Images are square far more often than a feature map has as many channels as rows.
+        # Square images are far more common than feature maps with as many channels as rows.
         if (x.shape[2] == x.shape[3]) != (x.shape[1] == x.shape[2]):
             return 'NCHW' if x.shape[2] == x.shape[3] else 'NHWC'
         fmt = getattr(self.model, 'output_fmt', None)
         return 'NHWC' if str(getattr(fmt, 'value', fmt)) == 'NHWC' else 'NCHW'
 
     def _prefix_tokens(self, tokens: int) -> int | None:
-        """Leading tokens that are no positions: what a grid of the image's shape leaves over."""
+        """Number of leading tokens without a position: those left over by a grid of the image's shape."""
         _, H, W = self.input_size
         claimed = int(getattr(self.model, 'num_prefix_tokens', 0) or 0)
         for prefix in dict.fromkeys((claimed, 0, 1, 2)):
@@ -218,14 +221,11 @@ class Anatomy:
                 return prefix
         return None
 
-    # Dense head
-
     def dense_head(self, allow_class_token: bool = False) -> DenseHead:
-        """The head as a function of one position.
+        """Head as a function of one position.
 
         Args:
-            allow_class_token: Accept a model that classifies its class token; its patch tokens go through the same
-                head.
+            allow_class_token: Accept a model that classifies its class token, and apply its head to patch tokens.
 
         Raises:
             UnsupportedModel: The head is not pooling followed by modules that act on one vector.
@@ -242,7 +242,7 @@ class Anatomy:
         positions = {self.input_size: layout.positions(self._trace.by_name[name].output).shape[2]}
         if positions[self.input_size] < 2:
             raise UnsupportedModel(
-                f'{self.name} leaves one position before its classifier, nothing to mix densely; use mix multimix')
+                f'{self.name} has one position before its classifier, so nothing to mix densely; use mix multimix')
         trial = DenseHead(self._trace.copy, name, layout, [steps for steps, _ in chains], positions)
         exact_mean = self._prove_dense(trial)
         branches = [
@@ -254,7 +254,7 @@ class Anatomy:
         return head
 
     def _chain(self, head: Call) -> tuple[list[HeadStep], torch.Tensor]:
-        """Leaf modules from the pooled vector to a linear head, and that vector (2, D)."""
+        """Leaf modules between the pooled vector and a linear head, and that vector, (2, D)."""
         steps, call, index = [], head, self._trace.calls.index(head)
         while True:
             x = call.inputs[0]
@@ -271,7 +271,7 @@ class Anatomy:
         return [s for s in reversed(steps) if not isinstance(s.module, (nn.Identity, nn.Flatten))], vector
 
     def _pooled_map(self, vectors: list[torch.Tensor]) -> tuple[str, Layout, bool]:
-        """The last feature map that pools to the vectors: its module, layout, and whether by a class token."""
+        """Last feature map that is pooled to the vectors: its module, layout, and whether by a class token."""
         for call in reversed(self._trace.calls):
             x = call.output
             if not isinstance(x, torch.Tensor) or x.ndim not in (3, 4) or x.shape[0] != 2 or _is_vector(x):
@@ -290,7 +290,7 @@ class Anatomy:
                     return call.name, Layout('NLC', prefix), True
         raise UnsupportedModel(
             f'{self.name}: at {self.input_size[1]}x{self.input_size[2]} pixels its classifier does not see the mean '
-            'over two or more positions of a feature map; use larger images where that is why, or mix multimix')
+            'over two or more positions of a feature map; use larger images if one position is left, or mix multimix')
 
     def _possible_layouts(self, x: torch.Tensor) -> list[Layout]:
         if x.ndim == 4:
@@ -300,7 +300,7 @@ class Anatomy:
 
     @torch.no_grad()
     def _prove_dense(self, head: DenseHead) -> bool:
-        """A map that is the same everywhere must give the model's own logits at each position."""
+        """Check that a constant map gives the model's own logits at each position; return whether means agree too."""
         call = self._trace.by_name[head.name]
         feat_BDR = head.layout.positions(call.output)
         flat_BDR = feat_BDR.mean(dim=2, keepdim=True).expand_as(feat_BDR)
@@ -320,7 +320,7 @@ def _shape(x: Any) -> tuple[int, ...] | None:
 
 
 def _is_vector(x: Any) -> bool:
-    """(B, D) with any number of dimensions of size 1."""
+    """Check for (B, D) with any number of dimensions of size 1."""
     return isinstance(x, torch.Tensor) and sum(n > 1 for n in x.shape[1:]) <= 1
 
 
@@ -343,10 +343,22 @@ def _input_size(
 
 
 def dense_model_kwargs(model_name: str) -> dict[str, Any]:
-    """Arguments for timm.create_model that make a plain ViT fit for dense mixing; empty where none are needed or taken.
+    """Arguments of timm.create_model that fit a plain ViT for dense mixing.
 
-    With a class token, or with a norm after pooling, the token or vector that inference uses is not the mean of what
-    dense mixing trains.
+    With a class token, or a norm after pooling, inference uses another vector than the mean of those that dense mixing
+    trains.
+
+    Args:
+        model_name: Name of a timm model.
+
+    Returns:
+        The arguments; empty if the model needs none or does not take them.
+
+    Example:
+        >>> dense_model_kwargs('vit_small_patch16_224')
+        {'global_pool': 'avg', 'class_token': False, 'fc_norm': False}
+        >>> dense_model_kwargs('resnet50')
+        {}
     """
     kwargs = dict(global_pool='avg', class_token=False, fc_norm=False)
     with torch.device('meta'):

@@ -1,4 +1,4 @@
-"""Feature layers of a model and how they store positions.
+"""Feature layers of a model and the layout of their positions.
 
 Shape suffixes: B batch, C classes, D channels, R spatial positions.
 """
@@ -10,13 +10,12 @@ import torch.nn as nn
 
 @dataclass(frozen=True)
 class Layout:
-    """How a feature tensor stores positions: 'NCHW', 'NHWC', or 'NLC' with `prefix` leading tokens that are no
-    positions."""
+    """Layout of a feature tensor: 'NCHW', 'NHWC', or 'NLC' with `prefix` leading tokens that have no position."""
     kind: str
     prefix: int = 0
 
     def positions(self, x: torch.Tensor) -> torch.Tensor:
-        """Features as (B, D, R), a view where the layout allows."""
+        """Features as (B, D, R), a view if the layout allows."""
         if self.kind == 'NCHW':
             return x.flatten(2)
         if self.kind == 'NHWC':
@@ -24,7 +23,7 @@ class Layout:
         return x[:, self.prefix:].transpose(1, 2)
 
     def restore(self, feat_BDR: torch.Tensor, like: torch.Tensor, prefix: torch.Tensor | None = None) -> torch.Tensor:
-        """Features (B, D, R) back in the shape of `like`; `prefix` (B, prefix, D) replaces its leading tokens."""
+        """Bring features (B, D, R) into the shape of `like`, with (B, prefix, D) for its leading tokens."""
         if self.kind == 'NCHW':
             return feat_BDR.reshape(len(feat_BDR), *like.shape[1:])
         x = feat_BDR.transpose(1, 2)
@@ -35,14 +34,14 @@ class Layout:
 
 @dataclass(frozen=True)
 class FeatureLayer:
-    """A module whose output is the only way from the image to the logits.
+    """Module whose output alone determines the logits.
 
     Attributes:
-        name: The module's name in the model.
+        name: Name of the module in the model.
         layout: Layout of its output.
-        num_positions: R at the image size the model was examined at.
-        before_pool: The output goes straight into average pooling, or its class token into the classifier: what happens
-            between positions there does not reach the logits.
+        num_positions: R at the image size that the model was examined at.
+        before_pool: The output goes straight into average pooling, or its class token into the classifier, so moving
+            features between positions does not reach the logits.
     """
     name: str
     layout: Layout
@@ -52,7 +51,7 @@ class FeatureLayer:
 
 @torch.no_grad()
 def feature_map(model: nn.Module, name: str, images: torch.Tensor) -> torch.Tensor:
-    """Output of a model's module for images, in evaluation mode and without gradient; modes are put back."""
+    """Output of a model's module for images, in evaluation mode and without gradient. Modes are restored."""
     found = []
     training = [module for module in model.modules() if module.training]
     handle = model.get_submodule(name).register_forward_hook(lambda module, inputs, output: found.append(output))

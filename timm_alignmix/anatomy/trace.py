@@ -1,4 +1,4 @@
-"""A model's own forward pass, watched on a copy, and the comparisons that every claim about it rests on."""
+"""Record of a model's forward pass on a copy, and the comparisons with which a split of it is checked."""
 import copy
 import functools
 from dataclasses import dataclass
@@ -11,12 +11,12 @@ from .dense_head import NORMS
 
 
 class UnsupportedModel(ValueError):
-    """The model cannot be mixed exactly in the way that was asked for."""
+    """The model cannot be mixed exactly in the requested way."""
 
 
 @dataclass
 class Call:
-    """One call of a module during the watched forward pass."""
+    """Call of a module during the recorded forward pass."""
     name: str
     module: nn.Module
     inputs: tuple
@@ -25,18 +25,18 @@ class Call:
 
 
 class Trace:
-    """A forward pass of a copy of the model on two random images.
+    """Forward pass of a copy of the model on two random images.
 
     Args:
-        model: The model; not touched.
+        model: The model, which is only copied.
         name: Its name, for errors.
         input_size: Channels, height, width.
 
     Attributes:
-        copy: In eval mode and float32 (float64 for float64 models), with no parameter constant.
+        copy: The copy, in eval mode and float32 (float64 for float64 models), without constant parameters.
         calls: Calls of the modules that ran exactly once, in the order they ended.
-        by_name: The same by module name.
-        logits: What the copy returned.
+        by_name: These calls by module name.
+        logits: Output of the copy.
 
     Raises:
         UnsupportedModel: The model does not run, or does not return logits.
@@ -76,7 +76,7 @@ class Trace:
         return [call for call in calls if call.name and names.count(call.name) == 1], logits
 
     def logits_with(self, name: str, output: torch.Tensor) -> torch.Tensor:
-        """Logits of two OTHER images when this module's output is put in place."""
+        """Logits of two OTHER images with this output of a module put in."""
         handle = self.copy.get_submodule(name).register_forward_hook(lambda module, inputs, _: output)
         try:
             with torch.no_grad():
@@ -85,17 +85,17 @@ class Trace:
             handle.remove()
 
     def cuts(self, call: Call) -> bool:
-        """Whether this module's output alone decides the logits.
+        """Check that this module's output alone determines the logits.
 
-        Logits of an untrained network may hardly depend on the image: what is left of the other images' is compared
-        with what those change, too.
+        Logits of an untrained network may hardly depend on the image. So the difference to the recorded logits must
+        also be small against the change that the other images make.
         """
         logits = self.logits_with(call.name, call.output)
         return is_same(logits, self.logits) and bool((logits - self.logits).abs().max() <= 0.05 * self._change)
 
     @functools.cached_property
     def _change(self) -> torch.Tensor:
-        """Largest change of a logit from the images to the other ones."""
+        """Largest change of a logit between the images and the other images."""
         with torch.no_grad():
             return (self.copy(self._others) - self.logits).abs().max()
 
@@ -105,14 +105,14 @@ class Trace:
 
 
 def is_same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Equal up to float32 rounding through a deep network, relative to the largest value."""
+    """Compare up to the float32 rounding of a deep network, relative to the largest value."""
     a, b = a.double(), b.double()
     return bool(torch.isfinite(a).all()) and bool((a - b).abs().max() <= 1e-3 * b.abs().max())
 
 
 @torch.no_grad()
 def _perturbed_copy(model: nn.Module) -> nn.Module:
-    """A copy in eval mode in which no parameter is a constant: a head of zeros would make every comparison true."""
+    """Copy in eval mode without constant parameters: with a head of zeros every comparison would be true."""
     clone = copy.deepcopy(model).eval()
     if next(clone.parameters()).dtype != torch.float64:
         clone.float()

@@ -1,17 +1,11 @@
-"""The papers' mathematics on tensors: no nn.Module, no device choice, no global random state.
+"""Mathematics of the papers on plain tensors, without nn.Module, device choice or global random state.
 
 AlignMixup (Venkataramanan et al., CVPR 2022, arXiv 2103.15375) is cited as [A], MultiMix and Dense MultiMix
 (Venkataramanan et al., NeurIPS 2023, arXiv 2311.05538) as [M]; equation numbers are theirs.
 """
 from .attention import attention_map
-from .losses import (
-    check_target,
-    dense_multimix_loss,
-    dense_multimix_rows,
-    multimix_loss,
-    soft_target,
-    soft_target_cross_entropy,
-)
+from .losses import dense_multimix_loss, dense_multimix_rows, multimix_loss
+from .targets import check_target, soft_target, soft_target_cross_entropy
 from .transport import align, align_to, sinkhorn_plan, transport_cost
 from .weights import convex_weights
 

@@ -1,4 +1,4 @@
-"""Where the mathematics runs in full precision whatever the caller has switched on."""
+"""Full precision for the mathematics, whatever the caller has switched on."""
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,16 +12,16 @@ _MATMUL = [
 
 
 def at_least_fp32(x: torch.Tensor) -> torch.Tensor:
-    """Half precision and integers become float32; float32 and float64 stay."""
+    """Convert to float32, except for float64."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Switch autocast and the TF32 / bf16 float32-matmul shortcuts off.
+    """Switch off autocast and the TF32 and bf16 shortcuts of float32 matmuls.
 
-    A squared distance of 1000 is off by about 1 in TF32, and exp(-M / eps) with eps = 0.1 turns that into e^10.
-    Changes process-wide state for its duration, so it belongs inside operators that torch.compile does not trace.
+    A squared distance of 1000 is off by about 1 in TF32, and exp(-M / eps) with eps = 0.1 turns that into e^10. The
+    switches are process-wide, so use this inside operators that torch.compile does not trace.
     """
     if not _MATMUL:
         saved = torch.get_float32_matmul_precision()

@@ -1,8 +1,7 @@
-"""Where an image is worth mixing: the attention of Dense MultiMix, arXiv 2311.05538 [M], section 3.3.
+"""Attention over the positions of an image: Dense MultiMix, arXiv 2311.05538 [M], section 3.3.
 
 Shape suffixes: B batch, C classes, D channels, R spatial positions.
 """
-
 import torch
 
 from ._precision import at_least_fp32
@@ -15,21 +14,28 @@ def attention_map(
         weight: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attention a = h(z^T u) of each position, at least in float32.
+    """Attention a = h(z^T u) of each position, [M] equation (9). The paper leaves u and h open: all choices are here.
 
     Args:
-        feat_BDR: (B, D, R) embeddings before the classifier, not pooled.
+        feat_BDR: (B, D, R) embeddings before pooling, any float dtype.
         by: 'gap' takes u = mean of z over positions, 'cam' takes u = W^T y, the classifier's weight of the example's
             class, 'none' gives every position 1/R.
-        normalize: h: 'relu' is ReLU followed by l1 normalisation, 'softmax' is over positions.
+        normalize: h, 'relu' (ReLU, then l1 normalisation over positions) or 'softmax' (over positions).
         weight: (C, D) classifier weight, for 'cam'.
-        labels: (B,) class indices or (B, C) soft labels, for 'cam'.
+        labels: (B,) class indices or (B, C) probabilities, for 'cam'.
 
     Returns:
-        (B, R) non-negative; a row sums to 1, or to 0 where no position is positive under 'relu'. Differentiable.
+        (B, R) attention, float32 (float64 for float64 input), non-negative and differentiable. A row sums to 1, or to 0
+        if ReLU leaves nothing of it.
 
     Raises:
         ValueError: Unknown option, wrong shape, or 'cam' without weight and labels.
+
+    Example:
+        >>> import torch
+        >>> feat_BDR = torch.tensor([[[3.0, 1.0, -2.0]]])  # one example, one channel, three positions
+        >>> attention_map(feat_BDR)
+        tensor([[0.7500, 0.2500, 0.0000]])
     """
     if feat_BDR.ndim != 3:
         raise ValueError(f'features must be (B, D, R), got {tuple(feat_BDR.shape)}')
@@ -55,14 +61,10 @@ def attention_map(
         return score_BR / torch.where(total_B1 > 0, total_B1, 1)
 
 
-def _class_weight(
-        weight: torch.Tensor | None,
-        labels: torch.Tensor | None,
-        B: int,
-        D: int,
-) -> torch.Tensor:
+def _class_weight(weight: torch.Tensor | None, labels: torch.Tensor | None, B: int, D: int) -> torch.Tensor:
+    """Weight W^T y of each example's class, (B, D)."""
     if weight is None or labels is None:
-        raise ValueError("attention by 'cam' needs the classifier's weight (C, D) and the labels (B,) or (B, C)")
+        raise ValueError("attention by 'cam' needs the classifier's weight (C, D) and labels (B,) or (B, C)")
     if weight.ndim != 2 or weight.shape[1] != D or labels.shape not in ((B,), (B, weight.shape[0])):
         raise ValueError(
             f'for features of {B} examples and {D} channels, weight must be (C, {D}) and labels ({B},) or ({B}, C), '

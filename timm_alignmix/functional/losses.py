@@ -1,83 +1,24 @@
 """Cross-entropy of mixed embeddings in closed form: MultiMix and Dense MultiMix, arXiv 2311.05538 [M].
 
-The classifier is affine and an interpolation vector m sums to 1, so W (Z m) + b = (W Z + b) m: logits are computed once
-for each clean location and mixed afterwards. Neither mixed embeddings nor mixed targets are ever formed:
+The classifier is affine and an interpolation vector m sums to 1, so W (Z m) + b = (W Z + b) m: logits are computed
+once for each clean location and mixed afterwards. Mixed embeddings and mixed targets are never formed:
 
     CE_k = logsumexp_c(L m_k) - m_k^T (Y^T L) m_k,    L = W Z + b of one position, Y the targets.
 
-The loss and its gradient with respect to L come from one pass over chunks of positions, so the extra memory is one
-chunk of (N, C) mixed logits instead of (R, N, C) kept for the backward pass.
+One pass over chunks of positions computes the loss and its gradient with respect to L, so the extra memory is one chunk
+of (N, C) mixed logits instead of (R, N, C) kept for the backward pass.
 
-Shape suffixes: B batch, C classes, N generated examples, R spatial positions. _RBC etc. as stored inside a chunk.
+Shape suffixes: B batch, C classes, N generated examples, R spatial positions.
 """
 import math
 
 import torch
-import torch.nn.functional as F
 
 from ._precision import at_least_fp32, full_precision
+from .targets import check_target, soft_target
 
-# Elements of one chunk of mixed logits: in reach of a CPU's cache, and enough to fill a GPU.
+# Elements of one chunk of mixed logits: within a CPU's cache, and enough to fill a GPU.
 _CHUNK_ELEMENTS = {'cpu': 2 ** 20, 'cuda': 2 ** 25}
-
-
-def soft_target(
-        target: torch.Tensor,
-        num_classes: int,
-        smoothing: float = 0.0,
-        dtype: torch.dtype = torch.float32,
-) -> torch.Tensor:
-    """Targets as (B, C) probabilities, smoothed by timm's convention: s / C everywhere plus 1 - s on the target.
-
-    Args:
-        target: (B,) integer classes, or (B, C) probabilities.
-        num_classes: C.
-        smoothing: Label smoothing s in [0, 1).
-        dtype: Of the result, unless the targets are float64.
-
-    Returns:
-        (B, C).
-
-    Raises:
-        ValueError: Wrong shape, or rows that do not sum to 1 (checked on the CPU only: a check elsewhere would wait for
-            the device).
-    """
-    check_target(target, len(target), num_classes)
-    target = F.one_hot(target.long(), num_classes) if target.ndim == 1 else target
-    target = target.to(torch.float64 if target.dtype == torch.float64 else dtype)
-    return target if smoothing == 0 else target * (1 - smoothing) + smoothing / num_classes
-
-
-def check_target(target: torch.Tensor, batch: int, num_classes: int) -> None:
-    """Raise ValueError unless `target` is (batch,) integers or (batch, num_classes) probabilities."""
-    hard = target.shape == (batch,) and not target.is_floating_point()
-    soft = target.shape == (batch, num_classes) and target.is_floating_point()
-    if not hard and not soft:
-        raise ValueError(
-            f'target must be ({batch},) integers or ({batch}, {num_classes}) probabilities, '
-            f'got {tuple(target.shape)} of {target.dtype}')
-    if soft and target.device.type == 'cpu' and not torch.compiler.is_compiling():
-        off = (target.float().sum(dim=1) - 1).abs().max()
-        # bf16 probabilities of 1000 classes sum to 1 within about 2**-8.
-        if off > 0.01:
-            raise ValueError(
-                f'targets must be probabilities that sum to 1, a row is off by {off:.3g}: the loss is softmax '
-                'cross-entropy; multi-label targets need another criterion and mix none, mixup, cutmix, manifold or '
-                'alignmix')
-
-
-def soft_target_cross_entropy(logits_BC: torch.Tensor, target_BC: torch.Tensor) -> torch.Tensor:
-    """Mean over examples of -sum_c y log softmax(logits), at least in float32.
-
-    Args:
-        logits_BC: (B, C) logits, any float dtype.
-        target_BC: (B, C) probabilities.
-
-    Returns:
-        Scalar loss.
-    """
-    with torch.autocast(logits_BC.device.type, enabled=False):
-        return F.cross_entropy(at_least_fp32(logits_BC), target_BC.to(at_least_fp32(logits_BC).dtype))
 
 
 def multimix_loss(
@@ -91,7 +32,7 @@ def multimix_loss(
     Args:
         logits_BC: (B, C) clean logits, affine in the embedding that is mixed.
         target: (B,) integer classes, or (B, C) probabilities.
-        weights_NB: (N, B) interpolation vectors, rows summing to 1.
+        weights_NB: (N, B) interpolation vectors; rows sum to 1.
         smoothing: Label smoothing, timm's convention.
 
     Returns:
@@ -123,17 +64,17 @@ def dense_multimix_loss(
 ) -> torch.Tensor:
     """Attention-weighted cross-entropy of N mixed embeddings at each position: [M] equations (10)-(14).
 
-    For a position with attention a: M = diag(a) Lambda, s its sums over the batch, M^ = M / s, and the loss of the
-    position is sum_k s_k CE_k / sum_k s_k. The result is the mean over positions that have any attention. A vector or a
-    position without attention contributes 0, in value and in gradient. Attention need not be normalised.
+    At a position with attention a: M = diag(a) Lambda, s the sums of M over the batch, M^ = M / s, and the loss is
+    sum_k s_k CE_k / sum_k s_k. The result is the mean over positions that have any attention (the paper leaves this
+    reduction open). A vector or a position without attention contributes 0, in value and in gradient.
 
     Args:
         logits_BRC: (B, R, C) clean logits of each position, affine in the embedding that is mixed.
         target: (B,) integer classes, or (B, C) probabilities.
-        weights_RNB: (R, N, B) interpolation vectors, the last dimension summing to 1.
-        attention_BR: (B, R), non-negative; None weighs every example and position alike.
+        weights_RNB: (R, N, B) interpolation vectors; the last dimension sums to 1.
+        attention_BR: (B, R) attention, non-negative, not necessarily normalised; None weighs all alike.
         smoothing: Label smoothing, timm's convention.
-        attention_grad: Let gradients reach the attention, a confidence otherwise.
+        attention_grad: Let gradients reach the attention; the paper leaves this open.
         chunk_size: Positions processed at a time; None chooses by device.
 
     Returns:
@@ -141,6 +82,14 @@ def dense_multimix_loss(
 
     Raises:
         ValueError: Shapes do not fit, or targets do not sum to 1.
+
+    Example:
+        >>> import torch
+        >>> logits_BRC = torch.tensor([[[2.0, 0.0], [0.0, 0.0]], [[0.0, 1.0], [0.0, 0.0]]])
+        >>> eye_RNB = torch.eye(2).expand(2, 2, 2)  # one-hot weights: the clean loss
+        >>> attention_BR = torch.tensor([[1.0, 0.0], [1.0, 0.0]])  # of the first position alone
+        >>> dense_multimix_loss(logits_BRC, torch.tensor([0, 1]), eye_RNB, attention_BR)
+        tensor(0.2201)
     """
     if logits_BRC.ndim != 3 or weights_RNB.ndim != 3:
         raise ValueError(
@@ -169,13 +118,27 @@ def dense_multimix_rows(
         attention_BR: torch.Tensor | None = None,
         smoothing: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loss of :func:`dense_multimix_loss` as rows for a plain soft-target cross-entropy, at the full memory.
+    """Rows whose plain soft-target cross-entropy is the loss of :func:`dense_multimix_loss`; takes the full memory.
 
-    Args: as :func:`dense_multimix_loss`; the attention keeps its gradient.
+    Args:
+        logits_BRC: (B, R, C) clean logits of each position.
+        target: (B,) integer classes, or (B, C) probabilities.
+        weights_RNB: (R, N, B) interpolation vectors.
+        attention_BR: (B, R) attention, with its gradient; None weighs all alike.
+        smoothing: Label smoothing, timm's convention.
 
     Returns:
-        Mixed logits (R * N, C) and scaled targets (R * N, C): the mean over rows of -sum_c target log softmax(logits)
-        is equation (14) averaged over positions with attention.
+        Mixed logits (R * N, C) and scaled targets (R * N, C), float32 (float64 for float64 logits). The loss is the
+        mean over rows of -sum_c target log softmax(logits).
+
+    Raises:
+        ValueError: Targets of the wrong shape, or that do not sum to 1.
+
+    Example:
+        >>> import torch
+        >>> weights_RNB = torch.tensor([[[0.5, 0.5]]])  # one position, one example midway between two
+        >>> dense_multimix_rows(torch.tensor([[[2.0, 0.0]], [[0.0, 1.0]]]), torch.tensor([0, 1]), weights_RNB)
+        (tensor([[1.0000, 0.5000]]), tensor([[0.5000, 0.5000]]))
     """
     R, N, _ = weights_RNB.shape
     logits_RBC = at_least_fp32(logits_BRC).transpose(0, 1)
@@ -191,7 +154,7 @@ def dense_multimix_rows(
 
 
 class _DenseMultiMixLoss(torch.autograd.Function):
-    """Loss and gradients in the forward pass; backward only scales them."""
+    """Autograd function that computes loss and gradients in the forward pass; backward only scales them."""
 
     @staticmethod
     def forward(ctx, logits_BRC, target, weights_RNB, attention_BR, smoothing, chunk_size):
@@ -208,7 +171,7 @@ class _DenseMultiMixLoss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss):
-        # Kept in float32 and scaled before the cast, so that a loss scaler protects half-precision logits.
+        # Scaled in float32 and then cast, so that a loss scaler protects half-precision logits.
         grads = [
             (grad * grad_loss).to(dtype) if wanted else None
             for grad, dtype, wanted in zip(ctx.saved_tensors, ctx.dtypes, ctx.wants, strict=True)
@@ -226,7 +189,7 @@ def loss_and_grads(
         logits_grad: bool,
         attention_grad: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Loss, d(loss)/d(logits) and d(loss)/d(attention); a gradient that is not wanted is an empty tensor."""
+    """Loss, d(loss)/d(logits) and d(loss)/d(attention). A gradient that is not wanted is an empty tensor."""
     dtype = at_least_fp32(logits_BRC).dtype
     B, R, C = logits_BRC.shape
     N = weights_RNB.shape[1]
@@ -238,7 +201,7 @@ def loss_and_grads(
         attention_BR = attention_BR.to(dtype)
         scale = 1 / attended_positions(attention_BR).to(dtype)
     target = target.to(dtype if target.is_floating_point() else torch.int64)
-    # What is smaller than mixed logits is made for several chunks at once, up to a quarter of the size of one of those.
+    # Tensors smaller than the mixed logits are made for several chunks at once, up to a quarter of a chunk's size.
     block = chunk_size * max(1, min(N, C) // (4 * B))
     with full_precision(logits_BRC.device):
         for start in range(0, R, block):
@@ -263,7 +226,7 @@ def loss_and_grads(
     return losses_R.sum() * scale, grad_BRC, grad_BR
 
 
-# Opaque to torch.compile. timm_alignmix.kernels gives it another form on GPUs.
+# Opaque to torch.compile; timm_alignmix.kernels adds a Triton form.
 dense_loss_op = torch.library.custom_op(
     'timm_alignmix::dense_multimix_loss_and_grads', loss_and_grads, mutates_args=())
 
@@ -280,7 +243,7 @@ def _(logits_BRC, target, weights_RNB, attention_BR, smoothing, chunk_size, logi
 
 
 def attended_positions(attention_BR: torch.Tensor) -> torch.Tensor:
-    """How many positions have any attention, at least 1."""
+    """Number of positions with any attention, at least 1."""
     return (attention_BR > 0).any(dim=0).sum().clamp(min=1)
 
 
@@ -292,7 +255,7 @@ def _mixing(
     if attention_BR is None:
         R, N, _ = weights_RNB.shape
         return weights_RNB, weights_RNB.new_full((R, N), 1 / N), weights_RNB.new_full((R, 1), N)
-    # Attention of one position may be as small as the dtype allows: scaled by its maximum before it meets the weights.
+    # Attention may be as small as the dtype allows, so it is scaled by its maximum first.
     attention_RB = attention_BR.t()
     peak_R1 = attention_RB.amax(dim=1, keepdim=True)
     mixed_RNB = weights_RNB * (attention_RB / torch.where(peak_R1 > 0, peak_R1, 1)).unsqueeze(1)
@@ -303,7 +266,7 @@ def _mixing(
 
 
 def target_logits(logits_RBC: torch.Tensor, target: torch.Tensor, smoothing: float) -> torch.Tensor:
-    """(L^T Y)[j, i] = y_i . L_j of each position: (R, B, B)."""
+    """Products (L^T Y)[j, i] = y_i . L_j at each position, (R, B, B)."""
     if target.is_floating_point():
         dots_RBB = logits_RBC @ target.t()
     else:
@@ -321,14 +284,14 @@ def _mixed_softmax(
         want_sums: bool,
         want_means: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """What the loss and its gradients need of the mixed logits S = M^ L of each position.
+    """Sums over the mixed logits S = M^ L of each position that the loss and its gradients need.
 
-    Passes over (R, N, C) are most of the cost: one buffer is used again and again, exponentials are made in place, and
-    what uses them divides something smaller by their sums. They are powers of two, which processors make faster than
-    those of e; the clean logits take up the factor.
+    Passes over (R, N, C) are most of the cost: chunks share one buffer, exponentials are taken in place, and the
+    division by their sums is done on smaller tensors. Powers of two are faster than those of e; the clean logits carry
+    the factor.
 
     Returns:
-        lse_RN, the logsumexp over classes; (shared^T softmax(S)) (R, B, C); softmax(S) L^T (R, N, B).
+        lse_RN, the logsumexp over classes; shared^T softmax(S), (R, B, C); softmax(S) L^T, (R, N, B).
     """
     R, B, C = logits_RBC.shape
     N = mixed_RNB.shape[1]
@@ -356,10 +319,11 @@ def _mixed_softmax(
 
 
 def _common_shift(logits_RBC: torch.Tensor) -> torch.Tensor | None:
-    """What can be subtracted from all logits of a position in place of each mixture's peak; None: nothing, or unknown.
+    """Largest logit of each position, (R, 1, 1), if it can replace the peak of each mixture; else None.
 
-    Mixtures lie between the least and the largest logit. Where these are close enough for no exponential to underflow,
-    subtracting the largest before mixing saves two passes over the mixtures. Only a CPU tells without a wait.
+    Mixtures lie between the least and the largest logit. If these are so close that no exponential underflows,
+    subtracting the largest before mixing saves two passes over the mixtures. Checked on CPUs only, where it needs no
+    sync.
     """
     if logits_RBC.device.type != 'cpu':
         return None
@@ -373,9 +337,9 @@ def subtract_target_gradient(
         target: torch.Tensor,
         smoothing: float,
 ) -> torch.Tensor:
-    """Subtract M^T diag(share) M Y from the softmax's part of the gradient in place, given pairs M^T diag(share) M."""
+    """Subtract pairs Y, the part of the targets, from the gradient in place; pairs are M^T diag(share) M."""
     if smoothing:
-        # A row of M sums to 1, so the sum over its second index leaves the vectors' shares.
+        # Rows of M sum to 1, so this sum leaves the shares of the vectors.
         grad_RBC.sub_(pairs_RBB.sum(dim=2, keepdim=True) * (smoothing / grad_RBC.shape[2]))
         pairs_RBB = pairs_RBB * (1 - smoothing)
     if target.is_floating_point():
@@ -393,7 +357,7 @@ def _attention_gradient(
         means_RNB: torch.Tensor,
         losses_R: torch.Tensor,
 ) -> torch.Tensor:
-    """d(position's loss) / d(attention), (R, B).
+    """Gradient of each position's loss with respect to attention, (R, B).
 
     With u = M before normalisation: d(loss)/du_kb = (CE_k - loss + g_kb - g_k . m_k) / sum(s), g_k = d(CE_k)/d(m_k).
     """
@@ -401,6 +365,6 @@ def _attention_gradient(
     grad_RNB = means_RNB - mixed_RNB @ (dots_RBB + dots_RBB.transpose(1, 2))
     grad_RNB -= (grad_RNB * mixed_RNB).sum(dim=2, keepdim=True)
     grad_RNB += (ce_RN - losses_R.unsqueeze(1)).unsqueeze(2)
-    # A vector without attention is a corner of max(0, .): its gradient is taken as 0, as its value is.
+    # At a vector without attention the loss has a corner: the gradient is taken as 0, like the value.
     grad_RNB.mul_((share_RN > 0).unsqueeze(2)).mul_(weights_RNB)
     return grad_RNB.sum(dim=1) / torch.where(total_R1 > 0, total_R1, 1)

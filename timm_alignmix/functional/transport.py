@@ -6,9 +6,9 @@ equations (6)-(10) and Algorithm 1.
 Shape suffixes: B batch, D channels, R spatial positions (H * W). In cost_BRR and plan_BRR the first R are positions of
 `feat_a`, the second R positions of `feat_b`.
 
-Departures from the authors' release: a fixed number of iterations (the release stops when the batch mean of
-sum |du| < 0.1, one device sync an iteration, which makes a sample's plan depend on its batch), the cost is computed
-without the (B, R, R, D) tensor, and the marginal that is exact at the end can be chosen.
+Differences from the authors' release: the number of iterations is fixed (the release stops when the batch mean of
+sum |du| < 0.1, which costs a device sync an iteration and makes a sample's plan depend on its batch), the cost is
+computed without a (B, R, R, D) tensor, and the marginal that is exact at the end can be chosen.
 """
 import math
 
@@ -17,9 +17,9 @@ import torch.nn.functional as F
 
 from ._precision import at_least_fp32, full_precision
 
-# Below, exp() underflows, which costs a CPU 50 times an ordinary value and adds nothing to a sum of about 1.
+# Below this exp() underflows, which takes a CPU 50 times as long and adds nothing to a sum of about 1.
 _FLOOR = {torch.float32: -87.0, torch.float64: -700.0}
-# Elements of cost that a CPU works on at a time.
+# Elements of the cost that a CPU processes at a time.
 _CPU_CHUNK = 2 ** 19
 
 
@@ -31,18 +31,19 @@ def _check_pair(feat_a: torch.Tensor, feat_b: torch.Tensor) -> None:
 
 
 def cost_matrix(feat_a_BDR: torch.Tensor, feat_b_BDR: torch.Tensor) -> torch.Tensor:
+    """Squared distances, (B, R, R), in full precision."""
     with full_precision(feat_a_BDR.device):
         a_BDR, b_BDR = at_least_fp32(feat_a_BDR), at_least_fp32(feat_b_BDR)
-        # Distances do not change when both maps move by one vector; removing the mean of `a` removes most of the
-        # cancellation in |a|^2 + |b|^2 - 2ab for features after a ReLU, which all point the same way.
+        # Shifting both maps by one vector keeps the distances. Features after a ReLU all point the same way: without
+        # the mean of `a`, most of the cancellation in |a|^2 + |b|^2 - 2ab is gone.
         centre_BD1 = a_BDR.mean(dim=2, keepdim=True)
         a_BDR, b_BDR = a_BDR - centre_BD1, b_BDR - centre_BD1
         norms_BRR = a_BDR.square().sum(1).unsqueeze(2) + b_BDR.square().sum(1).unsqueeze(1)
         return torch.baddbmm(norms_BRR, a_BDR.transpose(1, 2), b_BDR, alpha=-2).clamp_min_(0)
 
 
-# Custom operators are opaque to torch.compile: neither the loop nor the precision switches are traced or unrolled.
-# timm_alignmix.kernels gives them other forms on GPUs.
+# Custom operators are opaque to torch.compile, which would trace the precision switches and unroll the loop.
+# timm_alignmix.kernels adds Triton forms.
 transport_cost_op = torch.library.custom_op('timm_alignmix::transport_cost', cost_matrix, mutates_args=())
 
 
@@ -56,8 +57,8 @@ def _(feat_a_BDR, feat_b_BDR):
 def transport_cost(feat_a_BDR: torch.Tensor, feat_b_BDR: torch.Tensor) -> torch.Tensor:
     """Pairwise squared Euclidean cost of [A] equation (6): M_ij = ||a_i - b_j||^2.
 
-    Summed over channels; neither normalised nor averaged nor square-rooted (normalising makes the plan nearly uniform,
-    which is another method). No gradient. Memory is that of the result plus two copies of the features.
+    Summed over channels; not normalised, averaged or square-rooted (normalising makes the plan nearly uniform, which is
+    another method). No gradient. Memory is that of the result plus two copies of the features.
 
     Args:
         feat_a_BDR: (B, D, R) features, any float dtype.
@@ -68,6 +69,12 @@ def transport_cost(feat_a_BDR: torch.Tensor, feat_b_BDR: torch.Tensor) -> torch.
 
     Raises:
         ValueError: The shapes differ or are not (B, D, R).
+
+    Example:
+        >>> import torch
+        >>> transport_cost(torch.tensor([[[0.0, 2.0]]]), torch.tensor([[[0.0, 3.0]]]))
+        tensor([[[0., 9.],
+                 [4., 1.]]])
     """
     _check_pair(feat_a_BDR, feat_b_BDR)
     return transport_cost_op(feat_a_BDR.detach(), feat_b_BDR.detach())
@@ -80,7 +87,7 @@ def plan_matrix(
         last: int,
         tolerance: float | None,
 ) -> torch.Tensor:
-    """`last` is the dimension summed in the last half-step: 2 makes the rows exact, 1 the columns."""
+    """Transport plan; `last` is the dimension summed in the last half-step: 2 makes rows exact, 1 columns."""
     with full_precision(cost_BRR.device):
         if cost_BRR.device.type != 'cpu' or tolerance is not None:
             return _log_domain_plan(*centred_kernel(cost_BRR, eps, last), eps, iterations, last, tolerance)
@@ -91,11 +98,11 @@ def plan_matrix(
 
 
 def centred_kernel(cost_BRR: torch.Tensor, eps: float, last: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """-cost / eps without its peak over the dimension summed first, and that peak.
+    """Kernel -cost / eps without its peak over the dimension summed first, and that peak.
 
-    The potential normalised first takes the peak up, so nothing else changes; but the entries that matter are small
-    now, and an exponent's rounding error is relative to its size. Potentials are in units of eps and every marginal is
-    1 instead of 1/R: constants that cancel in the last softmax.
+    The potential normalised first absorbs the peak, so the plan is the same; but the entries that matter become small,
+    and the rounding error of an exponent is relative to its size. Potentials are in units of eps and marginals are 1
+    instead of 1/R: constants that cancel in the last softmax.
     """
     cost_BRR = at_least_fp32(cost_BRR)
     least = cost_BRR.amin(dim=3 - last, keepdim=True)
@@ -110,7 +117,7 @@ def _log_domain_plan(
         last: int,
         tolerance: float | None,
 ) -> torch.Tensor:
-    """A log-sum-exp for each half-step; `first` lives on the positions that `last` sums over."""
+    """Plan by log-sum-exp half-steps; `first` is the potential of the positions that `last` sums over."""
     first_dim = 3 - last
     buffer_BRR = torch.empty_like(kernel_BRR)
     second = torch.zeros_like(first).transpose(1, 2)
@@ -123,7 +130,7 @@ def _log_domain_plan(
             moved = (update - first).abs_().sum(dim=(1, 2), keepdim=True).mul_(eps)
             first = torch.where(active, update, first)
             active = active & (moved >= tolerance)
-            # Reading a flag costs nothing on a CPU and a device sync elsewhere, where the rest just runs on.
+            # Reading the flag is free on a CPU. Elsewhere it would be a device sync, so the loop runs to its end.
             if active.device.type == 'cpu' and not active.any():
                 break
         second = _neg_logsumexp(kernel_BRR, first, last, buffer_BRR)
@@ -131,12 +138,12 @@ def _log_domain_plan(
 
 
 def _scaled_plan(kernel_BRR: torch.Tensor, first: torch.Tensor, iterations: int, last: int) -> torch.Tensor:
-    """Iterations in the log domain, and as many between them as are safe by scaling exp(kernel + potentials).
+    """Plan by iterations in the log domain and, between them, as many scalings of exp(kernel + potentials) as is safe.
 
-    A half-step of scaling is a product with a vector, an order of magnitude cheaper than a log-sum-exp. Sinkhorn's map
-    does not expand the largest difference of potentials, so the move of `second` in one iteration bounds every later
-    one: after a move of d, the next limit / d iterations change no potential by more than the limit, within which what
-    underflowed is still negligible and nothing overflows.
+    A scaling half-step is a product with a vector, an order of magnitude cheaper than a log-sum-exp. Sinkhorn's map
+    does not expand the largest difference of potentials, so the change of `second` in one iteration bounds all later
+    ones: after a change of d, the next limit / d iterations change no potential by more than the limit. Within it,
+    entries that underflowed stay negligible and nothing overflows.
     """
     first_dim = 3 - last
     buffer_BRR, scaled_BRR = torch.empty_like(kernel_BRR), None
@@ -155,7 +162,7 @@ def _scaled_plan(kernel_BRR: torch.Tensor, first: torch.Tensor, iterations: int,
         if scaled_BRR is None:
             scaled_BRR = torch.empty_like(kernel_BRR)
         torch.add(kernel_BRR, first, out=scaled_BRR).add_(second).clamp_min_(floor)
-        # Zeros, since products of the floor would underflow too.
+        # Zero what is at the floor: its products would underflow too.
         F.threshold_(_exp_(scaled_BRR), 2 * math.exp(floor), 0.0)
         factor_second = torch.ones_like(second)
         for _ in range(steps):
@@ -167,9 +174,9 @@ def _scaled_plan(kernel_BRR: torch.Tensor, first: torch.Tensor, iterations: int,
 
 
 def final_softmax(kernel_BRR: torch.Tensor, first: torch.Tensor, last: int) -> torch.Tensor:
-    """The plan, from the potential that the last half-step sees; uses up the kernel.
+    """Plan from the potential that the last half-step sees; overwrites the kernel.
 
-    Instead of exp(first + second + kernel): the final marginal is exact at any magnitude of the cost.
+    Unlike exp(first + second + kernel), the final marginal is exact at any magnitude of the cost.
     """
     return torch.softmax(kernel_BRR.add_(first), dim=last).div_(kernel_BRR.shape[1])
 
@@ -187,12 +194,12 @@ def _neg_logsumexp(
 
 
 def _exp_(x: torch.Tensor) -> torch.Tensor:
-    """exp in place: on a CPU torch.exp2 takes a third of torch.exp's time."""
+    """Exponential in place; on CPUs torch.exp2 takes a third of torch.exp's time."""
     return x.mul_(math.log2(math.e)).exp2_() if x.device.type == 'cpu' else x.exp_()
 
 
 def _sums_of(scaled_BRR: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
-    """Sums of rows (B, R, 1) with factors (B, 1, R) of columns, or of columns (B, 1, R) with factors (B, R, 1)."""
+    """Sums of rows (B, R, 1) for factors of columns (B, 1, R), or of columns (B, 1, R) for factors (B, R, 1)."""
     if factors.shape[1] == 1:
         return torch.bmm(scaled_BRR, factors.transpose(1, 2))
     return torch.bmm(factors.transpose(1, 2), scaled_BRR)
@@ -215,23 +222,29 @@ def sinkhorn_plan(
 ) -> torch.Tensor:
     """Entropic transport plan between uniform marginals 1/R, [A] equations (7) and (8), stable at any cost.
 
-    No gradient, no device sync. In float32 the relative error of an entry grows as at most about
-    (cost / eps) * 2**-24, from rounding exponents; the marginal normalised last is exact to rounding at any cost.
+    No gradient, and no device sync on GPUs. In float32 the relative error of an entry is at most about
+    (cost / eps) * 2**-24, from the rounding of exponents; the marginal normalised last is exact to rounding.
 
     Args:
         cost_BRR: (B, R, R) costs.
         eps: Entropy coefficient, in the unit of the cost.
         iterations: Sinkhorn-Knopp iterations, each normalising both sides once. 0 is a single softmax of -cost / eps
             over the side named by `final_marginal` ([A] Table 10, first row).
-        final_marginal: 'rows' or 'columns': the side normalised last, hence exact; the other is exact at convergence.
-        tolerance: Stop a sample when sum |du| < tolerance, u its first potential in the unit of the cost, as the
-            authors' release does with 0.1 for the mean over the batch. Decided for each sample alone.
+        final_marginal: Side normalised last and hence exact, 'rows' or 'columns'. The other is exact at convergence.
+        tolerance: Stop a sample when sum |du| < tolerance, u its first potential in the unit of the cost. The authors'
+            release does so with 0.1 and the mean over the batch.
 
     Returns:
         (B, R, R) plan of total mass 1 per sample, float32 (float64 for float64 input).
 
     Raises:
         ValueError: The cost is not (B, R, R), or an option is out of range.
+
+    Example:
+        >>> import torch
+        >>> sinkhorn_plan(torch.tensor([[[0.0, 9.0], [4.0, 1.0]]]), eps=4.0)
+        tensor([[[0.4088, 0.0912],
+                 [0.0912, 0.4088]]])
     """
     if cost_BRR.ndim != 3 or cost_BRR.shape[1] != cost_BRR.shape[2]:
         raise ValueError(f'cost must be (B, R, R), got {tuple(cost_BRR.shape)}')
@@ -250,7 +263,7 @@ def align_to(
         final_marginal: str = 'kept',
         tolerance: float | None = None,
 ) -> torch.Tensor:
-    """Features of `moved` transported to the positions of `kept`: [A] equation (9) for (A, A'), (10) for (A', A).
+    """Transport features of `moved` to the positions of `kept`: [A] equation (9) for (A, A'), (10) for (A', A).
 
     The plan is detached ([A] Algorithm 1, line 21): gradients reach `moved` through the product alone.
 
@@ -259,8 +272,8 @@ def align_to(
         moved_BDR: (B, D, R) features to bring to those positions.
         eps: Entropy coefficient of the plan.
         iterations: Sinkhorn iterations.
-        final_marginal: 'kept' makes every aligned feature a convex combination of features of `moved`; 'moved'
-            conserves the mass of `moved` instead.
+        final_marginal: Side normalised last. 'kept' makes every aligned feature a convex combination of features of
+            `moved`; 'moved' conserves the mass of `moved` instead.
         tolerance: As in :func:`sinkhorn_plan`.
 
     Returns:
@@ -284,7 +297,7 @@ def align_to(
         final_marginal='rows' if final_marginal == 'kept' else 'columns',
         tolerance=tolerance,
     )
-    # R = R_positions * P in the paper's notation: rows sum to 1 instead of 1/R, so the scale of features is kept.
+    # Matrix R of the paper, the number of positions times P: rows sum to 1, which keeps the scale of features.
     rows_BRR = (plan_BRR * plan_BRR.shape[1]).to(moved_BDR.dtype)
     with torch.autocast(moved_BDR.device.type, enabled=False):
         return torch.matmul(moved_BDR, rows_BRR.transpose(1, 2))
@@ -314,6 +327,11 @@ def align(
 
     Raises:
         ValueError: Shapes differ, or an option is out of range.
+
+    Example:
+        >>> import torch
+        >>> align(torch.tensor([[[0.0, 5.0, 9.0]]]), torch.tensor([[[10.0, 6.0, 1.0]]]))
+        (tensor([[[ 1.,  6., 10.]]]), tensor([[[9., 5., 0.]]]))
     """
     sides = {'kept': ('kept', 'kept'), 'columns': ('moved', 'kept'), 'rows': ('kept', 'moved')}
     if final_marginal not in sides:

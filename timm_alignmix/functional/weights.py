@@ -20,23 +20,23 @@ def convex_weights(
         device: torch.device | None = None,
         dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """Draw points of the convex hull of a mini-batch: each row a symmetric Dirichlet vector over the batch.
+    """Draw interpolation vectors over a mini-batch, [M] sections 3.2 and 3.3: each row symmetric Dir(alpha).
 
-    One scalar alpha is drawn for each row (never one for the matrix or for an entry), then the row from Dir(alpha).
-    With `positions`, rows of different positions are independent (Dense MultiMix).
+    A scalar alpha is drawn for each row, then the row from Dir(alpha). With `positions`, rows of different positions
+    are independent (Dense MultiMix).
 
     Args:
         n: Number N of rows.
         batch: Number B of examples.
         alpha: Concentration: a number, or a pair for U[low, high].
-        m: Rows have weight on a random subset of m examples only, one subset a row; None is all of them.
-        generator: Source of randomness; its device must be `device`.
-        positions: Draw (positions, N, B) instead of (N, B).
-        device: Where to draw; the generator's device when None.
+        m: Examples with any weight, a random subset for each row ([M] Figure 4(c)); None is all of them.
+        generator: Source of randomness, on `device`; None is torch's global one.
+        positions: R, to draw (R, N, B) instead of (N, B).
+        device: Device to draw on; None is the generator's.
         dtype: float32 or float64.
 
     Returns:
-        weights_NB, or weights_RNB with `positions`; non-negative, the last dimension sums to 1.
+        (N, B) weights, or (R, N, B) with `positions`; non-negative, the last dimension sums to 1.
 
     Raises:
         ValueError: A count below 1, m above the batch size, or alpha not positive.

@@ -1,4 +1,4 @@
-"""The mixing methods, one file each, registered by name."""
+"""Mixing methods, one file each, registered by name."""
 from .. import kernels
 from .alignmix import AlignMix
 from .alignmix_ae import AlignMixAE

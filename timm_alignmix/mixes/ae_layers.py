@@ -1,4 +1,4 @@
-"""The layers that AlignMixup/AE adds to a network: embedding f, classifier g of the embedding, decoder D.
+"""Layers that AlignMixup/AE adds to a network: embedding f, classifier g of the embedding, decoder D.
 
 Shape suffixes: B batch, D channels.
 """
@@ -10,20 +10,20 @@ from ..models.decoder import ResidualDecoder
 
 
 class AELayers(nn.Module):
-    """f, g and D, on the last feature map of a network, average-pooled to `resolution` x `resolution`.
+    """Layers f, g and D on the last feature map of a network, average-pooled to `resolution` x `resolution`.
 
-    Codes are what f makes of a map: a vector (B, dim), or a tensor (B, dim // 4, resolution // 2, resolution // 2). Of
-    the variational form they are twice as long along dimension 1, the means of a normal distribution and its standard
-    deviations, so that mixing codes mixes both, and the squared distance of two codes is the 2-Wasserstein distance of
-    the two distributions.
+    f turns a map into a code: a vector (B, dim), or a tensor (B, dim // 4, resolution // 2, resolution // 2). In the
+    variational form it is twice as long along dimension 1, means and standard deviations of a normal distribution.
+    Mixing codes then mixes both, and the squared distance of two codes is the squared 2-Wasserstein distance of the
+    distributions.
 
     Args:
         chs: Channels of the feature map.
         resolution: Side of the pooled map, A of the paper.
         num_classes: Classes.
         dim: Length of the vector; a tensor has a quarter as many channels.
-        tensor: The code is a tensor E, made by a 2x2 convolution of stride 2, instead of a vector e.
-        variational: The code is a distribution.
+        tensor: Make the code a tensor E, by a 2x2 convolution of stride 2, instead of a vector e.
+        variational: Make the code a distribution.
         img_size: Size of the decoder's images; None for no decoder.
         img_chans: Channels of the images.
         width: Channels of the decoder's last block.
@@ -55,11 +55,11 @@ class AELayers(nn.Module):
         self.decoder = None if img_size is None else ResidualDecoder(size, img_size, img_chans, width)
 
     def pool(self, feature_map: torch.Tensor) -> torch.Tensor:
-        """A: (B, D, H, W) to (B, D, resolution, resolution)."""
+        """Pool a feature map (B, D, H, W) to A, (B, D, resolution, resolution)."""
         return F.adaptive_avg_pool2d(feature_map, self.resolution)
 
     def encode(self, map_BDHW: torch.Tensor) -> torch.Tensor:
-        """f: the code of a pooled map."""
+        """Apply f: the code of a pooled map."""
         code = self.embed(map_BDHW if self.tensor else map_BDHW.flatten(1))
         if not self.variational:
             return code
@@ -67,7 +67,7 @@ class AELayers(nn.Module):
         return torch.cat([mean, (0.5 * log_var).exp()], dim=1)
 
     def sample(self, code: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
-        """Flat embeddings (B, size) from codes: of the variational form mean + noise * deviation, or the mean."""
+        """Flat embeddings (B, size) of codes; in the variational form mean + noise * deviation, or the mean."""
         if self.variational:
             code, deviation = code.chunk(2, dim=1)
             if noise is not None:

@@ -1,16 +1,14 @@
 """AlignMixup: Improving Representations By Interpolating Aligned Features, CVPR 2022, arXiv 2103.15375 [A].
 
-Equations (6)-(12) and Algorithm 1, without the autoencoder. Where this departs from paper or release, and why:
+Equations (6)-(12) and Algorithm 1, without the autoencoder. Differences from the paper or its release, and why:
 
-* lam always weighs what comes from x, and y, as in the release; the paper's (12) swaps both, equal in law since Beta(a,
-a) is
-  symmetric.
+* lam always weighs what comes from x, and y, as in the release. The paper's (12) swaps both, which is equal in law
+  because Beta(a, a) is symmetric.
 * The three modes are uniform, as in the paper; the release draws 1/2, 1/4, 1/4 (mode_probs).
-* A fixed number of Sinkhorn iterations; the release stops on a batch mean (tolerance stops each sample alone).
+* The number of Sinkhorn iterations is fixed; the release stops on a batch mean (tolerance stops each sample alone).
 * Each aligned feature is a convex combination (final_marginal='kept'); the release normalises columns last ('columns').
-* The default layer is followed by a stage or block. The release aligns the map that is average-pooled
-(align_at='last'), where
-  pooling and a linear classifier undo the alignment: mean_i(A~_i) = mean_j(A'_j).
+* The default layer (align_at) is ours: one that another stage or block follows. The release aligns the map that is
+  average-pooled ('last'), where pooling and a linear classifier undo the alignment: mean_i(A~_i) = mean_j(A'_j).
 """
 import warnings
 from typing import Any
@@ -27,9 +25,9 @@ _MODES = ('input', 'feat', 'feat_prime')
 
 
 class AlignedMix(PairMix):
-    """Methods that mix each example with one other after moving features of the one to the positions of the other.
+    """Base class of methods that mix pairs after moving features of one to the positions of the other.
 
-    Args: see :class:`AlignMix`.
+    Arguments as :class:`AlignMix`.
     """
 
     def __init__(
@@ -50,7 +48,7 @@ class AlignedMix(PairMix):
         self.final_marginal, self.tolerance = final_marginal, tolerance
 
     def mix_aligned(self, feat_BDR: torch.Tensor, draw: Draw, keep_partner: bool) -> torch.Tensor:
-        """Mixed features (B, D, R) at the positions of each example (11), or of its partner (12)."""
+        """Mix features (B, D, R) at the positions of each example (11), or of its partner (12)."""
         partner_BDR = partners_of(feat_BDR, draw['perm'])
         # The release normalises columns, the partner's side, last in both modes.
         side = 'moved' if self.final_marginal == 'columns' and not keep_partner else 'kept'
@@ -62,19 +60,27 @@ class AlignedMix(PairMix):
 
 @register_mix('alignmix')
 class AlignMix(AlignedMix):
-    """Input mixup, or mixing of features after aligning their positions by optimal transport.
+    """AlignMixup: input mixup, or features mixed after aligning their positions by optimal transport.
 
     Args:
         alpha: lam ~ Beta(alpha, alpha).
-        mode_probs: Probabilities of 'input', 'feat' (equation (11): keep x's positions) and 'feat_prime' (equation
-            (12): keep the partner's); in order or by name.
+        mode_probs: Probabilities of 'input', 'feat' (equation (11), keeps x's positions) and 'feat_prime' (equation
+            (12), keeps the partner's), in order or by name.
         per_example: One lam for each example ([A] Algorithm 1) instead of one for the batch (the release).
-        align_at: Layer: 'auto' (end of the last but one stage; LeViT's stem; a middle ViT block), 'last', a stage or
-            block number, or a module's name.
+        align_at: Layer: 'auto' (end of the last stage but one; LeViT's stem; a middle ViT block), 'last', the number of
+            a stage or block, or the name of a module.
         eps: Entropy coefficient.
         iterations: Sinkhorn iterations; 0 is one softmax.
         final_marginal: 'kept' or 'columns', see :func:`timm_alignmix.functional.align`.
-        tolerance: Per-sample early stop of the iterations, the release's 0.1 for example.
+        tolerance: Early stop of the iterations for each sample; the release's value is 0.1.
+
+    Example:
+        >>> import timm, torch
+        >>> from timm_alignmix import MixTask
+        >>> model = timm.create_model('test_resnet', num_classes=10)
+        >>> task = MixTask(model, 'alignmix', dict(mode_probs=dict(feat=1)), img_size=64)
+        >>> task(torch.randn(4, 3, 64, 64), torch.arange(4))['mode']
+        'feat'
     """
 
     def __init__(
@@ -96,9 +102,9 @@ class AlignMix(AlignedMix):
         layer = anatomy.align_layer(self.align_at)
         if layer.before_pool:
             warnings.warn(
-                f'{anatomy.name}: features aligned at {layer.name!r} go straight into pooling, which does not see '
-                'positions: alignment is (nearly) a no-op there, the mix that of unaligned features; align an earlier '
-                "layer (align_at='auto')", stacklevel=2)
+                f'{anatomy.name}: features aligned at {layer.name!r} go straight into pooling, which ignores '
+                "positions: alignment is (nearly) a no-op there; align an earlier layer (align_at='auto')",
+                stacklevel=2)
         self.layers = {layer.name: layer}
 
     def draw(self, images: torch.Tensor, rng: StepRandom) -> Draw:
@@ -111,6 +117,6 @@ class AlignMix(AlignedMix):
 
     def features(self, x: torch.Tensor, layer: FeatureLayer, draw: Draw) -> torch.Tensor:
         mixed_BDR = self.mix_aligned(layer.layout.positions(x), draw, keep_partner=draw['mode'] == 'feat_prime')
-        # A class token is no position: it is mixed, not aligned.
+        # A class token has no position: it is mixed, not aligned.
         prefix = mix_pairs(x[:, :layer.layout.prefix], draw) if layer.layout.prefix else None
         return layer.layout.restore(mixed_BDR, x, prefix)

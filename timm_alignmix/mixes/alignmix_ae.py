@@ -1,28 +1,26 @@
 """AlignMixup/AE and AlignMixup/VAE: Improving Representations By Interpolating Aligned Features, CVPR 2022, arXiv
 2103.15375 [A], section 4 and Algorithm 1 with its autoencoder. The authors' release does not contain it.
 
-Encoder F (the model up to the map that it pools), an FC layer f from that map A, pooled to 4x4, to e in R^512, a
-classifier g of e and a residual decoder D of e. Each step is one of some cases, drawn uniformly: `clean` (only
-||x - D(f(F(x)))||^2), `input` (mix x), `feat` and `feat_prime` (mix aligned A, (11) and (12)), `embed` (mix e, which
-has no positions to align). The published figures are of {x, A, e}, these five; Algorithm 1's four are {x, A}.
+The network is an encoder F (the model up to the map that it pools), an FC layer f from that map A, pooled to 4x4, to e
+in R^512, a classifier g of e and a residual decoder D of e. Each step is one of several cases, drawn uniformly: `clean`
+(only ||x - D(f(F(x)))||^2), `input` (mix x), `feat` and `feat_prime` (mix aligned A, (11) and (12)), `embed` (mix e,
+which has no positions to align). The published figures are of {x, A, e}, these five; Algorithm 1's four are {x, A}.
 
-What is exported. In the paper the classifier reads e, so inference would need f, 4.2 M parameters on ResNet-18 and 16.8
-M on ResNet-50, and a model that timm does not know. Here the exported model is the plain timm model: its own classifier
-reads the pooled map, as ever. So two classifiers are trained side by side on the same mixed examples, the model's own
-and the paper's g(f(.)), and the loss of a classification step is the mean of both cross-entropies (`plain_weight`).
-Both train the encoder; f, g and D stay in the task. Where A or e is mixed, the model's own classifier gets the mixed
-pooled vector: alignment moves no mean (AlignMixup at the pooled layer is a no-op for pooling and a linear classifier),
-so what alignment teaches reaches the encoder through f alone, and the model's own classifier learns on such features.
-Evaluation is of the plain model, trained at every classification step, and costs what the plain model costs.
-`plain_weight=0` is the paper's training of F, f, g and D exactly; the model's own classifier then learns beside it
-without a gradient into the encoder. :meth:`AlignMixAE.predict` gives the logits of the paper's network, F, f and g.
+The exported model is ours. In the paper the classifier reads e, so inference would need f, 4.2 M parameters on
+ResNet-18 and 16.8 M on ResNet-50, and a network that timm does not have. Here the plain timm model is exported, whose
+own classifier reads the pooled map. Two classifiers are trained on the same mixed examples, the model's own and the
+paper's g(f(.)), and the loss of a classification step is the mean of both cross-entropies (`plain_weight`). Both train
+the encoder; f, g and D stay in the task. Where A or e is mixed, the model's own classifier gets the mixed pooled
+vector: alignment keeps the mean over positions, so it reaches the encoder through f alone. `plain_weight=0` trains F,
+f, g and D as in the paper, and the model's own classifier beside them without a gradient into the encoder.
+:meth:`AlignMixAE.predict` gives the logits of the paper's network.
 
-What the paper leaves open, and the choice here: the reconstruction error is the mean over values (a sum over 12,288
-values of an image would drown every other gradient), the decoder's size, and everything of the variational form: the
-weight of its divergence, and that the plan of an aligned (M, Sigma) is that of the 2-Wasserstein distance of the two.
+The paper leaves open: the scale of the reconstruction error (the mean over values here: a sum over the 12,288 values of
+an image would drown every other gradient), the size of the decoder, and for the variational form the weight of the
+divergence and the alignment of (M, Sigma) (by the squared 2-Wasserstein distance here).
 
-All layers get a gradient in each step, of 0 where the case does not use them: data parallel training needs it, and
-weight decay and momentum then act alike on one process and on many.
+All layers get a gradient in each step, 0 where the case does not use them: data parallel training needs it, and weight
+decay and momentum then act alike on one process and on many.
 """
 from collections.abc import Sequence
 from typing import Any
@@ -46,28 +44,37 @@ class AlignMixAE(AlignedMix):
     """AlignMixup with an autoencoder, and the rows of [A] Table 6.
 
     Args:
-        layers: What is mixed: 'x' (the image), 'A' (the feature map), 'e' (the vector f(A)), 'E' (instead of e: a
+        layers: Layers to mix: 'x' (the image), 'A' (the feature map), 'e' (the vector f(A)), 'E' (instead of e: a
             tensor of 128 x 2 x 2, made by a 2x2 convolution of stride 2, which is aligned). 'x,A,e' or a sequence.
         decoder: Add the decoder and the case `clean`.
-        variational: The embedding is (mu, sigma), or (M, Sigma) for 'E', sampled in training and mixed together.
+        variational: Make the embedding (mu, sigma), or (M, Sigma) for 'E', sampled in training and mixed together.
         aligned: Align positions before mixing; False mixes maps and tensors position by position.
-        resolution: Side of A, to which the last feature map is average-pooled. None: 4, or the map's own side where
-            that is less.
-        mode_probs: Probabilities of the cases, in the order of Algorithm 1 ('clean', 'input', 'feat', 'feat_prime',
-            'embed', 'embed_prime', as far as they occur) or by name. None: uniform.
+        resolution: Side of A, to which the last feature map is average-pooled. None is 4, or the side of the map if it
+            is smaller.
+        mode_probs: Probabilities of the cases, in the order 'clean', 'input', 'feat', 'feat_prime', 'embed',
+            'embed_prime' (those that occur) or by name. None is uniform.
         alpha: lam ~ Beta(alpha, alpha).
         per_example: One lam for each example ([A] Algorithm 1) instead of one for the batch (the release).
         eps: Entropy coefficient of the alignment.
         iterations: Sinkhorn iterations; 0 is one softmax.
         final_marginal: 'kept' or 'columns', see :func:`timm_alignmix.functional.align`.
-        tolerance: Per-sample early stop of the iterations.
+        tolerance: Early stop of the iterations for each sample.
         plain_weight: Weight of the model's own classifier against the paper's, 0 to 1. At 0 it learns without a
             gradient into the encoder.
-        recon_weight: Weight of the mean squared reconstruction error, images normalised.
+        recon_weight: Weight of the mean squared reconstruction error of normalised images.
         kl_weight: Weight of the variational form's divergence per image value.
         dim: Length of e.
         width: Channels of the decoder's last block.
         decode_size: Side of the decoder's images; None is the size of the images.
+
+    Example:
+        >>> import timm, torch
+        >>> from timm_alignmix import MixTask
+        >>> model = timm.create_model('test_resnet', num_classes=10)
+        >>> options = dict(layers='x,A', dim=16, width=4, mode_probs=dict(clean=1))
+        >>> task = MixTask(model, 'alignmix_ae', options, img_size=64)
+        >>> task(torch.randn(4, 3, 64, 64), torch.arange(4))['mode']
+        'clean'
     """
     closed_form = True
 
@@ -107,15 +114,13 @@ class AlignMixAE(AlignedMix):
         self.recon_weight, self.kl_weight = recon_weight, kl_weight
         self.dim, self.width, self.decode_size = dim, width, decode_size
 
-    # What it learns of the model
-
     def bind(self, anatomy: Anatomy) -> None:
         self.head = anatomy.dense_head(allow_class_token=True)
         name, tensor = self.head.name, 'E' in self.mixed_layers
         if self.head.layout.kind != 'NCHW':
             raise UnsupportedModel(
                 f'{anatomy.name}: {self.name} embeds the channels x height x width map of a convolutional network, and '
-                f'the output of {name!r} is none; use mix alignmix')
+                f'the output of {name!r} is not one; use mix alignmix')
         chs, *sides = anatomy.output_shape(name)
         resolution = min(4, *sides) if self.resolution is None else self.resolution
         if not 1 < resolution <= min(sides) or tensor and (resolution < 4 or resolution % 2):
@@ -134,8 +139,6 @@ class AlignMixAE(AlignedMix):
             anatomy.input_size[0], self.width,
         ).to(like.device, like.dtype)
 
-    # A step
-
     def draw(self, images: torch.Tensor, rng: StepRandom) -> Draw:
         mode = draw_mode(self.probs, rng)
         draw = dict(mode=mode, layer=self.head.name, lam=None)
@@ -149,7 +152,7 @@ class AlignMixAE(AlignedMix):
         return mix_pairs(images, draw) if draw['mode'] == 'input' else images
 
     def features(self, x: torch.Tensor, layer: FeatureLayer, draw: Draw) -> torch.Tensor:
-        return x.detach()  # plain_weight=0: f has the map as it was
+        return x.detach()  # plain_weight=0; f gets the map itself
 
     def loss(self, output, feature_map, target, draw, smoothing):
         if draw['mode'] == 'clean':
@@ -197,10 +200,8 @@ class AlignMixAE(AlignedMix):
             return mix_pairs(x, draw)
         return self.mix_aligned(x.flatten(2), draw, keep_partner=draw['mode'].endswith('prime')).view_as(x)
 
-    # After training
-
     @torch.no_grad()
     def predict(self, images: torch.Tensor) -> torch.Tensor:
-        """Logits (B, num_classes) of the paper's network, encoder, f and g, in evaluation mode."""
+        """Logits (B, num_classes) of the paper's network (F, f and g) for images (B, C, H, W), in evaluation mode."""
         layers = self.extra
         return layers.classifier(layers.sample(layers.encode(layers.pool(self.head.feature_map(images)))))

@@ -1,8 +1,8 @@
-"""What a mixing method is: what to draw, what to mix, which loss.
+"""Interface of mixing methods, and the parts they share.
 
 A step runs straight through: `draw` (random numbers, on the device, outside any compiled graph) -> `images` (mix the
-input) -> the model, in whose forward a tap hands the features of one layer to `features` -> `loss`. A method holds
-options and what it learned of the model in `bind`; everything of one step is in the `Draw` dictionary.
+input) -> the model, in whose forward a tap hands the features of one layer to `features` -> `loss`. A method holds its
+options and what `bind` found in the model; everything that belongs to one step is in the `Draw` dictionary.
 """
 from typing import Any
 
@@ -13,24 +13,36 @@ from ..anatomy import Anatomy, DenseHead, FeatureLayer
 from ..functional import soft_target
 from ..step_random import StepRandom, sample_beta
 
-# Of one step: 'mode' (str), 'layer' (name of the tapped layer or None), 'lam' (tensor or None), and the method's own
-# tensors.
+# One step: 'mode' (str), 'layer' (name of the tapped layer or None), 'lam' (tensor or None), and tensors of the method.
 Draw = dict[str, Any]
 
 
 class Mix:
-    """Base of all methods. Subclasses register with :func:`register_mix` and take keyword options.
+    """Base class of all methods. Subclasses register with :func:`register_mix` and take keyword options.
 
     Attributes:
-        name: Set by the registry.
-        options: The options it was created with, for logs.
+        name: Name in the registry.
+        closed_form: The loss is softmax cross-entropy by construction, and no other criterion fits.
+        options: Options the method was created with, for logs.
         layers: Feature layers to tap, by name, set by :meth:`bind`.
-        head: The dense head, for methods that need one, set by :meth:`bind`.
-        extra: Trainable layers of the method's own, set by :meth:`bind`. They are trained, averaged and saved with the
-            model and are no part of it. Each step must give every one of them a gradient, if of 0.
+        head: Dense head, for methods that need one, set by :meth:`bind`.
+        extra: Trainable layers of the method, set by :meth:`bind`. They are trained, averaged and saved with the model
+            but are not part of it. Every step must give each of them a gradient, even if it is 0.
+
+    Example:
+        >>> import torch
+        >>> class Darker(Mix):
+        ...     def draw(self, images, rng):
+        ...         return dict(mode='input', layer=None, lam=torch.rand((), generator=rng.device))
+        ...     def images(self, images, draw):
+        ...         return images * draw['lam']
+        >>> from timm_alignmix.step_random import StepRandom
+        >>> mix, images = Darker(), torch.ones(2, 3, 8, 8)
+        >>> mix.images(images, mix.draw(images, StepRandom(seed=0).at(0, images.device))).shape
+        torch.Size([2, 3, 8, 8])
     """
     name = ''
-    closed_form = False  # the loss is softmax cross-entropy by construction; no other criterion fits
+    closed_form = False
 
     def __init__(self) -> None:
         self.options: dict[str, Any] = {}
@@ -42,30 +54,30 @@ class Mix:
         return f'{type(self).__name__}({", ".join(f"{k}={v!r}" for k, v in self.options.items())})'
 
     def bind(self, anatomy: Anatomy) -> None:
-        """Learn where to mix in one model.
+        """Find out where to mix in a model.
 
         Raises:
-            UnsupportedModel: This model cannot be mixed exactly by this method.
+            UnsupportedModel: The method cannot mix this model exactly.
         """
 
     def draw(self, images: torch.Tensor, rng: StepRandom) -> Draw:
-        """Draw a step."""
+        """Draw a step for a batch of images."""
         raise NotImplementedError
 
     def images(self, images: torch.Tensor, draw: Draw) -> torch.Tensor:
-        """The images the model is fed, (B, C, H, W)."""
+        """Images for the model, (B, C, H, W)."""
         return images
 
     def features(self, x: torch.Tensor, layer: FeatureLayer, draw: Draw) -> torch.Tensor:
-        """The features that replace `x`, the output of draw['layer']."""
+        """Features that replace `x`, the output of draw['layer']."""
         raise NotImplementedError
 
     def output(self, output: torch.Tensor, draw: Draw) -> torch.Tensor:
-        """What is made of the model's output, (B, C) logits."""
+        """Logits made from the model's output, (B, C)."""
         return output
 
     def target(self, target_BC: torch.Tensor, draw: Draw) -> torch.Tensor:
-        """Soft targets of the rows the model returns."""
+        """Soft targets for the rows of logits."""
         return target_BC
 
     def loss(
@@ -76,11 +88,11 @@ class Mix:
             draw: Draw,
             smoothing: float,
     ) -> torch.Tensor | None:
-        """The step's own loss, or None for softmax cross-entropy of the output with :meth:`target`.
+        """Loss of the step, or None for softmax cross-entropy of the output with :meth:`target`.
 
         Args:
-            output: What the model returned.
-            feature_map: Output of the dense head's layer, where draw['layer'] names it.
+            output: (B, C) logits.
+            feature_map: Output of draw['layer'].
             target: (B,) classes or (B, C) probabilities, as the loader gave them.
             draw: The step.
             smoothing: Label smoothing.
@@ -95,21 +107,21 @@ class Mix:
             draw: Draw,
             smoothing: float,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same loss as rows of (logits, soft target) whose plain mean of cross-entropies it is."""
+        """Logits and soft targets, (rows, C), whose mean cross-entropy is the loss. Arguments as :meth:`loss`."""
         return output, self.target(soft_target(target, output.shape[1], smoothing), draw)
 
     def num_rows(self, batch: int, draw: Draw) -> int:
-        """How many rows :meth:`rows` has for a batch of this size."""
+        """Number of rows that :meth:`rows` returns for a batch of this size."""
         return batch
 
 
 class PairMix(Mix):
-    """Methods that mix each example with one other: lam weighs the example, 1 - lam its partner, in input and target.
+    """Base class of methods that mix pairs: lam weighs the example and 1 - lam its partner, in input and target.
 
     Args:
         alpha: lam ~ Beta(alpha, alpha).
-        per_example: One lam for each example ([A] Algorithm 1) instead of one for the batch ([A]'s release, timm's
-            default).
+        per_example: One lam for each example (AlignMixup's Algorithm 1) instead of one for the batch (its release,
+            and timm's default).
     """
 
     def __init__(self, alpha: float, per_example: bool) -> None:
@@ -119,7 +131,7 @@ class PairMix(Mix):
         self.alpha, self.per_example = float(alpha), per_example
 
     def draw_pair(self, images: torch.Tensor, rng: StepRandom) -> Draw:
-        """lam, a scalar or (B,), and the partner of each example, a permutation (B,)."""
+        """Draw lam, a scalar or (B,), and the partner of each example, a permutation (B,)."""
         B = len(images)
         return dict(
             lam=sample_beta(self.alpha, (B,) if self.per_example else (), rng.device),
@@ -131,7 +143,7 @@ class PairMix(Mix):
 
 
 def mix_pairs(x: torch.Tensor, draw: Draw, partner: torch.Tensor | None = None) -> torch.Tensor:
-    """lam * x + (1 - lam) * partner, by default the partners of x."""
+    """Mix pairs: lam * x + (1 - lam) * partner, by default the partners of x."""
     lam = draw['lam'].to(x.dtype)
     if lam.ndim:
         lam = lam.view(-1, *[1] * (x.ndim - 1))
@@ -139,9 +151,9 @@ def mix_pairs(x: torch.Tensor, draw: Draw, partner: torch.Tensor | None = None) 
 
 
 def partners_of(x: torch.Tensor, perm: torch.Tensor) -> torch.Tensor:
-    """x[perm] for a permutation of the batch, in x's memory layout.
+    """Permute the batch: x[perm] in x's memory layout.
 
-    One copy, and one in the backward pass, where that of x[perm] sorts indices and accumulates into zeros.
+    This takes one copy, and one in the backward pass, where that of x[perm] sorts indices and accumulates into zeros.
     """
     return _Permute.apply(x, perm)
 
@@ -159,8 +171,8 @@ class _Permute(torch.autograd.Function):
 
 
 def _take(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Examples of a batch; index_select copies faster than indexing does, but would make any layout contiguous."""
-    if torch.compiler.is_compiling():  # layouts are the compiler's
+    """Take examples of a batch. index_select is faster than indexing, but would make any layout contiguous."""
+    if torch.compiler.is_compiling():  # the compiler chooses layouts
         return x.index_select(0, index)
     order = [0, *sorted(range(1, x.ndim), key=lambda dim: -x.stride(dim))]
     back = sorted(range(x.ndim), key=order.__getitem__)
@@ -168,7 +180,7 @@ def _take(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 
 def draw_mode(probs: dict[str, float], rng: StepRandom) -> str:
-    """One of the modes, the same on all ranks."""
+    """Draw one of the modes, the same on all ranks."""
     u = torch.rand((), generator=rng.shared, dtype=torch.float64).item()
     for mode, p in probs.items():
         u -= p
@@ -178,10 +190,10 @@ def draw_mode(probs: dict[str, float], rng: StepRandom) -> str:
 
 
 def mode_probabilities(probs: Any, modes: tuple[str, ...]) -> dict[str, float]:
-    """Check an option `mode_probs`: a number for each mode, in order or by name, normalised.
+    """Check and normalise an option `mode_probs`: a number for each mode, in order or by name.
 
     Raises:
-        ValueError: Wrong modes or count, negative, or all zero.
+        ValueError: Unknown modes, a wrong count, a negative number, or zeros only.
     """
     if isinstance(probs, dict):
         unknown = sorted(set(probs) - set(modes))

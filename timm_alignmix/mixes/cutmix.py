@@ -1,7 +1,7 @@
 """CutMix: Regularization Strategy to Train Strong Classifiers with Localizable Features, ICCV 2019, arXiv 1905.04899.
 
-The box is timm's (timm.data.mixup.rand_bbox, margin 0) and lam is corrected to the area that is really pasted, but
-drawn from this step's generators instead of numpy's global state; pairs are a random permutation.
+The box is that of timm.data.mixup.rand_bbox with margin 0, and lam is corrected to the area that is pasted. Unlike
+timm's, both are drawn from the generators of the step, and pairs are a random permutation.
 """
 import torch
 
@@ -12,11 +12,18 @@ from .registry import register_mix
 
 @register_mix('cutmix')
 class CutMix(PairMix):
-    """CutMix.
+    """CutMix: paste a box of another image.
 
     Args:
         alpha: lam ~ Beta(alpha, alpha), before it is corrected to the area of the box.
         per_example: One lam and box for each example instead of one for the batch.
+
+    Example:
+        >>> import timm, torch
+        >>> from timm_alignmix import MixTask
+        >>> task = MixTask(timm.create_model('test_resnet', num_classes=10), 'cutmix')
+        >>> 0 <= task(torch.randn(4, 3, 64, 64), torch.arange(4))['lam'] <= 1
+        tensor(True)
     """
 
     def __init__(self, alpha: float = 1.0, per_example: bool = False) -> None:
@@ -49,7 +56,7 @@ class CutMix(PairMix):
 
 
 def box_around(centre: torch.Tensor, lam: torch.Tensor, H: int, W: int) -> torch.Tensor:
-    """Boxes of area 1 - lam around centres, clipped to the image.
+    """Boxes of a share 1 - lam of the image around centres, clipped to it.
 
     Args:
         centre: (K, 2) rows and columns.

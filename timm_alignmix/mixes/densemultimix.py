@@ -1,10 +1,10 @@
 """Dense MultiMix: Embedding Space Interpolation Beyond Mini-Batch, Beyond Pairs and Beyond Examples, NeurIPS 2023,
 arXiv 2311.05538 [M].
 
-Equations (10)-(14): MultiMix at every position of the last feature map, with interpolation vectors of its own at each,
-weighted by attention. The paper leaves open: the attention's default (here u = GAP(z), h = ReLU and l1 norm), whether
-gradients pass through it (here not: it is a confidence), the reduction over positions (here the mean over those with
-any attention), and alpha of the input-mixup half (2.0 here). Inference is the untouched model.
+Equations (9)-(14): MultiMix at every position of the last feature map, each with its own interpolation vectors,
+weighted by attention. The paper leaves open: the attention (u = GAP(z) and h = ReLU with l1 norm here), whether
+gradients pass through it (not here: it is a confidence), the reduction over positions (the mean over those with any
+attention here), and alpha of the input-mixup half (2.0 here). Inference is that of the plain model.
 """
 import torch
 
@@ -18,20 +18,27 @@ from .registry import register_mix
 
 @register_mix('densemultimix')
 class DenseMultiMix(HullMix):
-    """Dense MultiMix.
+    """Dense MultiMix: MultiMix at every position of the last feature map.
 
     Args:
         n: Generated examples per step, position and device.
         m: Examples a point is made of, a random subset; None is the whole batch.
         alpha: Dirichlet concentration of a point: a pair for U[low, high], or a fixed number.
         prob: Probability of mixing embeddings; otherwise input mixup.
-        attention: 'gap', 'cam' or 'none'.
-        normalize: 'relu' (and l1) or 'softmax'.
+        attention: 'gap', 'cam' or 'none', see :func:`timm_alignmix.functional.attention_map`.
+        normalize: 'relu' (and l1) or 'softmax', which suits tokens: their features have both signs.
         attention_grad: Let gradients pass through the attention.
         input_alpha: lam ~ Beta(input_alpha, input_alpha) of the input-mixup steps.
         per_example: One lam for each example in input-mixup steps.
-        allow_class_token: Accept models that classify a class token; their patch tokens are trained densely all the
-            same.
+        allow_class_token: Accept models that classify a class token, and train their patch tokens densely.
+
+    Example:
+        >>> import timm, torch
+        >>> from timm_alignmix import MixTask
+        >>> model = timm.create_model('test_resnet', num_classes=10)
+        >>> task = MixTask(model, 'densemultimix', dict(n=100, prob=1.0, attention='cam'), img_size=64)
+        >>> task(torch.randn(4, 3, 64, 64), torch.arange(4))['mode']
+        'dense'
     """
 
     def __init__(

@@ -1,8 +1,8 @@
 """Manifold Mixup: Better Representations by Interpolating Hidden States, ICML 2019, arXiv 1806.05236.
 
-Cross-entropy instead of the published code's binary cross-entropy of a softmax. The default layers are those the
-published code
-uses: the input and the ends of the first two stages (of blocks d/3 and 2d/3 for plain ViTs).
+The loss is cross-entropy instead of the published code's binary cross-entropy of a softmax. The default layers are
+those of the published code, the input and the ends of the first two stages; for plain ViTs, which it does not have, the
+input and the ends of blocks d/3 and 2d/3.
 """
 from collections.abc import Sequence
 
@@ -16,13 +16,21 @@ from .registry import register_mix
 
 @register_mix('manifold')
 class ManifoldMixup(PairMix):
-    """Mix at one layer, drawn uniformly each step.
+    """Mix pairs at one layer, drawn uniformly at each step.
 
     Args:
         alpha: lam ~ Beta(alpha, alpha).
         per_example: One lam for each example instead of one for the batch.
-        layers: What to draw from: 'input', 'embedding' (the vector before the classifier, MultiMix paper equation (3)),
-            stage or block numbers, module names. None is the published set.
+        layers: Layers to draw from: 'input', 'embedding' (the vector before the classifier, equation (3) of
+            arXiv 2311.05538), numbers of stages or blocks, names of modules. None is the default set.
+
+    Example:
+        >>> import timm, torch
+        >>> from timm_alignmix import MixTask
+        >>> task = MixTask(
+        ...     timm.create_model('test_resnet', num_classes=10), 'manifold', dict(layers=['layer2']), img_size=64)
+        >>> task(torch.randn(4, 3, 64, 64), torch.arange(4))['mode']
+        'layer2'
     """
 
     def __init__(

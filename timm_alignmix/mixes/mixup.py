@@ -1,6 +1,6 @@
 """mixup: Beyond Empirical Risk Minimization, ICLR 2018, arXiv 1710.09412.
 
-Pairs are one random permutation of the batch, not timm's flipped batch, and any batch size will do.
+Pairs are a random permutation of the batch, not timm's flipped batch, so odd batches work too.
 """
 import torch
 
@@ -16,6 +16,13 @@ class Mixup(PairMix):
     Args:
         alpha: lam ~ Beta(alpha, alpha).
         per_example: One lam for each example instead of one for the batch.
+
+    Example:
+        >>> import timm, torch
+        >>> from timm_alignmix import MixTask
+        >>> task = MixTask(timm.create_model('test_resnet', num_classes=10), 'mixup', dict(per_example=True))
+        >>> task(torch.randn(5, 3, 64, 64), torch.arange(5))['lam'].shape
+        torch.Size([5])
     """
 
     def __init__(self, alpha: float = 1.0, per_example: bool = False) -> None:

@@ -1,9 +1,9 @@
 """MultiMix: Embedding Space Interpolation Beyond Mini-Batch, Beyond Pairs and Beyond Examples, NeurIPS 2023, arXiv
 2311.05538 [M].
 
-Equations (6)-(8). With probability `prob` a step replaces the clean loss by that of n random points of the convex hull
-of the mini-batch's embeddings; otherwise it is input mixup. The paper leaves open: alpha of the input-mixup half (2.0
-here). The self-distillation of the 2022 draft (arXiv 2206.14868) is not part of the method.
+Equations (6)-(8). With probability `prob` a step replaces the clean loss by that of n random points in the convex hull
+of the embeddings of the mini-batch; otherwise it is input mixup. The paper leaves alpha of the input-mixup half open
+(2.0 here). The self-distillation of the 2022 draft (arXiv 2206.14868) is not part of the method.
 """
 import torch
 
@@ -15,9 +15,9 @@ from .registry import register_mix
 
 
 class HullMix(PairMix):
-    """What MultiMix and Dense MultiMix share: input mixup, or n random points of the convex hull of the mini-batch.
+    """Base class of MultiMix and Dense MultiMix: input mixup, or n random points in the convex hull of the mini-batch.
 
-    Args: see :class:`MultiMix`; `mode` names the feature mode.
+    Arguments as :class:`MultiMix`; `mode` names the feature mode.
     """
     closed_form = True
 
@@ -53,7 +53,7 @@ class HullMix(PairMix):
 
 @register_mix('multimix')
 class MultiMix(HullMix):
-    """MultiMix.
+    """MultiMix: n random convex combinations of all embeddings of the mini-batch.
 
     Args:
         n: Generated examples per step and device.
@@ -62,8 +62,16 @@ class MultiMix(HullMix):
         prob: Probability of mixing embeddings; otherwise input mixup.
         input_alpha: lam ~ Beta(input_alpha, input_alpha) of the input-mixup steps.
         per_example: One lam for each example in input-mixup steps.
-        mix_at: 'embedding', or an earlier layer (stage or block number, module name; [M] Figure 4(a)), after which the
-            network runs on n examples.
+        mix_at: 'embedding', or an earlier layer (number of a stage or block, or name of a module; [M] Figure 4(a)),
+            after which the network runs on n examples.
+
+    Example:
+        >>> import timm, torch
+        >>> from timm_alignmix import MixTask
+        >>> model = timm.create_model('test_resnet', num_classes=10)
+        >>> task = MixTask(model, 'multimix', dict(n=100, prob=1.0), img_size=64)
+        >>> task(torch.randn(4, 3, 64, 64), torch.arange(4))['mode']
+        'embedding'
     """
 
     def __init__(

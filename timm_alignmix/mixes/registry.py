@@ -1,4 +1,4 @@
-"""Methods by name, as timm has models by name."""
+"""Registry of mixing methods by name, like timm's of models."""
 import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -10,15 +10,25 @@ _MixType = TypeVar('_MixType', bound=type[Mix])
 
 
 def canonical(name: str) -> str:
-    """A method's name as names are compared: without case, '-' and '_'."""
+    """Name in the form in which names are compared: without case, '-' and '_'."""
     return name.lower().replace('-', '').replace('_', '')
 
 
 def register_mix(name: str) -> Callable[[_MixType], _MixType]:
-    """Class decorator that makes a :class:`Mix` known to :func:`create_mix` under `name`.
+    """Register a subclass of :class:`Mix` for :func:`create_mix`, as a class decorator.
+
+    Args:
+        name: Name of the method; unlike any other without case, '-' and '_'.
 
     Raises:
         ValueError: The name is taken.
+
+    Example:
+        >>> @register_mix('Mix-Up')
+        ... class MyMixup(Mix):
+        ...     pass
+        Traceback (most recent call last):
+        ValueError: a mix named 'Mix-Up' is registered already: Mixup
     """
     def register(cls: _MixType) -> _MixType:
         if canonical(name) in _MIXES:
@@ -30,16 +40,21 @@ def register_mix(name: str) -> Callable[[_MixType], _MixType]:
 
 
 def list_mixes() -> list[str]:
-    """Names of the registered methods, sorted."""
+    """List the names of the registered methods, sorted.
+
+    Example:
+        >>> {'alignmix', 'multimix', 'densemultimix'} <= set(list_mixes())
+        True
+    """
     return sorted(cls.name for cls in _MIXES.values())
 
 
 def create_mix(name: str, **options: Any) -> Mix:
-    """Create a mixing method.
+    """Create a mixing method by name.
 
     Args:
         name: A name of :func:`list_mixes`; case, '-' and '_' do not matter.
-        **options: The method's own options, see its class.
+        **options: Options of the method, see its class.
 
     Raises:
         ValueError: Unknown name or option (the valid ones are listed), or a value out of range.

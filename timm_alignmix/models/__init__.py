@@ -1,4 +1,4 @@
-"""Networks of the papers that timm lacks, entered in timm's registry when `timm_alignmix` is imported."""
+"""Networks of the papers that timm lacks; `import timm_alignmix` adds them to timm."""
 from .preact_resnet import PreActBlock, PreActResNet
 from .vgg_gap import VggGap
 

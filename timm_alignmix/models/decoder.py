@@ -1,11 +1,11 @@
-"""A residual decoder from a vector to an image: the generator of improved WGANs.
+"""Residual decoder from a vector to an image: the generator of improved WGANs.
 
 Paper: `Improved Training of Wasserstein GANs` - https://arxiv.org/abs/1704.00028
 
-AlignMixup/AE (https://arxiv.org/abs/2103.15375) reconstructs images with it and says no more of its size. As there: a
-linear layer to a small map, residual blocks that each double it, norm, activation and a 3x3 convolution. At 64 px and
-width 64 it is the paper's network for that size (blocks of 512, 256, 128 and 64 channels from 4x4). The output is
-linear instead of a tanh, since the images to reconstruct are normalised by mean and std, not into [-1, 1].
+AlignMixup/AE (https://arxiv.org/abs/2103.15375) reconstructs images with it but does not give its size. A linear layer
+makes a small map, residual blocks double it, and a norm, an activation and a 3x3 convolution follow. At 64 px and width
+64 this is the generator paper's network for that size (blocks of 512, 256, 128 and 64 channels from 4x4). The output is
+linear instead of a tanh, since images are normalised by mean and std, not into [-1, 1].
 """
 import torch
 import torch.nn as nn
@@ -16,7 +16,7 @@ __all__ = ['ResidualDecoder']
 
 
 class UpBlock(nn.Module):
-    """Doubles the resolution: norm, activation, nearest neighbours, two 3x3 convolutions, and a skip around them.
+    """Residual block that doubles the resolution: norm, activation, nearest neighbours, two 3x3 convolutions.
 
     Args:
         in_chs: Input channels.
@@ -34,21 +34,21 @@ class UpBlock(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         branch = F.interpolate(self.norm1(x), scale_factor=2.0, mode='nearest')
         branch = self.conv2(self.norm2(self.conv1(branch)))
-        # A 1x1 convolution and copies of pixels commute: the order that computes less.
+        # The 1x1 convolution of the skip commutes with the upsampling and is cheaper before it.
         return branch + F.interpolate(self.skip(x), scale_factor=2.0, mode='nearest')
 
 
 class ResidualDecoder(nn.Module):
-    """Images from vectors.
+    """Decoder of vectors into images.
 
     Args:
         dim: Length of the vectors.
-        img_size: Height and width of the images; each a multiple of a power of two, of which 4 to 7 rows are left.
+        img_size: Height and width of the images. Halved until the shorter side is 4 to 7, both must be whole.
         out_chans: Channels of the images.
         width: Channels of the last block; earlier blocks have twice as many each, up to 8 times.
 
     Raises:
-        ValueError: The size cannot be reached by doubling.
+        ValueError: Doubling a small map does not reach the size.
     """
 
     def __init__(self, dim: int, img_size: tuple[int, int], out_chans: int = 3, width: int = 64):
@@ -72,5 +72,5 @@ class ResidualDecoder(nn.Module):
                     nn.init.zeros_(m.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, dim) to (B, out_chans, *img_size)."""
+        """Decode (B, dim) to (B, out_chans, *img_size)."""
         return self.conv(self.norm(self.blocks(self.fc(x).view(-1, *self.base))))

@@ -1,4 +1,4 @@
-"""The head that the networks here share, with the methods that timm expects of it."""
+"""Head shared by the networks here, with the methods that timm expects."""
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -31,7 +31,7 @@ class PooledClassifier(nn.Module):
 
         Args:
             num_classes: Classes of the new classifier, 0 for none.
-            global_pool: Pooling before it, the present one if None.
+            global_pool: Pooling before it; None keeps the present one.
         """
         if global_pool is None:
             global_pool = self.global_pool.pool_type

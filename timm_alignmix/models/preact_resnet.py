@@ -1,20 +1,20 @@
 """Pre-activation ResNets for small images: PreActResNet-18 and WRN-16-8.
 
-The networks on which manifold mixup, AlignMixup and MultiMix report CIFAR and TinyImageNet figures.
+Manifold mixup, AlignMixup and MultiMix report their CIFAR and TinyImageNet figures on these networks.
 
 Papers:
     `Identity Mappings in Deep Residual Networks` - https://arxiv.org/abs/1603.05027
     `Wide Residual Networks` - https://arxiv.org/abs/1605.07146
 
-Which form of them:
+Published code differs in details; the variants here:
   * PreActResNet-18 has no norm and activation between its last block and the pooling, as in the public code of manifold
     mixup and AlignMixup (`final_norm=True` is the first paper's form). WRN-16-8 has both, as in its paper.
-  * A block whose shape does not change adds x itself to its residual branch. The public code of AlignMixup adds
-    relu(bn1(x)) there, and puts a norm and an activation after the stem: `preactresnet18_alignmixup`. The two forms
-    differ in accuracy and in the scale of the features that alignment compares.
-  * `stem_stride` is 1 as in AlignMixup's code, on TinyImageNet's 64 px too (8x8 features); manifold mixup and PuzzleMix
-    use 2 there (4x4 features, a quarter of the work). Figures of the two kinds are not comparable.
-  * The convolutions of WRN-16-8 have no bias, as in its paper; AlignMixup's code gives them one.
+  * A block that keeps its shape adds x itself to its residual branch. The public code of AlignMixup adds relu(bn1(x)),
+    and has a norm and an activation after the stem: `preactresnet18_alignmixup`. The two forms differ in accuracy and
+    in the scale of the features that alignment compares.
+  * `stem_stride` is 1 as in AlignMixup's code, also at TinyImageNet's 64 px (8x8 features). Manifold mixup and
+    PuzzleMix use 2 there (4x4 features, a quarter of the work). Figures of the two kinds are not comparable.
+  * The convolutions of WRN-16-8 have no bias, as in its paper; in AlignMixup's code they have one.
 """
 import torch
 import torch.nn as nn
@@ -30,13 +30,13 @@ CIFAR10_STD = (0.2470, 0.2435, 0.2616)
 
 
 class PreActBlock(nn.Module):
-    """Two 3x3 convolutions, each after its norm and activation, and a skip around both.
+    """Residual block of two 3x3 convolutions, each after its norm and activation.
 
     Args:
         in_chs: Input channels.
         out_chs: Output channels.
         stride: Stride of the first convolution and of the skip.
-        skip_preact: Let the skip of a block that keeps its shape carry act(norm(x)) in place of x.
+        skip_preact: Let the skip carry act(norm(x)) instead of x if the block keeps its shape.
         norm_layer: Class of a norm followed by its activation.
     """
 
@@ -71,7 +71,7 @@ class PreActBlock(nn.Module):
 
 
 class PreActResNet(PooledClassifier):
-    """A 3x3 stem, stages of pre-activation blocks, pooling and a linear classifier.
+    """Pre-activation ResNet: a 3x3 stem, stages of blocks, pooling and a linear classifier.
 
     Args:
         layers: Blocks of each stage.
@@ -145,7 +145,7 @@ class PreActResNet(PooledClassifier):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        return set()  # nothing beyond the biases and norms, which timm's optimizer factory finds by itself
+        return set()  # timm's optimizer factory finds biases and norms by itself
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:

@@ -1,15 +1,15 @@
 """VGG-GAP, the VGG-16 of weakly supervised localization.
 
-The network of AlignMixup's CUB-200-2011 figures: VGG-16 whose last pooling and fully connected layers give way to one
-3x3 convolution of 1024 channels, global average pooling and a linear classifier, so that class activation maps have
-14x14 positions at 224 px.
+AlignMixup reports its CUB-200-2011 figures on it: VGG-16 with a 3x3 convolution of 1024 channels, global average
+pooling and a linear classifier in place of the last pooling and the fully connected layers, so that class activation
+maps have 14x14 positions at 224 px.
 
 Papers:
     `Learning Deep Features for Discriminative Localization` (VGGnet-GAP) - https://arxiv.org/abs/1512.04150
     `Very Deep Convolutional Networks for Large-Scale Image Recognition` - https://arxiv.org/abs/1409.1556
 
-Pretrained weights are those of timm's vgg16.tv_in1k: its thirteen convolutions. The added convolution and the
-classifier start at random, at 1000 classes too: no ImageNet accuracy comes with them.
+Pretrained weights are the thirteen convolutions of timm's vgg16.tv_in1k. The added convolution and the classifier start
+at random, also with 1000 classes, so the network has no ImageNet accuracy before training.
 """
 import torch
 import torch.nn as nn
@@ -88,7 +88,7 @@ class VggGap(PooledClassifier):
 
 
 def _fill_added_layers(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
-    """A plain VGG's convolutions, and for the layers it lacks the values that they have; every key must be there."""
+    """Complete the convolutions of a plain VGG with the model's own values: timm wants every key."""
     if 'conv6.weight' in state_dict:
         return state_dict
     own = model.state_dict()
@@ -111,7 +111,7 @@ default_cfgs = generate_default_cfgs({
 def vgg16_gap(pretrained: bool = False, **kwargs) -> VggGap:
     """VGG-16 with global average pooling for localization: 20.5 M parameters at 1000 classes.
 
-    `pretrained=True` fills the thirteen convolutions of VGG-16 from timm's vgg16.tv_in1k, nothing else.
+    `pretrained=True` loads the thirteen convolutions of timm's vgg16.tv_in1k and nothing else.
     """
     return build_model_with_cfg(
         VggGap,

@@ -1,4 +1,4 @@
-"""Trained weights that load like timm's own: export, tags in a local folder, the Hugging Face hub."""
+"""Trained weights that load like timm's own: export, local tags, upload to the Hugging Face hub."""
 from .export import export
 from .folder import key_problems, read_config, verify
 from .hub import push

@@ -1,4 +1,4 @@
-"""The model card of exported weights, made from their configuration alone."""
+"""Model card of exported weights, made from their configuration alone."""
 from typing import Any
 
 import timm
@@ -19,7 +19,7 @@ PAPERS = {  # method: arXiv id, title
 
 
 def needed_import(architecture: str) -> str | None:
-    """The package that must be imported before timm knows a network; None for timm's own networks."""
+    """Package to import before timm knows a network; None for timm's own networks."""
     package = timm.models.model_entrypoint(architecture).__module__.split('.')[0]
     return None if package == 'timm' else package
 
@@ -51,9 +51,9 @@ def _metadata(config: dict[str, Any], name: str) -> str:
 def _usage(config: dict[str, Any]) -> list[str]:
     package = needed_import(config['architecture'])
     if package:
-        why = f"The network is not timm's own: to load this folder, `import {package}`, which adds it to timm."
+        why = f"This network is not part of timm: `import {package}` before loading, which adds it."
     else:
-        why = "The network is timm's own: timm alone loads this folder."
+        why = "This network is part of timm: timm alone loads this folder."
     imports = 'import timm' + (f', {package}  # {package} has the network' if package else '')
     return [
         '## Usage', '', why, '',
@@ -81,20 +81,20 @@ def _accuracy(facts: dict[str, Any]) -> list[str]:
             figures = [f'{row[key]:.{digits}f}' if row.get(key) is not None else ''
                        for key, digits in (('top1', 2), ('top5', 2), ('loss', 4))]
             lines.append(f'| {row["epoch"]} | {what} | {" | ".join(figures)} |')
-    lines += ['', 'The best epoch was chosen on the very images it was measured on, so its figure is optimistic.']
+    lines += ['', 'The best epoch was chosen on the images it was measured on, so its figure is optimistic.']
     if facts.get('loader') == 'ffcv':
         lines += ['', "Measured with FFCV's loader, which averages areas to shrink an image, whatever interpolation is "
-                  'named above; another loader may classify a few images differently.']
+                  'listed above; with another loader a few images may be classified differently.']
     if accuracy['measured_on'] != facts['weights']:
         lines += ['', f'Measured on the {accuracy["measured_on"]} weights; these are the {facts["weights"]} ones.']
     return [*lines, '']
 
 
 def make_card(config: dict[str, Any]) -> str:
-    """README.md of an exported folder: metadata for the hub, what the weights are, how to load them.
+    """Write the README.md of an exported folder: metadata for the hub, facts of the weights, how to load them.
 
     Args:
-        config: The content of the folder's config.json.
+        config: Content of the folder's config.json.
     """
     facts, cfg = config.get('training', {}), config['pretrained_cfg']
     name = '.'.join(part for part in (config['architecture'], cfg.get('tag')) if part)
@@ -119,6 +119,6 @@ def make_card(config: dict[str, Any]) -> str:
     lines += ['', *_accuracy(facts), *_usage(config), '']
     if facts.get('recipe'):
         recipe = yaml.safe_dump(facts['recipe'], default_flow_style=None, sort_keys=True, width=110)
-        lines += ['## Recipe', '', '`train_imagenet.py --config FILE.yaml` of timm-alignmix reads it back.', '',
+        lines += ['## Recipe', '', 'For `train_imagenet.py --config FILE.yaml` of timm-alignmix.', '',
                   '```yaml', recipe.rstrip(), '```', '']
     return '\n'.join(lines)

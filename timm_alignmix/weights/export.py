@@ -1,4 +1,4 @@
-"""Write a trained model as a folder that plain timm loads, with the facts of its own training."""
+"""Export of a trained model as a folder that plain timm loads, with the facts of its own training."""
 import json
 import os
 import re
@@ -34,8 +34,8 @@ def export(
 ) -> Path:
     """Write `model.safetensors`, `config.json` and a model card, for `timm.create_model('local-dir:FOLDER')`.
 
-    Arguments the network was built with are kept, so timm builds the same one. The files appear only when they are
-    proved to fit each other.
+    The arguments the network was built with are kept, so timm builds the same one. The files appear in the folder once
+    they have been checked against each other.
 
     Args:
         model: A timm model.
@@ -50,47 +50,20 @@ def export(
     Returns:
         The folder.
 
+    Raises:
+        ValueError: The files do not fit each other.
+        OSError: The folder cannot be written.
+
     Example:
-        >>> import timm, timm_alignmix
-        >>> model = timm.create_model('resnet50', num_classes=10)
-        >>> timm_alignmix.weights.export(model, 'my_resnet50', dataset='digits')  # doctest: +SKIP
-        PosixPath('my_resnet50')
+        >>> import tempfile, timm
+        >>> model = timm.create_model('test_resnet', num_classes=10)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = export(model, folder, dataset='digits', training={'mix': 'alignmix'})
+        ...     timm.create_model(f'local-dir:{folder}', pretrained=True).pretrained_cfg['tag']
+        'alignmix_digits'
     """
+    folder, model = Path(folder), unwrap_model(model)
     facts = {**({'dataset': dataset} if dataset else {}), **(training or {})}
-    return _write(Path(folder), unwrap_model(model), data_config, facts, class_names, license)
-
-
-def make_tag(facts: dict[str, Any]) -> str | None:
-    """`{mix}_{dataset}` in the characters of timm's tags, or None where one of them is not known."""
-    if not facts.get('mix') or not facts.get('dataset'):
-        return None
-    return re.sub(r'[^a-z0-9]+', '_', f'{facts["mix"]}_{facts["dataset"]}'.lower()).strip('_')
-
-
-def _describe(architecture: str, facts: dict[str, Any]) -> str:
-    mix = {None: '', 'none': ' without mixing'}.get(facts.get('mix'), f' with {facts.get("mix")}')
-    return f'{architecture} trained{mix}' + (f' on {facts["dataset"]}' if 'dataset' in facts else '') + '.'
-
-
-def _for_safetensors(module: nn.Module, state: dict[str, torch.Tensor], prefix: str, metadata: dict) -> None:
-    """Make a state dict of tensors that share no memory and lie in plain order, as the safetensors format asks."""
-    for key, value in state.items():
-        state[key] = value.detach().clone(memory_format=torch.contiguous_format).cpu()
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON as timm does."""
-    path.write_text(json.dumps(content, indent=2) + '\n', encoding='utf-8')
-
-
-def _write(
-        folder: Path,
-        model: nn.Module,
-        data_config: dict[str, Any] | None,
-        facts: dict[str, Any],
-        class_names: list[str] | None,
-        license: str,
-) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix='.export.', dir=folder) as temporary:
         draft = Path(temporary)
@@ -117,3 +90,26 @@ def _write(
         for name in (WEIGHTS, CONFIG, CARD):
             os.replace(draft / name, folder / name)
     return folder
+
+
+def make_tag(facts: dict[str, Any]) -> str | None:
+    """{mix}_{dataset} in the characters of timm's tags, or None where one of them is not known."""
+    if not facts.get('mix') or not facts.get('dataset'):
+        return None
+    return re.sub(r'[^a-z0-9]+', '_', f'{facts["mix"]}_{facts["dataset"]}'.lower()).strip('_')
+
+
+def _describe(architecture: str, facts: dict[str, Any]) -> str:
+    mix = {None: '', 'none': ' without mixing'}.get(facts.get('mix'), f' with {facts.get("mix")}')
+    return f'{architecture} trained{mix}' + (f' on {facts["dataset"]}' if 'dataset' in facts else '') + '.'
+
+
+def _for_safetensors(module: nn.Module, state: dict[str, torch.Tensor], prefix: str, metadata: dict) -> None:
+    """Copy the tensors of a state dict so that they share no memory and are contiguous, as safetensors requires."""
+    for key, value in state.items():
+        state[key] = value.detach().clone(memory_format=torch.contiguous_format).cpu()
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write JSON as timm does."""
+    path.write_text(json.dumps(content, indent=2) + '\n', encoding='utf-8')

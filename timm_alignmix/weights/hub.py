@@ -1,4 +1,4 @@
-"""Upload an exported folder to the Hugging Face hub."""
+"""Upload of exported folders to the Hugging Face hub."""
 from pathlib import Path
 
 from huggingface_hub import HfApi
@@ -16,14 +16,13 @@ def push(
         token: str | None = None,
         message: str | None = None,
 ) -> str:
-    """Upload an exported folder as it is, so that the hub has what was proved to load.
+    """Check an exported folder and upload it, for `timm.create_model('hf-hub:OWNER/NAME', pretrained=True)`.
 
-    Afterwards `timm.create_model('hf-hub:OWNER/NAME', pretrained=True)` loads it. The model card of the folder replaces
-    the repository's.
+    The model card of the folder replaces the repository's.
 
     Args:
         folder: A folder of :func:`export`.
-        repo_id: 'owner/name'; the repository is made where there is none.
+        repo_id: 'owner/name'; the repository is created if it does not exist.
         private: Make a new repository private.
         revision: Branch to commit to; None for the main one.
         create_pr: Open a pull request instead of committing.
@@ -35,6 +34,11 @@ def push(
 
     Raises:
         ValueError: The folder's weights do not fit its network.
+        huggingface_hub.errors.HfHubHTTPError: The hub refuses.
+
+    Example:
+        >>> push('runs/resnet50/export', 'me/resnet50.densemultimix_in1k')  # doctest: +SKIP
+        'https://huggingface.co/me/resnet50.densemultimix_in1k/commit/...'
     """
     config = verify(folder)
     api = HfApi(token=token, library_name='timm')

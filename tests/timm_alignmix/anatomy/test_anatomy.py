@@ -177,7 +177,7 @@ def test_functional_dropout_is_off_in_eval():
     ('test_resnet', dict(align_at='layer9'), 'alignmix', "layer9' does not exist; its stages are layer1"),
     ('test_resnet', dict(align_at='layer3.0.conv1'), 'alignmix', 'do.* not determine the logits alone'),
     ('test_resnet', dict(align_at=17), 'alignmix', 'has 4 stages'),
-    ('test_resnet', dict(mix_at='fc'), 'multimix', 'no feature map'),
+    ('test_resnet', dict(mix_at='fc'), 'multimix', 'not a feature map'),
 ])
 def test_refused_by_name_with_the_reason(name, options, mix, reason):
     model = timm.create_model(name, num_classes=3)

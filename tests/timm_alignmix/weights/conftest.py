@@ -1,4 +1,4 @@
-"""Small trained models, their checkpoints and exports, and processes that start afresh."""
+"""Small models as after training, their exports, and processes that start afresh."""
 import os
 import subprocess
 import sys
@@ -9,7 +9,6 @@ import timm
 import torch
 from torch import nn
 
-from alignmix_lab.classification import TrainConfig
 from timm_alignmix import weights
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -17,7 +16,7 @@ NO_PLUGIN = "import sys; sys.modules['timm_alignmix'] = None  # any import of it
 
 
 def random_statistics(model: nn.Module) -> nn.Module:
-    """Give norms and biases values that a training would: at their start many of them would not be missed."""
+    """Give norms and biases values that training would: at their start many of them would not be missed."""
     generator = torch.Generator().manual_seed(1)
     for value in model.state_dict().values():
         if value.dtype.is_floating_point and value.ndim <= 1:
@@ -25,53 +24,41 @@ def random_statistics(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-class Trained:
-    """A model as after a training run, its checkpoint and its export."""
+class Exported:
+    """A model as after training, and its export."""
 
     def __init__(self, folder: Path, name: str, num_classes: int, size: int, mix: str = 'none', **model_kwargs):
         torch.manual_seed(0)
+        self.model_kwargs = model_kwargs
         self.model = random_statistics(timm.create_model(name, num_classes=num_classes, **model_kwargs))
         self.images = torch.randn(2, 3, size, size)
-        self.args = TrainConfig(
-            model=name, img_size=size, mix=mix, model_kwargs=model_kwargs, data_dir='/home/someone/Flower Photos',
-            output='/home/someone/runs', crop_pct=0.9, mean=[0.4, 0.5, 0.6], std=[0.2, 0.2, 0.3],
-            interpolation='bilinear', crop_mode='squash', epochs=3, lr=0.1).to_dict()
-        self.checkpoint = folder / 'last.pth.tar'
-        self.folder = folder / 'export'
-        self.save(self.checkpoint)
-        weights.export(self.checkpoint, self.folder, license='cc0-1.0')
-
-    def state(self) -> dict:
-        """The content of a checkpoint."""
-        return {
-            'arch': self.args['model'], 'epoch': 2, 'args': self.args,
-            'state_dict': self.model.state_dict(), 'optimizer': {},
-            'metric': 61.25, 'metrics': {'loss': 1.5, 'top1': 61.25, 'top5': 91.0},
-            'saver': {'best': {'epoch': 1, 'loss': 1.4, 'top1': 63.75, 'top5': 90.0}},
-            'data_config': {'class_names': [f'class {i}' for i in range(self.model.num_classes)], 'loader': 'ffcv'},
-        }
-
-    def save(self, path: Path, **changes) -> Path:
-        """Write a checkpoint with some entries changed."""
-        torch.save({**self.state(), **changes}, path)
-        return path
+        self.folder = weights.export(
+            self.model, folder / 'export', dataset='Flower Photos', license='cc0-1.0',
+            data_config=dict(
+                input_size=(3, size, size), mean=(0.4, 0.5, 0.6), std=(0.2, 0.2, 0.3), crop_pct=0.9,
+                interpolation='bilinear', crop_mode='squash'),
+            training={
+                'mix': mix, 'weights': 'raw', 'recipe': {'lr': 0.1},
+                'accuracy': {'measured_on': 'raw', 'exported': 'last',
+                             'last': {'epoch': 2, 'loss': 1.5, 'top1': 61.25, 'top5': 91.0}}},
+            class_names=[f'class {i}' for i in range(num_classes)])
 
 
 @pytest.fixture(scope='session')
 def cnn(tmp_path_factory):
-    return Trained(tmp_path_factory.mktemp('cnn'), 'test_resnet', 7, 64)
+    return Exported(tmp_path_factory.mktemp('cnn'), 'test_resnet', 7, 64)
 
 
 @pytest.fixture(scope='session')
 def vit(tmp_path_factory):
-    """Built for dense mixing by the checkpoint's mix: no class token, no norm after the pooling."""
+    """Built for dense mixing: no class token, no norm after the pooling."""
     dense = dict(global_pool='avg', class_token=False, fc_norm=False)
-    return Trained(tmp_path_factory.mktemp('vit'), 'test_vit', 7, 64, 'densemultimix', img_size=64, **dense)
+    return Exported(tmp_path_factory.mktemp('vit'), 'test_vit', 7, 64, 'densemultimix', img_size=64, **dense)
 
 
 @pytest.fixture(scope='session')
 def own_network(tmp_path_factory):
-    return Trained(tmp_path_factory.mktemp('own'), 'preactresnet18', 7, 32, 'alignmix', channels=(8, 8, 16, 16))
+    return Exported(tmp_path_factory.mktemp('own'), 'preactresnet18', 7, 32, 'alignmix', channels=(8, 8, 16, 16))
 
 
 @pytest.fixture(scope='session')

@@ -70,7 +70,7 @@ def hub():
 def test_push_and_load(cnn, hub, run_python, tmp_path):
     """What arrives at the hub is what was verified; put into the client's cache, timm loads it offline."""
     (cnn.folder / 'notes.txt').write_text('not to be uploaded')
-    code = f"from alignmix_lab.commands.weights import main; main(['push', {str(cnn.folder)!r}, 'me/resnet'])"
+    code = f"from timm_alignmix.weights import push; print(push({str(cnn.folder)!r}, 'me/resnet'))"
     output = run_python(
         code, plugin=True, HF_ENDPOINT=hub.address, HF_HUB_OFFLINE='0', HF_TOKEN='hf_secret', HF_HOME=str(tmp_path))
     assert f'/commit/{COMMIT}' in output

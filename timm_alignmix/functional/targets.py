@@ -1,0 +1,94 @@
+"""Targets as probabilities, and their cross-entropy.
+
+Shape suffixes: B batch, C classes.
+"""
+import torch
+import torch.nn.functional as F
+
+from ._precision import at_least_fp32
+
+
+def soft_target(
+        target: torch.Tensor,
+        num_classes: int,
+        smoothing: float = 0.0,
+        dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """Convert targets to probabilities, smoothed by timm's convention: s / C everywhere plus 1 - s on the target.
+
+    Args:
+        target: (B,) integer classes, or (B, C) probabilities.
+        num_classes: C.
+        smoothing: Label smoothing s in [0, 1).
+        dtype: Dtype of the result; float64 targets stay float64.
+
+    Returns:
+        (B, C) probabilities.
+
+    Raises:
+        ValueError: As :func:`check_target`.
+
+    Example:
+        >>> import torch
+        >>> soft_target(torch.tensor([0, 2]), num_classes=4, smoothing=0.2)
+        tensor([[0.8500, 0.0500, 0.0500, 0.0500],
+                [0.0500, 0.0500, 0.8500, 0.0500]])
+    """
+    check_target(target, len(target), num_classes)
+    target = F.one_hot(target.long(), num_classes) if target.ndim == 1 else target
+    target = target.to(torch.float64 if target.dtype == torch.float64 else dtype)
+    return target if smoothing == 0 else target * (1 - smoothing) + smoothing / num_classes
+
+
+def check_target(target: torch.Tensor, batch: int, num_classes: int) -> None:
+    """Check targets.
+
+    Args:
+        target: (batch,) integer classes, or (batch, num_classes) probabilities of any float dtype.
+        batch: B.
+        num_classes: C.
+
+    Raises:
+        ValueError: Another shape or dtype, or rows that do not sum to 1. The sums are checked on CPUs only: elsewhere
+            the check would wait for the device.
+
+    Example:
+        >>> import torch
+        >>> check_target(torch.tensor([[0.5, 0.5]]), batch=1, num_classes=2)
+        >>> check_target(torch.tensor([1, 0]), batch=3, num_classes=2)
+        Traceback (most recent call last):
+        ValueError: target must be (3,) integers or (3, 2) probabilities, got (2,) of torch.int64
+    """
+    hard = target.shape == (batch,) and not target.is_floating_point()
+    soft = target.shape == (batch, num_classes) and target.is_floating_point()
+    if not hard and not soft:
+        raise ValueError(
+            f'target must be ({batch},) integers or ({batch}, {num_classes}) probabilities, '
+            f'got {tuple(target.shape)} of {target.dtype}')
+    if soft and target.device.type == 'cpu' and not torch.compiler.is_compiling():
+        off = (target.float().sum(dim=1) - 1).abs().max()
+        # bf16 probabilities of 1000 classes sum to 1 within about 2**-8.
+        if off > 0.01:
+            raise ValueError(
+                f'targets must be probabilities that sum to 1, a row is off by {off:.3g}: the loss is softmax '
+                'cross-entropy; multi-label targets need another criterion and mix none, mixup, cutmix, manifold or '
+                'alignmix')
+
+
+def soft_target_cross_entropy(logits_BC: torch.Tensor, target_BC: torch.Tensor) -> torch.Tensor:
+    """Mean over examples of -sum_c y log softmax(logits), in float32 or better whatever autocast says.
+
+    Args:
+        logits_BC: (B, C) logits, any float dtype.
+        target_BC: (B, C) probabilities.
+
+    Returns:
+        Scalar loss, float32 (float64 for float64 logits).
+
+    Example:
+        >>> import torch
+        >>> soft_target_cross_entropy(torch.tensor([[2.0, 0.0]]), torch.tensor([[0.5, 0.5]]))
+        tensor(1.1269)
+    """
+    with torch.autocast(logits_BC.device.type, enabled=False):
+        return F.cross_entropy(at_least_fp32(logits_BC), target_BC.to(at_least_fp32(logits_BC).dtype))
