@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What each method adds to a ResNet-50 step in its feature mode, part by part, in percent of a step of `none`.
 
-    python benchmarks/breakdown.py --threads 1 --batch 8 --figure docs/performance_breakdown.png
+    python benchmarks/breakdown.py --threads 1 --batch 8 --figure docs/images/step_parts.png
     python benchmarks/breakdown.py --batch 128 --amp-dtype bfloat16                               # a GPU
 """
 import argparse
@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from report import add_arguments, prepare, report
 
+from alignmix_lab.runs.plotting import color, figure
 from alignmix_lab.runs.timing import Spread, time_interleaved
 from timm_alignmix.functional import (
     attention_map,
@@ -82,27 +83,23 @@ def measure(args: argparse.Namespace) -> dict[tuple[str, str], Spread]:
 
 def draw(shares: dict[tuple[str, str], Spread], path: Path, where: str) -> None:
     """A bar for each method, stacked by part."""
-    from matplotlib.figure import Figure
-
     methods = list(dict.fromkeys(method for method, _ in shares))
     names = list(dict.fromkeys(part for _, part in shares))
-    colours = ['#0072b2', '#e69f00', '#009e73', '#56b4e9', '#d55e00', '#cc79a7']
-    figure = Figure(figsize=(8, 0.9 + 0.45 * len(methods)), layout='constrained')
-    axes = figure.subplots()
+    fig, ((ax,),) = figure(size=(8, 0.9 + 0.45 * len(methods)))
     left = dict.fromkeys(methods, 0.0)
-    for name, colour in zip(names, colours, strict=False):
+    for i, name in enumerate(names):
         mine = [method for method in methods if (method, name) in shares]
         widths = [100 * shares[method, name].median for method in mine]
-        axes.barh(mine, widths, left=[left[method] for method in mine], color=colour, label=name)
+        ax.barh(mine, widths, left=[left[method] for method in mine], color=color(i), label=name)
         for method, width in zip(mine, widths, strict=True):
             left[method] += width
     for method, total in left.items():
-        axes.text(total, method, f' {total:.1f} %', va='center', fontsize=8)
-    axes.invert_yaxis()
-    axes.margins(x=0.12)
-    axes.set_xlabel(f'percent of a step without mixing ({where})')
-    axes.legend(fontsize=7, loc='upper right')
-    figure.savefig(path, dpi=120)
+        ax.text(total, method, f' {total:.1f} %', va='center', fontsize=8)
+    ax.invert_yaxis()
+    ax.margins(x=0.12)
+    ax.set_xlabel(f'percent of a step without mixing ({where})')
+    ax.legend(fontsize=7, loc='upper right')
+    fig.savefig(path, dpi=120)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -7,25 +7,21 @@ for random weights. Everything after `--` goes to detection.train.
     python benchmarks/compare_backbones.py --name detection --detectors ssd fasterrcnn \\
         --weights random none=RUN/last.pth.tar densemultimix=RUN/last.pth.tar -- --data-dir DIR --backbone resnet18
 
-Writes benchmarks/results/NAME.json and NAME.png and prints the table.
+Draws benchmarks/results/NAME.png; prints the table and the commands.
 """
 import argparse
 import csv
-import json
 import shlex
 import time
 from pathlib import Path
 
-import matplotlib
 import timm
 import torch
 import torchvision
+from comparison import ROOT, draw_curves, mean_spread, train_once
 
-matplotlib.use('Agg')
-import matplotlib.pyplot as plt  # noqa: E402
-from comparison import ROOT, draw_curves, mean_spread, train_once  # noqa: E402
-
-from alignmix_lab.runs.timing import hardware  # noqa: E402
+from alignmix_lab.runs.plotting import panels
+from alignmix_lab.runs.timing import hardware
 
 METRICS = ('voc07_11pt', 'voc_area', 'map', 'map50')
 
@@ -58,23 +54,22 @@ def table(runs: list[dict]) -> list[str]:
 def picture(runs: list[dict], path: Path) -> None:
     """VOC's area AP by epoch."""
     detectors = list(dict.fromkeys(entry['detector'] for entry in runs))
-    fig, axes = plt.subplots(1, len(detectors), figsize=(4.5 * len(detectors), 3.6), layout='constrained',
-                             squeeze=False, sharey=True)
-    for ax, detector in zip(axes[0], detectors, strict=True):
+    fig, axes = panels(
+        len(detectors), size=(4.5, 3.6), title='mean over seeds; band: range over seeds', sharey=True)
+    for ax, detector in zip(axes, detectors, strict=True):
         curves = {}
         for entry in runs:
             if entry['detector'] == detector:
                 curves.setdefault(entry['weights'], []).append([epoch['voc_area'] for epoch in entry['epochs']])
         draw_curves(ax, curves)
-        ax.set(title=detector, xlabel='epoch', ylabel='AP at IoU 0.5, area (%)' if ax is axes[0][0] else None)
+        ax.set(title=detector, xlabel='epoch', ylabel='AP at IoU 0.5, area (%)' if ax is axes[0] else None)
         ax.legend(title='backbone weights')
-    fig.suptitle('mean over seeds; band: range over seeds', fontsize='small')
     fig.savefig(path, dpi=110)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--name', required=True, help='name of the result files')
+    parser.add_argument('--name', required=True, help='name of the picture and of the folders of the runs')
     parser.add_argument('--detectors', nargs='+', default=['ssd', 'fasterrcnn'])
     parser.add_argument('--weights', nargs='+', required=True, help="'random' or NAME=PATH")
     parser.add_argument('--ssd', default='', help='flags for SSD alone, in one word')
@@ -88,13 +83,9 @@ def main() -> None:
     runs = [run(args, detector, weights, seed, flags)
             for seed in args.seeds for detector in args.detectors for weights in args.weights]
 
-    results = ROOT / 'benchmarks' / 'results'
-    results.mkdir(exist_ok=True)
+    picture(runs, ROOT / 'benchmarks' / 'results' / f'{args.name}.png')
     facts = dict(date=time.strftime('%Y-%m-%d'), hardware=hardware('cuda' if torch.cuda.is_available() else 'cpu'),
                  torchvision=torchvision.__version__, timm=timm.__version__)
-    content = json.dumps(dict(**facts, runs=runs), indent=4)
-    (results / f'{args.name}.json').write_text(content + '\n', encoding='utf-8')
-    picture(runs, results / f'{args.name}.png')
     print('\n'.join([', '.join(f'{key} {value}' for key, value in facts.items()), '', *table(runs), '', *(
         f'    {entry["command"]}' for entry in runs if entry['seed'] == args.seeds[0])]))
 
