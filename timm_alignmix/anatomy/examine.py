@@ -93,7 +93,7 @@ class Anatomy:
 
     def is_isotropic(self) -> bool:
         """Check for blocks of one resolution, as in a plain ViT."""
-        shapes = {_shape(self._trace.by_name[name].output) for name in self.stages()}
+        shapes = {getattr(self._trace.by_name[name].output, 'shape', None) for name in self.stages()}
         return len(self.stages()) > 4 and len(shapes) == 1
 
     def align_layer(self, at: str | int = 'auto') -> FeatureLayer:
@@ -313,10 +313,6 @@ class Anatomy:
                 f'{self.name}: its head is more than a chain of modules after pooling and cannot be applied to one '
                 'position; use mix multimix')
         return is_same(head(call.output)[0].mean(dim=1), self._trace.logits)
-
-
-def _shape(x: Any) -> tuple[int, ...] | None:
-    return tuple(x.shape) if isinstance(x, torch.Tensor) else None
 
 
 def _is_vector(x: Any) -> bool:

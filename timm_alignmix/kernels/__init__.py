@@ -1,8 +1,8 @@
 """Triton forms of the hot functions of timm_alignmix.functional for NVIDIA GPUs.
 
-They take the place of the PyTorch forms inside the custom operators of functional/ (the draws: in a table there), by
-device, type and size; what they do not cover runs on in PyTorch, and so does everything where Triton is absent. Set
-TIMM_ALIGNMIX_TRITON=0 to leave them out. Triton is imported when the first of them runs.
+The custom operators of functional/, and its table of draws, choose them by device, dtype and size. All else runs in
+PyTorch, also where Triton is not installed or TIMM_ALIGNMIX_TRITON=0 is set. Triton is imported when the first of them
+runs.
 """
 import functools
 import importlib.util
@@ -17,7 +17,7 @@ _HALF = (torch.bfloat16, torch.float16)
 
 
 def register() -> None:
-    """Make the operators and the draws choose between the two forms on CUDA devices."""
+    """Register the functions below for CUDA devices; each chooses between the two forms."""
     transport.transport_cost_op.register_kernel('cuda', cost_matrix)
     transport.sinkhorn_plan_op.register_kernel('cuda', plan_matrix)
     losses.dense_loss_op.register_kernel('cuda', loss_and_grads)
@@ -25,7 +25,7 @@ def register() -> None:
 
 
 def usable(device: torch.device) -> bool:
-    """Whether Triton is installed and wanted, and the device is an NVIDIA GPU of the Ampere generation or later."""
+    """Check that Triton is installed and not switched off, and the device an NVIDIA GPU, Ampere or later."""
     return (
         os.environ.get('TIMM_ALIGNMIX_TRITON', '1') != '0'
         and torch.version.cuda is not None
@@ -36,12 +36,12 @@ def usable(device: torch.device) -> bool:
 
 @functools.cache
 def triton_installed() -> bool:
-    """Whether Triton can be imported; looked up once."""
+    """Check once whether Triton can be imported."""
     return importlib.util.find_spec('triton') is not None
 
 
 def cost_matrix(feat_a_BDR: torch.Tensor, feat_b_BDR: torch.Tensor) -> torch.Tensor:
-    """:func:`timm_alignmix.functional.transport_cost`; Triton for two half-precision maps of one type."""
+    """Form of functional.transport.cost_matrix: Triton for two half-precision maps of one dtype."""
     if feat_a_BDR.dtype not in _HALF or feat_a_BDR.dtype != feat_b_BDR.dtype or not usable(feat_a_BDR.device):
         return transport.cost_matrix(feat_a_BDR, feat_b_BDR)
     from .cost import transport_cost
@@ -49,14 +49,8 @@ def cost_matrix(feat_a_BDR: torch.Tensor, feat_b_BDR: torch.Tensor) -> torch.Ten
         return transport_cost(feat_a_BDR, feat_b_BDR)
 
 
-def plan_matrix(
-        cost_BRR: torch.Tensor,
-        eps: float,
-        iterations: int,
-        last: int,
-        tolerance: float | None,
-) -> torch.Tensor:
-    """:func:`timm_alignmix.functional.sinkhorn_plan`; Triton for a fixed number of iterations in float32."""
+def plan_matrix(cost_BRR, eps, iterations, last, tolerance):
+    """Form of functional.transport.plan_matrix: Triton for a fixed number of iterations in float32."""
     if iterations > 0 and tolerance is None and cost_BRR.dtype != torch.float64 and usable(cost_BRR.device):
         from . import sinkhorn
         if sinkhorn.fits(cost_BRR):
@@ -67,18 +61,8 @@ def plan_matrix(
     return transport.plan_matrix(cost_BRR, eps, iterations, last, tolerance)
 
 
-def loss_and_grads(
-        logits_BRC: torch.Tensor,
-        target: torch.Tensor,
-        weights_RNB: torch.Tensor,
-        attention_BR: torch.Tensor | None,
-        smoothing: float,
-        chunk_size: int,
-        logits_grad: bool,
-        attention_grad: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Loss and gradients of :func:`timm_alignmix.functional.dense_multimix_loss`; Triton without attention's gradient,
-    up to the batch sizes whose vectors fit a program."""
+def loss_and_grads(logits_BRC, target, weights_RNB, attention_BR, smoothing, chunk_size, logits_grad, attention_grad):
+    """Form of functional.losses.loss_and_grads: Triton without the attention's gradient, for batches that fit."""
     if not attention_grad and logits_BRC.dtype != torch.float64 and usable(logits_BRC.device):
         from . import dense_loss
         if dense_loss.fits(logits_BRC, weights_RNB):

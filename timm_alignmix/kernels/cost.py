@@ -1,7 +1,7 @@
 """Squared distances between half-precision features in one pass: AlignMixup, arXiv 2103.15375, equation (6).
 
-Products of half-precision numbers are exact in float32, so tensor cores with float32 sums lose nothing against
-converting the features first, which would move several times their bytes.
+Products of half-precision numbers are exact in float32, so tensor cores with float32 sums are as exact as converted
+features, which would move several times the bytes.
 
 Shape suffixes: B batch, D channels, R positions.
 """
@@ -50,7 +50,7 @@ def _cost_kernel(
 
 
 def transport_cost(feat_a_BDR: torch.Tensor, feat_b_BDR: torch.Tensor) -> torch.Tensor:
-    """(B, R, R) float32 costs of bfloat16 or float16 features (B, D, R), of any strides."""
+    """Costs (B, R, R) in float32 of bfloat16 or float16 features (B, D, R) of any strides."""
     B, D, R = feat_a_BDR.shape
     cost_BRR = torch.empty((B, R, R), dtype=torch.float32, device=feat_a_BDR.device)
     norm_a_BR, norm_b_BR = (
@@ -65,6 +65,6 @@ def transport_cost(feat_a_BDR: torch.Tensor, feat_b_BDR: torch.Tensor) -> torch.
 
 
 def launch_config(R: int) -> dict[str, int]:
-    """Tile of the cost, channels at a time, warps."""
+    """Launch options: tile of the cost, channels at a time, warps."""
     block_r = 64 if R <= 64 else 128
     return dict(BLOCK_R=block_r, BLOCK_D=64, num_warps=4 if block_r == 64 else 8, num_stages=3)

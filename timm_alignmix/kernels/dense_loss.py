@@ -1,4 +1,4 @@
-"""Dense MultiMix's loss and gradient around the kernels of mixed logits, arXiv 2311.05538, equations (10)-(14).
+"""Loss of Dense MultiMix and its gradient by the kernels of mixed logits, arXiv 2311.05538, equations (10)-(14).
 
 Shape suffixes: B batch, C classes, N generated examples, R positions.
 """
@@ -9,7 +9,7 @@ from .mixed_logits import MAX_BATCH, MAX_EXAMPLES, mixed_logsumexp, pair_sums, s
 
 
 def fits(logits_BRC: torch.Tensor, weights_RNB: torch.Tensor) -> bool:
-    """Whether the kernels take tensors of these sizes."""
+    """Check that the kernels take tensors of these sizes."""
     return len(logits_BRC) <= MAX_BATCH[logits_BRC.dtype] and weights_RNB.shape[1] <= MAX_EXAMPLES
 
 
@@ -21,10 +21,10 @@ def loss_and_grads(
         smoothing: float,
         logits_grad: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As the operator in functional/losses.py, whose third result, the attention's gradient, is empty here.
+    """Triton form of the function in functional/losses.py, without the attention's gradient, which is empty.
 
-    The targets enter through the vectors' second moments P = M^T diag(share) M alone: the loss of a position is
-    sum_k share_k logsumexp_k - <Y^T L, P>, and the targets' part of its gradient P Y.
+    Targets enter through the second moments P = M^T diag(share) M of the vectors alone: the loss of a position is
+    sum_k share_k logsumexp_k - <Y^T L, P>, and the targets' part of its gradient is P Y.
     """
     R, N, _ = weights_RNB.shape
     logits_BRC = logits_BRC if logits_BRC.stride(2) == 1 else logits_BRC.contiguous()
@@ -33,7 +33,7 @@ def loss_and_grads(
     if attention_BR is not None:
         attention_BR = attention_BR.float()
         scale = 1 / attended_positions(attention_BR)
-        # Attention may be as small as its type allows; only ratios within a position matter.
+        # Attention may be as small as the dtype allows; only ratios within a position matter.
         peak_1R = attention_BR.amax(dim=0, keepdim=True)
         attention_BR = (attention_BR / torch.where(peak_1R > 0, peak_1R, 1)).contiguous()
     lse_RN, sums_RN = mixed_logsumexp(logits_BRC, weights_RNB, attention_BR)
@@ -42,7 +42,7 @@ def loss_and_grads(
     pairs_RBB = pair_sums(logits_BRC, weights_RNB, attention_BR, sums_RN, share_RN)
 
     target = target.float() if target.is_floating_point() else target.long()
-    # Labels pick logits as they are; products and means are taken in float32.
+    # Labels only pick logits, in any dtype; products and means need float32.
     exact = smoothing == 0 and not target.is_floating_point()
     dots_RBB = target_logits((logits_BRC if exact else logits_BRC.float()).transpose(0, 1), target, smoothing)
     loss = (share_RN * lse_RN).sum() - (dots_RBB * pairs_RBB).sum()

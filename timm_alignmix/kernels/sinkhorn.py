@@ -1,13 +1,13 @@
 """All Sinkhorn iterations of a sample in one program: AlignMixup's plan, arXiv 2103.15375, equations (7) and (8).
 
-A half-step reads the whole (R, R) kernel, so a pass does both: a block of lines is normalised (their sums lie within
-the block), and what remains of it is added up for the other side. The exponentials of the first half serve the second:
-one pass and R * R exponentials an iteration, where the release's loop has some twenty passes. Up to R = 64 the kernel
-stays in registers; above, it streams through the multiprocessor's L1 cache (R = 196: 154 KB).
+A half-step reads the whole (R, R) kernel, so one pass does both: it normalises a block of lines, whose sums lie within
+the block, and adds the result up for the other side. Both halves use the same exponentials: an iteration is one pass
+and R * R exponentials, where the release's loop has some twenty passes. Up to R = 64 the kernel stays in registers;
+above, it streams through the multiprocessor's L1 cache (R = 196: 154 KB).
 
-Sums of exponentials that were shifted by the last iteration's potentials underflow where a potential moves by more than
-87 in one iteration. Sinkhorn's map does not expand the largest move, so iterations are made in log-sum-exp form until
-that is small, and never need to be again.
+Exponentials are shifted by the potentials of the last iteration and underflow if a potential moves by more than 87 in
+one iteration. Sinkhorn's map does not expand the largest move, so the first iterations are in log-sum-exp form, until
+moves are small; later ones never need it.
 
 Shape suffixes: B batch, R positions; P positions of the potential normalised first, Q those of the other.
 """
@@ -15,17 +15,17 @@ import torch
 import triton
 import triton.language as tl
 
-# Largest R: a block is then 4 lines of 1024.
+# Largest R, with blocks of 4 lines of 1024.
 MAX_POSITIONS = 1024
-# Of a potential in one iteration: what underflows after it is below exp(50 - 87) of a sum.
+# Largest move of a potential in one iteration: terms that underflow after it are below exp(50 - 87) of a sum.
 MAX_MOVE = 50.0
-# Stands for -inf where there is no entry, without the NaN of -inf + inf.
+# Value of entries outside the kernel: -inf, but without the NaN of -inf + inf.
 OUTSIDE = tl.constexpr(-1e30)
 
 
 @triton.jit
 def _load_lines(lines, p, q, R):
-    """(P, Q) block of a sample's kernel: OUTSIDE beyond the last q, 0 beyond the last line."""
+    """Block (P, Q) of a sample's kernel: OUTSIDE beyond the last q, 0 beyond the last line."""
     inside = (p[:, None] < R) & (q[None, :] < R)
     outside = tl.where(q[None, :] < R, 0.0, OUTSIDE)
     return tl.where(
@@ -34,7 +34,7 @@ def _load_lines(lines, p, q, R):
 
 @triton.jit
 def _lines(resident, sample_ptr, p, q, R, BLOCKS: tl.constexpr):
-    """A block of lines: the one in registers where it is the only one."""
+    """Block of lines, from registers if it is the only one."""
     lines = resident
     if BLOCKS > 1:
         lines = _load_lines(sample_ptr, p, q, R)
@@ -93,7 +93,7 @@ def _potentials_kernel(
             exps = tl.exp(shifted - tl.max(shifted, axis=1)[:, None])
             share = tl.where(p < R, 1.0 / tl.sum(exps, axis=1), 0.0)
             total += tl.sum(exps * share[:, None], axis=0)
-        # What was added up is exp(kernel + first + second) with the second potential before this iteration.
+        # The total is of exp(kernel + first + second), with the second potential before this iteration.
         second = tl.where(q < R, second - tl.log(total), 0.0)
         iteration += 1
 
@@ -104,16 +104,16 @@ def _potentials_kernel(
 
 
 def fits(cost_BRR: torch.Tensor) -> bool:
-    """Whether the kernel takes a cost of this size."""
+    """Check that the kernel takes a cost of this size."""
     return cost_BRR.shape[1] <= MAX_POSITIONS
 
 
 def first_potential(kernel_BRR: torch.Tensor, iterations: int, last: int) -> torch.Tensor:
-    """The potential that the last half-step sees, after `iterations` >= 1.
+    """Potential that the last half-step sees, after `iterations` >= 1.
 
     Args:
         kernel_BRR: (B, R, R) float32, -cost / eps up to a constant for each position of the potential normalised first.
-        iterations: Sinkhorn iterations; the last needs its first half only.
+        iterations: Sinkhorn iterations; of the last only the first half is needed.
         last: Dimension that the last half-step sums over: 2 makes the rows exact, 1 the columns.
 
     Returns:
@@ -127,7 +127,7 @@ def first_potential(kernel_BRR: torch.Tensor, iterations: int, last: int) -> tor
 
 
 def launch_config(R: int) -> dict[str, int]:
-    """Block of lines and warps: 16 entries a thread, 4096 a program."""
+    """Launch options: lines of a block and warps, 16 entries a thread, 4096 a program."""
     block_q = max(16, triton.next_power_of_2(R))
     block_p = min(block_q, 4096 // block_q)
     return dict(

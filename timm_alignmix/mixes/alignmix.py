@@ -112,9 +112,6 @@ class AlignMix(AlignedMix):
         layer = None if mode == 'input' else next(iter(self.layers))
         return dict(mode=mode, layer=layer, **self.draw_pair(images, rng))
 
-    def images(self, images: torch.Tensor, draw: Draw) -> torch.Tensor:
-        return mix_pairs(images, draw) if draw['mode'] == 'input' else images
-
     def features(self, x: torch.Tensor, layer: FeatureLayer, draw: Draw) -> torch.Tensor:
         mixed_BDR = self.mix_aligned(layer.layout.positions(x), draw, keep_partner=draw['mode'] == 'feat_prime')
         # A class token has no position: it is mixed, not aligned.

@@ -148,9 +148,6 @@ class AlignMixAE(AlignedMix):
                 len(images), *self.extra.code_shape, generator=rng.device, device=rng.device.device)
         return draw
 
-    def images(self, images: torch.Tensor, draw: Draw) -> torch.Tensor:
-        return mix_pairs(images, draw) if draw['mode'] == 'input' else images
-
     def features(self, x: torch.Tensor, layer: FeatureLayer, draw: Draw) -> torch.Tensor:
         return x.detach()  # plain_weight=0; f gets the map itself
 

@@ -124,11 +124,14 @@ class PairMix(Mix):
             and timm's default).
     """
 
-    def __init__(self, alpha: float, per_example: bool) -> None:
+    def __init__(self, alpha: float = 1.0, per_example: bool = False) -> None:
         super().__init__()
         if alpha <= 0:
             raise ValueError(f'alpha must be > 0, got {alpha}')
         self.alpha, self.per_example = float(alpha), per_example
+
+    def images(self, images: torch.Tensor, draw: Draw) -> torch.Tensor:
+        return mix_pairs(images, draw) if draw['mode'] == 'input' else images
 
     def draw_pair(self, images: torch.Tensor, rng: StepRandom) -> Draw:
         """Draw lam, a scalar or (B,), and the partner of each example, a permutation (B,)."""

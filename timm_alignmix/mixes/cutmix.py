@@ -26,9 +26,6 @@ class CutMix(PairMix):
         tensor(True)
     """
 
-    def __init__(self, alpha: float = 1.0, per_example: bool = False) -> None:
-        super().__init__(alpha, per_example)
-
     def draw(self, images: torch.Tensor, rng: StepRandom) -> Draw:
         B, _, H, W = images.shape
         shape = (B, 1) if self.per_example else (1, 1)

@@ -22,14 +22,14 @@ class DenseMultiMix(HullMix):
 
     Args:
         n: Generated examples per step, position and device.
-        m: Examples a point is made of, a random subset; None is the whole batch.
-        alpha: Dirichlet concentration of a point: a pair for U[low, high], or a fixed number.
+        m: Examples with weight in each combination, a random subset; None is the whole batch.
+        alpha: Concentration of the Dirichlet distribution: a pair for U[low, high], or a fixed number.
         prob: Probability of mixing embeddings; otherwise input mixup.
         attention: 'gap', 'cam' or 'none', see :func:`timm_alignmix.functional.attention_map`.
         normalize: 'relu' (and l1) or 'softmax', which suits tokens: their features have both signs.
         attention_grad: Let gradients pass through the attention.
         input_alpha: lam ~ Beta(input_alpha, input_alpha) of the input-mixup steps.
-        per_example: One lam for each example in input-mixup steps.
+        per_example: One lam for each example of input-mixup steps instead of one for the batch.
         allow_class_token: Accept models that classify a class token, and train their patch tokens densely.
 
     Example:

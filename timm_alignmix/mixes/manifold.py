@@ -60,9 +60,6 @@ class ManifoldMixup(PairMix):
         mode = draw_mode(self.probs, rng)
         return dict(mode=mode, layer=mode if mode in self.layers else None, **self.draw_pair(images, rng))
 
-    def images(self, images: torch.Tensor, draw: Draw) -> torch.Tensor:
-        return mix_pairs(images, draw) if draw['mode'] == 'input' else images
-
     def features(self, x: torch.Tensor, layer: FeatureLayer, draw: Draw) -> torch.Tensor:
         return mix_pairs(x, draw)
 

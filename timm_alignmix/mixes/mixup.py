@@ -5,7 +5,7 @@ Pairs are a random permutation of the batch, not timm's flipped batch, so odd ba
 import torch
 
 from ..step_random import StepRandom
-from .base import Draw, PairMix, mix_pairs
+from .base import Draw, PairMix
 from .registry import register_mix
 
 
@@ -25,11 +25,5 @@ class Mixup(PairMix):
         torch.Size([5])
     """
 
-    def __init__(self, alpha: float = 1.0, per_example: bool = False) -> None:
-        super().__init__(alpha, per_example)
-
     def draw(self, images: torch.Tensor, rng: StepRandom) -> Draw:
         return dict(mode='input', layer=None, **self.draw_pair(images, rng))
-
-    def images(self, images: torch.Tensor, draw: Draw) -> torch.Tensor:
-        return mix_pairs(images, draw)

@@ -10,7 +10,7 @@ import torch
 from ..anatomy import Anatomy, FeatureLayer
 from ..functional import convex_weights, dense_multimix_rows, multimix_loss
 from ..step_random import StepRandom
-from .base import Draw, PairMix, draw_mode, mix_pairs
+from .base import Draw, PairMix, draw_mode
 from .registry import register_mix
 
 
@@ -44,9 +44,6 @@ class HullMix(PairMix):
         m = None if self.m is None else min(self.m, batch)
         return convex_weights(self.n, batch, self.hull_alpha, m, rng.device, positions)
 
-    def images(self, images: torch.Tensor, draw: Draw) -> torch.Tensor:
-        return mix_pairs(images, draw) if draw['mode'] == 'input' else images
-
     def num_rows(self, batch: int, draw: Draw) -> int:
         return draw['weights'].shape[:-1].numel() if 'weights' in draw else batch
 
@@ -57,11 +54,11 @@ class MultiMix(HullMix):
 
     Args:
         n: Generated examples per step and device.
-        m: Examples a point is made of, a random subset; None is the whole batch.
-        alpha: Dirichlet concentration of a point: a pair for U[low, high], or a fixed number.
+        m: Examples with weight in each combination, a random subset; None is the whole batch.
+        alpha: Concentration of the Dirichlet distribution: a pair for U[low, high], or a fixed number.
         prob: Probability of mixing embeddings; otherwise input mixup.
         input_alpha: lam ~ Beta(input_alpha, input_alpha) of the input-mixup steps.
-        per_example: One lam for each example in input-mixup steps.
+        per_example: One lam for each example of input-mixup steps instead of one for the batch.
         mix_at: 'embedding', or an earlier layer (number of a stage or block, or name of a module; [M] Figure 4(a)),
             after which the network runs on n examples.
 

@@ -144,10 +144,6 @@ class PreActResNet(PooledClassifier):
                 nn.init.kaiming_normal_(m.weight, mode='fan_out', nonlinearity='relu')
 
     @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        return set()  # timm's optimizer factory finds biases and norms by itself
-
-    @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:
         return dict(
             stem=r'^conv1|bn1',
