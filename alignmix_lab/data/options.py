@@ -73,7 +73,7 @@ class LoaderOptions(TrainDataOptions):
     world_size: int = 1  # processes
     num_classes: int | None = None  # classes of the model; labels must be below. None takes the number from the data
     # FFCV only: read through the page cache, which all processes of a machine share (True), or page by page into the
-    # memory of each process, which shuffles within a window only (False). None: the page cache if the file fits in it.
+    # memory of each process, which shuffles within a window only (False). None: the page cache if the file fits there.
     os_cache: bool | None = None
 
     @classmethod

@@ -14,7 +14,8 @@ def shuffled(num_samples: int, seed: int, epoch: int) -> np.ndarray:
 def quasi_shuffled(pages: np.ndarray, seed: int, epoch: int, window: int) -> np.ndarray:
     """Random order that needs only about `window` pages of the file at any time.
 
-    Pages, given as the number of each sample's, come in random order; each sample is delayed by up to `window` pages.
+    Pages come in random order, and each sample is delayed by up to `window` pages at random; `pages` (N,) holds the
+    page number of each sample.
     """
     rng = np.random.default_rng([seed, epoch])
     _, page_of_sample = np.unique(pages, return_inverse=True)
