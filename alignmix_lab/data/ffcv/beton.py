@@ -32,7 +32,7 @@ def _fields() -> dict:
 
 
 def encode_sample(pixels: np.ndarray, label: int, as_jpeg: bool, jpeg_quality: int) -> EncodedSample:
-    """Encode an image (H, W, 3) uint8 with FFCV's image field: as raw pixels unless a JPEG is wanted and smaller."""
+    """Encode an image (H, W, 3) uint8 with FFCV's image field: as raw pixels unless a JPEG is wanted and no larger."""
     field_type = import_ffcv().fields.rgb_image.RGBImageField
     for mode in ('jpg', 'raw') if as_jpeg else ('raw',):
         field = field_type(write_mode=mode, jpeg_quality=jpeg_quality)

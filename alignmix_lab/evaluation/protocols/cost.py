@@ -95,7 +95,7 @@ class TrainingStep:
 
 
 def modes_in_proportion(probs: dict[str, float], count: int) -> list[str | None]:
-    """List `count` modes in proportion to their probabilities, by largest remainders; all None if there are no modes."""
+    """List `count` modes in proportion to their probabilities, by largest remainders; all None without modes."""
     if not probs:
         return [None] * count
     exact = {mode: p * count for mode, p in probs.items()}
