@@ -29,29 +29,17 @@ VOC_CLASSES = (
 
 @dataclass
 class Record:
-    """One image and its objects.
+    """One image and its objects."""
 
-    Attributes:
-        image_id: The file's name without suffix (VOC) or the image's id (COCO).
-        path: Image file.
-        width: Width in pixels.
-        height: Height in pixels.
-        boxes: (N, 4) float64.
-        labels: (N,) int64, from 1.
-        difficult: (N,) bool, VOC's flag of objects ignored by the evaluation.
-        crowd: (N,) bool, COCO's flag of regions with many objects.
-        areas: (N,) float64 in pixels; in COCO the area of the object's outline, not of its box.
-    """
-
-    image_id: str | int
+    image_id: str | int  # the file's name without suffix (VOC) or the image's id (COCO)
     path: Path
-    width: int
+    width: int  # in pixels
     height: int
-    boxes: np.ndarray
-    labels: np.ndarray
-    difficult: np.ndarray
-    crowd: np.ndarray
-    areas: np.ndarray
+    boxes: np.ndarray  # (N, 4) float64
+    labels: np.ndarray  # (N,) int64, from 1
+    difficult: np.ndarray  # (N,) bool, VOC's flag of objects ignored by the evaluation
+    crowd: np.ndarray  # (N,) bool, COCO's flag of regions with many objects
+    areas: np.ndarray  # (N,) float64 in pixels; in COCO the area of the object's outline, not of its box
 
     def select(self, keep: np.ndarray) -> 'Record':
         """Return a copy with some of the objects, given by a boolean mask or indices."""
@@ -61,17 +49,11 @@ class Record:
 
 @dataclass
 class Annotations:
-    """Images of a split with their objects.
-
-    Attributes:
-        records: One per image.
-        class_names: Names of labels 1, 2, ...
-        left_out: Number of dropped or changed objects and images, by reason.
-    """
+    """Images of a split with their objects."""
 
     records: list[Record]
-    class_names: list[str]
-    left_out: Counter = field(default_factory=Counter)
+    class_names: list[str]  # of labels 1, 2, ...
+    left_out: Counter = field(default_factory=Counter)  # number of dropped or changed objects and images, by reason
 
     def describe(self) -> str:
         """Describe images, boxes and omissions in one line."""
@@ -116,11 +98,7 @@ def _drop(record: Record, mask: np.ndarray, reason: str, left_out: Counter) -> R
     return record.select(~mask) if mask.any() else record
 
 
-def read_voc(
-        data_dir: str | Path,
-        split: str,
-        class_names: Sequence[str] | None = None,
-) -> Annotations:
+def read_voc(data_dir: str | Path, split: str, class_names: Sequence[str] | None = None) -> Annotations:
     """Read splits of VOC-format folders (Annotations, JPEGImages, ImageSets/Main inside).
 
     Args:
@@ -206,11 +184,7 @@ def _read_voc_file(folder: Path, image_id: str) -> tuple[Record, list[str]]:
     return Record(image_id, path, width, height, boxes, empty, difficult, empty.astype(bool), areas), names
 
 
-def read_coco(
-        data_dir: str | Path,
-        split: str,
-        class_names: Sequence[str] | None = None,
-) -> Annotations:
+def read_coco(data_dir: str | Path, split: str, class_names: Sequence[str] | None = None) -> Annotations:
     """Read a split of a COCO-format folder.
 
     Category ids may have gaps; labels number the categories in the order of their ids.

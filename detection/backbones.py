@@ -31,34 +31,18 @@ BackboneT = TypeVar('BackboneT', bound='Backbone')
 
 @dataclass(frozen=True)
 class BackboneReport:
-    """Description of a backbone and the source of its weights.
-
-    Attributes:
-        arch: timm's name of the architecture.
-        weights: Source of the weights, None for random ones.
-        kwargs: Arguments of `timm.create_model` that rebuild the network without the file of weights.
-        image_mean: Pixel mean, 0-1 scale.
-        image_std: Pixel standard deviation, 0-1 scale.
-        image_size: The only (H, W) the network accepts, None for any.
-        strides: Strides of the network's own maps.
-        channels: Channels of these maps.
-        loaded: Number of keys that were loaded: all keys of the backbone, or none.
-        resized: Keys that were resized to the image size.
-        dropped: Keys the backbone does not need: the classifier and stages after the last map.
-        freeze_bn: Whether all batch norms are frozen.
-        frozen_stages: Number of frozen stages.
-    """
-    arch: str
-    weights: str | None
-    kwargs: dict[str, Any]
-    image_mean: tuple[float, ...]
-    image_std: tuple[float, ...]
-    image_size: tuple[int, int] | None
-    strides: tuple[int, ...]
-    channels: tuple[int, ...]
-    loaded: int
-    resized: tuple[str, ...]
-    dropped: tuple[str, ...]
+    """Description of a backbone and the source of its weights."""
+    arch: str  # timm's name
+    weights: str | None  # their source, None for random ones
+    kwargs: dict[str, Any]  # arguments of `timm.create_model` that rebuild the network without the file of weights
+    image_mean: tuple[float, ...]  # pixel mean, 0-1 scale
+    image_std: tuple[float, ...]  # pixel standard deviation, 0-1 scale
+    image_size: tuple[int, int] | None  # the only (H, W) the network accepts, None for any
+    strides: tuple[int, ...]  # strides of the network's own maps
+    channels: tuple[int, ...]  # channels of these maps
+    loaded: int  # number of keys that were loaded: all keys of the backbone, or none
+    resized: tuple[str, ...]  # keys that were resized to the image size
+    dropped: tuple[str, ...]  # keys the backbone does not need: the classifier and stages after the last map
     freeze_bn: bool
     frozen_stages: int
 
@@ -98,13 +82,8 @@ class Backbone(nn.Module):
     report: BackboneReport
 
     def __init__(
-            self,
-            body: nn.Module,
-            name: str,
-            image_size: tuple[int, int] | None = None,
-            min_stride: int = 4,
-            max_stride: int | None = None,
-    ):
+            self, body: nn.Module, name: str, image_size: tuple[int, int] | None = None, min_stride: int = 4,
+            max_stride: int | None = None):
         super().__init__()
         if not hasattr(body, 'feature_info'):
             raise ValueError(f'{name} cannot give a feature pyramid: it has no feature_info to list its maps')
@@ -209,11 +188,7 @@ class Backbone(nn.Module):
 
 
 class PyramidBackbone(Backbone):
-    """A backbone with a feature pyramid on top.
-
-    Args:
-        args, kwargs: See Backbone.
-        out_channels: Channels of every level.
+    """A backbone with a feature pyramid of `out_channels` on top; the other arguments are those of Backbone.
 
     Attributes:
         levels: Strides of the levels, including the pooled last one.
@@ -242,22 +217,13 @@ class SimpleFeaturePyramid(nn.Module):
 
     Paper: `Exploring Plain Vision Transformer Backbones for Object Detection` - https://arxiv.org/abs/2203.16527,
     section 3: transposed convolutions give finer maps and pooling coarser ones, followed by 1x1 and 3x3 convolutions,
-    each with a layer norm over the channels.
-
-    Args:
-        in_channels: Channels of the map.
-        out_channels: Channels of the levels.
-        scales: Size of each level relative to the map, powers of 2.
-        extra_blocks: torchvision's block for additional levels.
+    each with a layer norm over the channels. `scales` are the sizes of the levels relative to the map, powers of 2, and
+    `extra_blocks` is torchvision's block for additional levels.
     """
 
     def __init__(
-            self,
-            in_channels: int,
-            out_channels: int,
-            scales: Sequence[float],
-            extra_blocks: ExtraFPNBlock | None = None,
-    ):
+            self, in_channels: int, out_channels: int, scales: Sequence[float],
+            extra_blocks: ExtraFPNBlock | None = None):
         super().__init__()
         self.blocks = nn.ModuleList(self._level(in_channels, out_channels, scale) for scale in scales)
         self.extra_blocks = extra_blocks
@@ -311,11 +277,9 @@ def create_backbone(
         cls: Backbone class, called with (body, name, image_size).
         backbone, weights, use_ema: See `read_source`.
         image_size: (H, W) of all images, None if they differ.
-        freeze_bn: Freeze every batch norm.
         frozen_stages: See Backbone.freeze_stages; None means 1 for pretrained weights, and 0 for random weights and
             plain networks.
-        image_mean: Pixel mean, 0-1 scale; default: that of the weights.
-        image_std: Pixel standard deviation, 0-1 scale; default: that of the weights.
+        image_mean, image_std: Of pixels, 0-1 scale; default: those of the weights.
         grad_checkpointing: Recompute activations of the network in the backward pass to save memory.
         backbone_kwargs: Further arguments of `timm.create_model`, e.g. drop_path_rate.
 
@@ -370,18 +334,13 @@ def _size_arguments(source: Source, image_size: tuple[int, int] | None) -> dict[
     return {'img_size': tuple(image_size)} if image_size and 'img_size' in options else {}
 
 
-def layer_decay_groups(
-        detector: nn.Module,
-        layer_decay: float,
-        weight_decay: float,
-) -> list[dict[str, Any]]:
+def layer_decay_groups(detector: nn.Module, layer_decay: float, weight_decay: float) -> list[dict[str, Any]]:
     """Parameter groups with timm's layer-wise learning rate decay over the backbone's body.
 
     Args:
-        detector: Detector of `build_ssd` or `build_faster_rcnn`.
         layer_decay: Factor of the learning rate from one layer to the one before; it is 1 for the last layer of the
             body, the pyramid and the heads.
-        weight_decay: Weight decay; biases, norms and parameters excluded by the network have none.
+        weight_decay: Biases, norms and parameters excluded by the network have none.
 
     Returns:
         Groups with `lr_scale`, by which timm's schedulers multiply the learning rate.

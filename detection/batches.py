@@ -22,19 +22,14 @@ def aspect_ratio_groups(records: Sequence[Record], factor: int) -> np.ndarray:
 
 
 def grouped_order(order: np.ndarray, groups: np.ndarray, batch_size: int, rng: np.random.Generator) -> np.ndarray:
-    """Reorder samples so that nearly every batch has a single group.
+    """Reorder samples so that nearly every batch has a single group, and return those of all full batches in a row.
 
     The samples of a group fill batches in the given order. The remainders of all groups, less than a batch each, fill
     batches together, so that no more samples are dropped than without groups. Finally the batches are shuffled.
 
     Args:
-        order: Sample numbers.
         groups: Group of every sample number.
         batch_size: Samples per batch over all processes.
-        rng: Generator that shuffles the batches.
-
-    Returns:
-        The samples of all full batches, batch after batch.
     """
     batches, rest = [], []
     for group in np.unique(groups):
@@ -52,14 +47,11 @@ def grouped_order(order: np.ndarray, groups: np.ndarray, batch_size: int, rng: n
 class TrainBatches(Sampler[list[int]]):
     """Full batches of one process; over all processes each image is used at most once per epoch.
 
+    `epoch` and `start`, the number of batches to skip, select what the next iteration yields.
+
     Args:
         groups: Group of every image; see aspect_ratio_groups().
         batch_size: Images per batch of one process, whose number among `world_size` is `rank`.
-        seed: Seed of the order.
-
-    Attributes:
-        epoch: Epoch to draw the order for.
-        start: Number of batches to skip at the beginning of the epoch.
 
     Raises:
         ValueError: There are not enough images for a batch.

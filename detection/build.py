@@ -53,12 +53,8 @@ def build_run(config: DetectConfig) -> Run:
 
 
 def create_loaders(
-        config: DetectConfig,
-        train: Annotations,
-        val: Annotations,
-        image_mean: list[float],
-        accelerator: Accelerator,
-) -> Loaders:
+        config: DetectConfig, train: Annotations, val: Annotations, image_mean: list[float],
+        accelerator: Accelerator) -> Loaders:
     """Create the training and validation loader of this process."""
     shared = dict(
         workers=config.workers,

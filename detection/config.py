@@ -100,10 +100,6 @@ class DetectConfig(RunConfig):
 def resolve_config(flags: dict[str, Any], config_file: str | None = None) -> DetectConfig:
     """Merge flags, recipe and defaults, in this order of precedence, and set the defaults that depend on the detector.
 
-    Args:
-        flags: Options given explicitly.
-        config_file: YAML file of options, name of a recipe, or None.
-
     Raises:
         ValueError: An option does not exist or does not accept its value; the message names it.
     """

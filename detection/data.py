@@ -23,22 +23,12 @@ Batch = tuple[list[torch.Tensor], list[dict[str, Any]]]
 
 
 def read_annotations(
-        dataset: str,
-        data_dir: str,
-        train_split: str | None = None,
-        val_split: str | None = None,
-        class_names: Sequence[str] | None = None,
-        keep_difficult: bool = True,
-) -> tuple[Annotations, Annotations]:
-    """Read the training and the validation split.
+        dataset: str, data_dir: str, train_split: str | None = None, val_split: str | None = None,
+        class_names: Sequence[str] | None = None, keep_difficult: bool = True) -> tuple[Annotations, Annotations]:
+    """Read the training and the validation split of a folder in the format 'voc' or 'coco'.
 
-    Args:
-        dataset: 'voc' or 'coco', the format.
-        data_dir: Folder of the data.
-        train_split: Training split; None for VOC 2007 + 2012 trainval, train2017, or the folder's own.
-        val_split: Validation split; None for VOC 2007 test, val2017, or the folder's own.
-        class_names: Classes in order; None for VOC's 20 in VOCdevkit, else those of the training split.
-        keep_difficult: Train on difficult objects too.
+    The defaults are those of the options: for the splits VOC 2007 + 2012 trainval and 2007 test, train2017 and
+    val2017, or the folder's own; for the classes VOC's 20 in VOCdevkit, else those of the training split.
 
     Raises:
         ValueError: Something is missing or damaged; the message names it and suggests a remedy.
@@ -96,12 +86,8 @@ def _choose(root: Path, there: set[str], pairs: list[tuple[str, str]]) -> tuple[
 class DetectionDataset(Dataset):
     """Images with their boxes.
 
-    An augmented image depends on (seed, epoch, index) alone, and not on the number of workers or on a resume.
-
-    Args:
-        records: The images.
-        transform: Maps a uint8 image and a dict of boxes and labels to the same; None for no augmentation.
-        seed: Seed of the augmentation.
+    An augmented image depends on (seed, epoch, index) alone, and not on the number of workers or on a resume. The
+    transform maps a uint8 image and a dict of boxes and labels to the same.
     """
 
     def __init__(self, records: Sequence[Record], transform: Callable | None = None, seed: int = 0):
@@ -161,16 +147,7 @@ class DetectionLoader:
     """Batches of a data set on the device.
 
     In training, every process gets its own part of a shuffled epoch, without the last partial batch. In evaluation, the
-    processes share the images and every image is used once.
-
-    Args:
-        dataset: The images.
-        batch_size: Images per batch of this process, whose number among `world_size` is `rank`.
-        training: Shuffle, and drop the last partial batch.
-        workers: Worker processes.
-        device: Device of the batches.
-        seed: Seed of the order.
-        aspect_ratio_group_factor: Factor of `aspect_ratio_groups` for training batches.
+    processes share the images and every image is used once. `batch_size` is that of one process.
 
     Raises:
         ValueError: The training images do not fill a batch.

@@ -52,11 +52,7 @@ def read_weights(source: str | Path, ema: bool | None = None) -> tuple[dict[str,
 
 
 def load_detector(source: str | Path, ema: bool | None = None) -> tuple[nn.Module, list[str]]:
-    """Build a trained detector, ready to detect.
-
-    Args:
-        source: Folder that was exported, or training checkpoint.
-        ema: As for :func:`read_weights`.
+    """Build a trained detector, ready to detect; the arguments are those of :func:`read_weights`.
 
     Returns:
         The detector, in evaluation mode on the CPU, and the names of its labels 1, 2, ...

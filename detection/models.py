@@ -92,14 +92,8 @@ def build_faster_rcnn(
 
 
 def build_ssd(
-        backbone: str,
-        num_classes: int,
-        size: int = 300,
-        weights: str | Path | None = None,
-        *,
-        conv4_stride1: bool = False,
-        **kwargs: Any,
-) -> SSD:
+        backbone: str, num_classes: int, size: int = 300, weights: str | Path | None = None, *,
+        conv4_stride1: bool = False, **kwargs: Any) -> SSD:
     """SSD on the backbone's maps of strides 8, 16 and 32 and on extra layers down to a single position.
 
     Paper: `SSD: Single Shot MultiBox Detector` - https://arxiv.org/abs/1512.02325. At 300 pixels the maps are 38, 19,
@@ -198,10 +192,7 @@ class SSDBackbone(Backbone):
 class ExtraLayers(nn.Module):
     """SSD's layers after the backbone: blocks of a 1x1 and a 3x3 convolution until one position is left.
 
-    Args:
-        in_channels: Channels of the backbone's last map.
-        side: Width and height of that map.
-        norm: Add a batch norm after each convolution (NVIDIA's SSD; the paper has none).
+    With `norm`, each convolution has a batch norm (NVIDIA's SSD; the paper has none).
 
     Attributes:
         channels: Channels of each block's map.

@@ -8,20 +8,13 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 
 def draw_detections(
-        image: torch.Tensor,
-        detections: dict[str, np.ndarray],
-        class_names: list[str],
-        threshold: float = 0.5,
-        true_boxes: np.ndarray | None = None,
-) -> Image.Image:
-    """Draw boxes with class and score, the best on top.
+        image: torch.Tensor, detections: dict[str, np.ndarray], class_names: list[str], threshold: float = 0.5,
+        true_boxes: np.ndarray | None = None) -> Image.Image:
+    """Draw boxes with class and score, the best on top, and true boxes as thin white lines.
 
     Args:
         image: uint8 (3, H, W).
         detections: `boxes` (N, 4), `scores` (N,) and `labels` (N,) from 1.
-        class_names: Names of the labels.
-        threshold: Smallest score to draw.
-        true_boxes: (M, 4), drawn as thin white lines.
     """
     picture = to_pil_image(image)
     draw = ImageDraw.Draw(picture)

@@ -36,20 +36,11 @@ def find_images(paths: list[str]) -> list[Path]:
 
 @torch.inference_mode()
 def predict(
-        images: list[str],
-        checkpoint: str,
-        output: str = 'output/predictions',
-        threshold: float = 0.4,
-        device: str = 'cuda' if torch.cuda.is_available() else 'cpu',
-) -> Path:
+        images: list[str], checkpoint: str, output: str = 'output/predictions', threshold: float = 0.4,
+        device: str = 'cuda' if torch.cuda.is_available() else 'cpu') -> Path:
     """Detect objects in images one by one; write pictures and predictions.json to a folder and return it.
 
-    Args:
-        images: Files or folders.
-        checkpoint: Training checkpoint or exported folder.
-        output: Folder of the results.
-        threshold: Smallest score to keep.
-        device: Device of the detector.
+    `images` are files or folders, `checkpoint` is a training checkpoint or exported folder.
 
     Raises:
         ValueError: An image or the checkpoint is missing or damaged.

@@ -22,22 +22,13 @@ from timm_alignmix.weights import read_config
 
 @dataclass(frozen=True)
 class Source:
-    """A classification network as described by its weights.
-
-    Attributes:
-        model: The network, on the meta device if it has no weights.
-        arch: timm's name of its architecture.
-        kwargs: Arguments of `timm.create_model` that rebuild it.
-        mean: Pixel mean of its images, 0-1 scale.
-        std: Pixel standard deviation of its images, 0-1 scale.
-        weights: Source of its weights, None for random ones.
-    """
-    model: nn.Module
-    arch: str
-    kwargs: dict[str, Any]
-    mean: tuple[float, ...]
+    """A classification network as described by its weights."""
+    model: nn.Module  # the network, on the meta device if it has no weights
+    arch: str  # timm's name of its architecture
+    kwargs: dict[str, Any]  # arguments of `timm.create_model` that rebuild it
+    mean: tuple[float, ...]  # of the pixels of its images, 0-1 scale
     std: tuple[float, ...]
-    weights: str | None
+    weights: str | None  # source of its weights, None for random ones
 
 
 def read_source(backbone: str, weights: str | Path | None = None, use_ema: bool = True) -> Source:
@@ -68,14 +59,10 @@ def read_source(backbone: str, weights: str | Path | None = None, use_ema: bool 
 
 
 def adapt(source: Source, **kwargs: Any) -> tuple[nn.Module, tuple[str, ...]]:
-    """Build the source's network with other arguments and transfer its weights.
+    """Build the source's network with other arguments of `timm.create_model` and transfer its weights.
 
     Position tables of another image size are resized by timm's rules for the family, and LeViT's attention biases by
     `resize_offset_table`.
-
-    Args:
-        source: Result of `read_source`.
-        kwargs: Arguments of `timm.create_model`, e.g. `img_size`.
 
     Returns:
         The network and the keys that were resized.
@@ -110,12 +97,10 @@ def resize_offset_table(table: torch.Tensor, grid: tuple[int, int], new_grid: tu
     """Resize attention biases that are stored per absolute offset between two positions (LeViT).
 
     Offset 0 stays offset 0 and the largest offset stays the largest, so that a bias keeps its meaning as a fraction of
-    the image.
+    the image. Grids are (H, W).
 
     Args:
         table: (heads, H * W); entry dy * W + dx is the bias of positions dy rows and dx columns apart.
-        grid: H and W.
-        new_grid: H and W of the result.
 
     Returns:
         (heads, new H * new W), in the dtype of the table.

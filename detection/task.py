@@ -15,17 +15,11 @@ class DetectionTask(TrainingTask):
     Args:
         model: Detector with torchvision's interface: losses of (images, targets) in training.
         description: Plain values to rebuild the detector from; saved in checkpoints.
-        device: Device of the task.
-        verbose: Log what is set up.
     """
 
     def __init__(
-            self,
-            model: nn.Module,
-            description: dict[str, Any],
-            device: torch.device | None = None,
-            verbose: bool = True,
-    ):
+            self, model: nn.Module, description: dict[str, Any], device: torch.device | None = None,
+            verbose: bool = True):
         super().__init__(device=device, verbose=verbose)
         self.trainable_module = model
         self.description = description
@@ -57,12 +51,8 @@ class DetectionTask(TrainingTask):
         return dict(detector=self.description)
 
     def load_task_state(
-            self,
-            state: dict[str, Any] | None,
-            strict: bool = True,
-            module: nn.Module | None = None,
-            ema: bool = False,
-    ) -> None:
+            self, state: dict[str, Any] | None, strict: bool = True, module: nn.Module | None = None,
+            ema: bool = False) -> None:
         """Refuse a checkpoint of other classes, which loads silently if there are as many."""
         names, own = (description['class_names'] for description in (state['detector'], self.description))
         if names != own:

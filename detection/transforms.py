@@ -10,11 +10,7 @@ AUGMENTATIONS = ('none', 'hflip', 'multiscale', 'lsj', 'ssd')
 
 
 def create_transform(
-        name: str,
-        size: int,
-        mean: tuple[float, ...] = (0.485, 0.456, 0.406),
-        hflip: float = 0.5,
-) -> v2.Transform:
+        name: str, size: int, mean: tuple[float, ...] = (0.485, 0.456, 0.406), hflip: float = 0.5) -> v2.Transform:
     """Create an augmentation.
 
     Args:
@@ -23,7 +19,6 @@ def create_transform(
             IoU crops (Liu et al. 2016, 1512.02325); 'none'.
         size: Side of the square of 'lsj'.
         mean: Pixel mean, 0-1 scale, used as fill colour.
-        hflip: Probability of a horizontal flip.
     """
     fill = [round(255 * value) for value in mean]
     flip = v2.RandomHorizontalFlip(hflip)

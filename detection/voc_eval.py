@@ -26,10 +26,7 @@ def average_precision(recall: np.ndarray, precision: np.ndarray) -> tuple[float,
 
 
 def class_average_precision(
-        records: Sequence[Record],
-        detections: Sequence[dict[str, np.ndarray]],
-        label: int,
-) -> tuple[float, float]:
+        records: Sequence[Record], detections: Sequence[dict[str, np.ndarray]], label: int) -> tuple[float, float]:
     """Compute both average precisions of one class; nan if the class has no objects that count.
 
     In order of falling score, each detection is compared with the object of its class and image that it overlaps most.
@@ -80,10 +77,7 @@ def voc_metrics(
 ) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
     """Compute VOC's mean average precision in per cent.
 
-    Args:
-        records: Images with their objects.
-        detections: For each image `boxes` (N, 4), `scores` (N,) and `labels` (N,).
-        class_names: Names of labels 1, 2, ...
+    Detections of an image are `boxes` (N, 4), `scores` (N,) and `labels` (N,) from 1.
 
     Returns:
         `voc07_11pt` and `voc_area`, averaged over the classes with objects; and both for each of these classes.

@@ -4,11 +4,4 @@ from .images.sources import open_source
 from .loaders import create_loaders
 from .sample import sample_dir
 
-__all__ = [
-    'WriteSettings',
-    'convert',
-    'create_loaders',
-    'open_source',
-    'sample_dir',
-    'write_beton',
-]
+__all__ = ['WriteSettings', 'convert', 'create_loaders', 'open_source', 'sample_dir', 'write_beton']

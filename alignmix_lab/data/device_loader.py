@@ -75,15 +75,7 @@ class DeviceLoader:
     """Loader of (images, labels) on a device: (B, C, H, W) float32, normalised there from uint8, and (B,) int64.
 
     It wraps timm's PrefetchLoader: the next batch is transferred while the current one is used. Every batch has its own
-    memory, so tensors stay valid after the loop moves on.
-
-    Attributes:
-        num_samples: Samples of the whole split, over all ranks.
-
-    Args:
-        batches: CPU batches of this rank.
-        options: Device, normalisation, memory format and random erasing.
-        train: Whether to erase at random, if the options say so.
+    memory, so tensors stay valid after the loop moves on. `num_samples` counts the whole split, over all ranks.
     """
 
     def __init__(self, batches: Batches, options: LoaderOptions, train: bool):
@@ -100,14 +92,10 @@ class DeviceLoader:
             self._prefetcher.random_erasing = SeededErasing(self._prefetcher.random_erasing, options.seed, device)
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """Select the epoch of the following iterations.
+        """Select the epoch of the following iterations, and the first batch to yield; earlier ones are not read.
 
         Order and augmentation depend only on the seed and the epoch, so an epoch that is entered late continues exactly
-        like one that was read from the beginning.
-
-        Args:
-            epoch: Index of the epoch.
-            start: First batch to yield; earlier ones are not read. len() is still that of the whole epoch.
+        like one that was read from the beginning. len() is still that of the whole epoch.
 
         Raises:
             ValueError: The epoch has fewer batches.

@@ -152,11 +152,7 @@ def _timm_loaders(o: LoaderOptions) -> Loaders:
 
 
 def open_split_source(
-        o: LoaderOptions,
-        split: str,
-        train: bool,
-        class_to_idx: dict[str, int] | None = None,
-) -> ImageSource:
+        o: LoaderOptions, split: str, train: bool, class_to_idx: dict[str, int] | None = None) -> ImageSource:
     """Open the images of a split; see :func:`open_source`."""
     return open_source(
         o.data_dir, o.dataset, split, o.class_map, o.dataset_download, class_to_idx, is_training=train,
@@ -164,11 +160,7 @@ def open_split_source(
 
 
 def timm_loader(
-        source: ImageSource,
-        o: LoaderOptions,
-        train: bool,
-        make_transform: Callable | None = None,
-) -> DeviceLoader:
+        source: ImageSource, o: LoaderOptions, train: bool, make_transform: Callable | None = None) -> DeviceLoader:
     """Create the loader of an open source; its transform defaults to that of the options."""
     from .timm_loader import StreamBatches, TimmBatches
     batches = StreamBatches if source.is_stream else TimmBatches

@@ -54,46 +54,26 @@ class TrainDataOptions(SourceOptions):
 
 @dataclass
 class LoaderOptions(TrainDataOptions):
-    """Everything a loader needs: the user's options plus what the model and the launcher decide.
+    """Everything a loader needs: the user's options plus what the model and the launcher decide."""
 
-    Attributes:
-        input_size: (channels, height, width).
-        mean: Per channel, for pixels in [0, 1].
-        std: Per channel, for pixels in [0, 1].
-        interpolation: Resize interpolation in evaluation (timm loader; FFCV averages areas).
-        crop_pct: Side of the evaluation centre crop, relative to the shorter image side.
-        crop_mode: Evaluation crop: 'center', or 'squash' to keep the whole image (timm loader).
-        batch_size: Training samples per batch and rank.
-        validation_batch_size: Evaluation samples per batch and rank; None uses batch_size.
-        workers: Threads (FFCV) or processes (timm) per loader.
-        pin_mem: Pin the batches in memory (timm; FFCV always does so for CUDA).
-        device: Device of the batches.
-        channels_last: Use the channels-last memory format.
-        seed: Seed for order and augmentation; the same on all ranks.
-        rank: Rank of this process.
-        world_size: Number of processes.
-        num_classes: Classes of the model; labels must be below. None takes the number from the data.
-        os_cache: FFCV only: read through the page cache, which all processes of a machine share (True), or page by page
-            into the memory of each process, which shuffles within a window only (False). None uses the page cache if
-            the file fits in memory.
-    """
-
-    input_size: tuple[int, int, int] = (3, 224, 224)
-    mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN
-    std: tuple[float, ...] = IMAGENET_DEFAULT_STD
-    interpolation: str = 'bilinear'
-    crop_pct: float = 0.875
-    crop_mode: str = 'center'
-    batch_size: int = 128
-    validation_batch_size: int | None = None
-    workers: int = 4
-    pin_mem: bool = False
+    input_size: tuple[int, int, int] = (3, 224, 224)  # (channels, height, width)
+    mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN  # per channel, for pixels in [0, 1]
+    std: tuple[float, ...] = IMAGENET_DEFAULT_STD  # per channel, for pixels in [0, 1]
+    interpolation: str = 'bilinear'  # resize interpolation in evaluation (timm loader; FFCV averages areas)
+    crop_pct: float = 0.875  # side of the evaluation centre crop, relative to the shorter image side
+    crop_mode: str = 'center'  # evaluation crop: 'center', or 'squash' to keep the whole image (timm loader)
+    batch_size: int = 128  # training samples per batch and rank
+    validation_batch_size: int | None = None  # evaluation samples per batch and rank; None uses batch_size
+    workers: int = 4  # threads (FFCV) or processes (timm) per loader
+    pin_mem: bool = False  # pin the batches in memory (timm; FFCV always does so for CUDA)
     device: torch.device | str = 'cpu'
     channels_last: bool = False
-    seed: int = 42
+    seed: int = 42  # seed for order and augmentation; the same on all ranks
     rank: int = 0
-    world_size: int = 1
-    num_classes: int | None = None
+    world_size: int = 1  # processes
+    num_classes: int | None = None  # classes of the model; labels must be below. None takes the number from the data
+    # FFCV only: read through the page cache, which all processes of a machine share (True), or page by page into the
+    # memory of each process, which shuffles within a window only (False). None: the page cache if the file fits there.
     os_cache: bool | None = None
 
     @classmethod

@@ -14,13 +14,8 @@ def shuffled(num_samples: int, seed: int, epoch: int) -> np.ndarray:
 def quasi_shuffled(pages: np.ndarray, seed: int, epoch: int, window: int) -> np.ndarray:
     """Random order that needs only about `window` pages of the file at any time.
 
-    Pages come in random order, and each sample is delayed by up to `window` pages at random.
-
-    Args:
-        pages: (N,) page number of each sample.
-        seed: Seed of the run.
-        epoch: Epoch to shuffle for.
-        window: Number of pages that are mixed.
+    Pages come in random order, and each sample is delayed by up to `window` pages at random; `pages` (N,) holds the
+    page number of each sample.
     """
     rng = np.random.default_rng([seed, epoch])
     _, page_of_sample = np.unique(pages, return_inverse=True)
@@ -43,13 +38,7 @@ def train_batches(num_samples: int, batch_size: int, world_size: int) -> int:
     return batches
 
 
-def train_shard(
-        order: np.ndarray,
-        batch_size: int,
-        rank: int,
-        world_size: int,
-        contiguous: bool = False,
-) -> np.ndarray:
+def train_shard(order: np.ndarray, batch_size: int, rank: int, world_size: int, contiguous: bool = False) -> np.ndarray:
     """Samples of a global order that one rank trains on.
 
     By default ranks take turns, so that step k of all ranks together uses samples [k * B, (k + 1) * B) of the order (B

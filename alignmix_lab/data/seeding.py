@@ -36,13 +36,7 @@ def seed_generators(*key: int, device: torch.device | None = None) -> None:
 
 
 class SeededErasing:
-    """timm's random erasing, seeded for each sample with (seed, epoch, number of the sample).
-
-    Args:
-        erasing: timm's operation.
-        seed: Seed of the run.
-        device: Device of the batches.
-    """
+    """timm's random erasing, seeded for each sample with (seed, epoch, number of the sample)."""
 
     def __init__(self, erasing: RandomErasing, seed: int, device: torch.device):
         self._erasing = erasing
@@ -53,8 +47,7 @@ class SeededErasing:
 
     def begin(self, epoch: int, numbers: Iterator[int]) -> None:
         """Start an epoch whose samples have these numbers, in this order."""
-        self._epoch = epoch
-        self._numbers = numbers
+        self._epoch, self._numbers = epoch, numbers
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """Erase in (B, C, H, W) images, in place."""

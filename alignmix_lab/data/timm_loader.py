@@ -83,11 +83,7 @@ class _TransformedImages(torch.utils.data.Dataset):
 class TimmBatches(IndexedBatches):
     """CPU batches of one rank from a dataset with random access: uint8 images and int64 labels.
 
-    Args:
-        source: Images and labels.
-        make_transform: Returns timm's create_transform(use_prefetcher=True) for a (height, width).
-        options: Loader options.
-        train: Shuffled full batches, or every sample once in order.
+    `make_transform` returns timm's create_transform(use_prefetcher=True) for a (height, width).
     """
 
     def __init__(self, source: ImageSource, make_transform: MakeTransform, options: LoaderOptions, train: bool):

@@ -11,12 +11,7 @@ Size = tuple[int, int]  # (height, width) in pixels
 
 
 class SizedTransform:
-    """Transform of a split for any image size; created once per size and picklable for worker processes.
-
-    Args:
-        options: Loader options.
-        train: Training or evaluation transform.
-    """
+    """Transform of a split for any image size; created once per size and picklable for worker processes."""
 
     def __init__(self, options: LoaderOptions, train: bool):
         self._options = options

@@ -46,18 +46,11 @@ class NotApplicable(ValueError):
 
 @dataclass(frozen=True)
 class Protocol:
-    """An evaluation.
-
-    Attributes:
-        name: Name on the command line and of the result files.
-        options: Dataclass of its own options.
-        run: Computes the result.
-        timed: Whether it measures time, so that the result also depends on the machine.
-    """
-    name: str
-    options: type[Options]
+    """An evaluation."""
+    name: str  # name on the command line and of the result files
+    options: type[Options]  # its own
     run: Callable[[Evaluation], Result]
-    timed: bool = False
+    timed: bool = False  # whether it measures time, so that the result also depends on the machine
 
     @property
     def help(self) -> str:
@@ -68,10 +61,7 @@ _protocols: dict[str, Protocol] = {}
 
 
 def register_protocol(
-        name: str,
-        options: type[Options] = Options,
-        timed: bool = False,
-) -> Callable[[Callable], Callable]:
+        name: str, options: type[Options] = Options, timed: bool = False) -> Callable[[Callable], Callable]:
     """Register a function as the protocol `name`.
 
     Raises:

@@ -28,8 +28,6 @@ class Evaluation:
 
     Attributes:
         config: All options, including those of the protocol.
-        accelerator: Processes and device.
-        output: Folder of the results.
         used: Descriptions of the data that the running protocol has used, in order.
     """
 
@@ -57,11 +55,9 @@ class Evaluation:
         return open_models(self.config, self.device)
 
     def loader(self, model: EvalModel, split: str | None = None) -> EvalLoader:
-        """Open this process's share of a split in the form that a model takes; models that take the same share it.
+        """Open this process's share of a split (default: --split) in the form that a model takes.
 
-        Args:
-            model: The model.
-            split: Name of the split; None for --split.
+        Models that take the same share get the same loader.
         """
         split, names = split or self.config.split, model.class_names
         options = self._loader_options(model, num_classes=model.num_classes)
@@ -69,17 +65,11 @@ class Evaluation:
         return self._open_once(self._loaders, key, partial(open_split, options, split, names))
 
     def unlabelled(
-            self,
-            model: EvalModel,
-            source: ImageSource,
-            make_transform: Callable[[Size], Callable] | None = None,
-            **options: Any,
-    ) -> EvalLoader:
+            self, model: EvalModel, source: ImageSource, make_transform: Callable[[Size], Callable] | None = None,
+            **options: Any) -> EvalLoader:
         """Open this process's share of images without classes; models that take the same images share it.
 
         Args:
-            model: The model.
-            source: The images.
             make_transform: Other than timm's transform: returns a function from a PIL image to (C, H, W) uint8.
             **options: Loader options other than the model's.
         """
@@ -104,22 +94,11 @@ class Evaluation:
 
     @torch.inference_mode()
     def measure(
-            self,
-            name: str,
-            batches: Iterable[Batch],
-            total: int,
-            function: Callable[[Batch], dict[str, Any]],
-    ) -> dict[str, np.ndarray]:
+            self, name: str, batches: Iterable[Batch], total: int,
+            function: Callable[[Batch], dict[str, Any]]) -> dict[str, np.ndarray]:
         """Apply a function to every batch, under --amp and without gradients, and gather the values of all images.
 
-        Args:
-            name: Title of the progress bar.
-            batches: Batches of this process.
-            total: Number of batches.
-            function: Returns arrays or tensors by name, with one entry per image.
-
-        Returns:
-            As :meth:`gather`.
+        The function returns arrays or tensors by name, with one entry per image; the result is that of :meth:`gather`.
         """
         indices: list[torch.Tensor] = []
         found: dict[str, list[Any]] = {}
@@ -175,9 +154,7 @@ class Evaluation:
     def store(self, name: str, **facts: Any) -> Store:
         """Open a store for intermediate values of a long computation, so that it can resume after an interruption.
 
-        Args:
-            name: Name of the computation, part of the file name.
-            **facts: Everything that its values depend on (fingerprint of the model, options, data).
+        `facts` are everything that its values depend on (fingerprint of the model, options, data).
         """
         self._stores.append(Store(self.output / '.partial', name, facts, self.accelerator.process_index))
         return self._stores[-1]

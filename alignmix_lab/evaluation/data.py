@@ -16,26 +16,14 @@ from alignmix_lab.data.options import LoaderOptions
 
 @dataclass
 class Batch:
-    """Images of this process.
-
-    Attributes:
-        images: (B, C, H, W) float32 pixels in [0, 1], on the device.
-        labels: (B,) int64, on the device.
-        indices: (B,) int64 positions in the dataset, on the CPU.
-    """
-    images: torch.Tensor
-    labels: torch.Tensor
-    indices: torch.Tensor
+    """Images of this process."""
+    images: torch.Tensor  # (B, C, H, W) float32 pixels in [0, 1], on the device
+    labels: torch.Tensor  # (B,) int64, on the device
+    indices: torch.Tensor  # (B,) int64 positions in the dataset, on the CPU
 
 
 class EvalLoader:
-    """Batches of this process from one split, in dataset order.
-
-    Attributes:
-        num_samples: Images of the split, over all processes.
-        class_names: Class names of the data in order, if known.
-        description: Data source, for the result files.
-    """
+    """Batches of this process from one split, in dataset order; `num_samples` counts those of all processes."""
 
     def __init__(self, loader: DeviceLoader, class_names: list[str] | None, where: str):
         self._loader = loader
@@ -84,13 +72,7 @@ def open_split(o: LoaderOptions, split: str, class_names: list[str] | None) -> E
 
 
 def open_unlabelled(source: ImageSource, o: LoaderOptions, make_transform: Callable | None = None) -> EvalLoader:
-    """Open images without classes; their labels have no meaning.
-
-    Args:
-        source: The images.
-        o: Loader options.
-        make_transform: Returns a function from a PIL image to (C, H, W) uint8 for an (H, W); default: timm's transform.
-    """
+    """Open images without classes; their labels have no meaning. See :meth:`Evaluation.unlabelled`."""
     return EvalLoader(timm_loader(source, o, False, make_transform), None, source.title)
 
 
@@ -110,13 +92,8 @@ def _find_beton(o: LoaderOptions, split: str) -> Path | None:
 
 
 def _check_classes(
-        where: str,
-        found: int | None,
-        names: list[str] | None,
-        model_names: list[str] | None,
-        num_classes: int | None,
-        mapped: bool,
-) -> None:
+        where: str, found: int | None, names: list[str] | None, model_names: list[str] | None, num_classes: int | None,
+        mapped: bool) -> None:
     if num_classes is None or found is None:
         return
     if found > num_classes or (found < num_classes and not mapped):

@@ -27,11 +27,6 @@ class PixelModel(nn.Module):
     """A timm model that normalises pixels in [0, 1] itself and stays in evaluation mode, also after `train()`.
 
     Its parameters do not require gradients.
-
-    Args:
-        network: The timm model.
-        mean: Per channel, of pixels in [0, 1].
-        std: Per channel, of pixels in [0, 1].
     """
 
     def __init__(self, network: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]):
@@ -67,20 +62,12 @@ def eval_mode(model: nn.Module) -> Iterator[nn.Module]:
 
 @dataclass
 class EvalModel:
-    """A model under evaluation.
-
-    Attributes:
-        label: Short name in tables and pictures.
-        network: The network with its normalisation; `network.network` is the timm model.
-        data_config: `input_size`, `mean`, `std`, `interpolation`, `crop_pct` and `crop_mode` of its images.
-        class_names: Names of its classes in order, if known.
-        training: Facts of its training (`mix`, `mix_options`, `dataset`, ...), empty if unknown.
-    """
-    label: str
-    network: PixelModel
-    data_config: dict[str, Any]
-    class_names: list[str] | None
-    training: dict[str, Any]
+    """A model under evaluation."""
+    label: str  # short name in tables and pictures
+    network: PixelModel  # the network with its normalisation; `network.network` is the timm model
+    data_config: dict[str, Any]  # input_size, mean, std, interpolation, crop_pct and crop_mode of its images
+    class_names: list[str] | None  # names of its classes in order, if known
+    training: dict[str, Any]  # facts of its training (`mix`, `mix_options`, `dataset`, ...), empty if unknown
 
     @property
     def num_classes(self) -> int:

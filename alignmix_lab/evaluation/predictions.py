@@ -7,22 +7,13 @@ import torch
 
 @dataclass(frozen=True)
 class Predictions:
-    """Predictions for N images, in dataset order; probabilities in float64.
-
-    Attributes:
-        label: (N,) true class.
-        prediction: (N,) most probable class.
-        confidence: (N,) its probability.
-        rank: (N,) number of classes that are more probable than the true one; ties go to the lower index.
-        nll: (N,) negative log-probability of the true class, in nats.
-        brier: (N,) sum over classes of (probability - 1[true class])^2.
-    """
-    label: np.ndarray
-    prediction: np.ndarray
-    confidence: np.ndarray
-    rank: np.ndarray
-    nll: np.ndarray
-    brier: np.ndarray
+    """Predictions for N images, in dataset order; probabilities in float64."""
+    label: np.ndarray  # (N,) true class
+    prediction: np.ndarray  # (N,) most probable class
+    confidence: np.ndarray  # (N,) its probability
+    rank: np.ndarray  # (N,) number of classes that are more probable than the true one; ties go to the lower index
+    nll: np.ndarray  # (N,) negative log-probability of the true class, in nats
+    brier: np.ndarray  # (N,) sum over classes of (probability - 1[true class])^2
 
     @property
     def correct(self) -> np.ndarray:
@@ -35,12 +26,7 @@ class Predictions:
 
 
 def summarize(logits: torch.Tensor, labels: torch.Tensor, where: str) -> dict[str, torch.Tensor]:
-    """Compute the entries of `Predictions` for a batch.
-
-    Args:
-        logits: (B, C).
-        labels: (B,) int64.
-        where: Name of the model, for errors.
+    """Compute the entries of `Predictions` from logits (B, C) and labels (B,); `where` names the model in errors.
 
     Raises:
         ValueError: Logits that are not finite.
@@ -63,11 +49,7 @@ def summarize(logits: torch.Tensor, labels: torch.Tensor, where: str) -> dict[st
 
 
 def check_finite(logits: torch.Tensor, where: str) -> None:
-    """Check logits or embeddings.
-
-    Raises:
-        ValueError: Some are NaN or infinite.
-    """
+    """Check logits or embeddings, and raise ValueError if some are NaN or infinite."""
     bad = (~logits.isfinite()).any(dim=1).sum().item()
     if bad:
         raise ValueError(

@@ -232,11 +232,7 @@ def method_order(name: str) -> tuple[int, str]:
 def differences(figure: Figure, dataset: str, network: str, epochs: int | None) -> dict[str, str]:
     """What a measurement differs in from the published setting; empty where nothing is known to differ.
 
-    Args:
-        figure: The published one.
-        dataset: Data of the measurement, by :func:`dataset_name`.
-        network: Its network, by :func:`network_name`.
-        epochs: Epochs of its training, None where they are not known.
+    The names are those of :func:`dataset_name` and :func:`network_name`; epochs are None where they are not known.
 
     Returns:
         For 'data', 'network' and 'epochs', as far as they differ, both sides in words.

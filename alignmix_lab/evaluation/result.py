@@ -26,37 +26,23 @@ BOLD = (
 
 @dataclass(frozen=True)
 class Column:
-    """How a column is shown in tables; CSV and JSON hold the values in full.
-
-    Attributes:
-        title: Heading.
-        format: Format of numbers, as in f-strings.
-        better: 'higher' or 'lower' marks the best value of the column in bold; None marks none.
-        error: Key of the values' standard errors in the rows; a best value that leads the next one by no more than the
-            standard error of their difference is not marked.
-    """
+    """How a column is shown in tables; CSV and JSON hold the values in full."""
     title: str
-    format: str = '.2f'
-    better: str | None = None
+    format: str = '.2f'  # format of numbers, as in f-strings
+    better: str | None = None  # 'higher' or 'lower' marks the best value of the column in bold; None marks none
+    # Key of the values' standard errors in the rows; a best value that leads the next one by no more than the standard
+    # error of their difference is not marked.
     error: str | None = None
 
 
 @dataclass
 class Result:
-    """What a protocol found.
-
-    Attributes:
-        columns: Key of the rows: how it is shown, in order. 'model' comes first by itself.
-        rows: One per line of the table; missing keys and None are shown as '-'.
-        notes: Definitions and facts that a reader of the table needs.
-        details: Anything more for the JSON file.
-        figures: By suffix of the file's name; '' is the protocol's own picture.
-    """
-    columns: dict[str, Column]
-    rows: list[dict[str, Any]]
-    notes: list[str] = field(default_factory=list)
-    details: dict[str, Any] = field(default_factory=dict)
-    figures: dict[str, Figure] = field(default_factory=dict)
+    """What a protocol found."""
+    columns: dict[str, Column]  # key of the rows: how it is shown, in order. 'model' comes first by itself
+    rows: list[dict[str, Any]]  # one per line of the table; missing keys and None are shown as '-'
+    notes: list[str] = field(default_factory=list)  # definitions and facts that a reader of the table needs
+    details: dict[str, Any] = field(default_factory=dict)  # anything more for the JSON file
+    figures: dict[str, Figure] = field(default_factory=dict)  # by suffix of the file; '' is the protocol's own
 
 
 def plain(value: Any) -> Any:
@@ -163,17 +149,9 @@ def as_csv(result: Result) -> str:
 
 
 def write_result(folder: Path, name: str, help: str, result: Result, facts: dict[str, Any]) -> list[Path]:
-    """Write NAME.csv, NAME.md, its pictures NAME.png and NAME-SUFFIX.png, and last NAME.json.
+    """Write NAME.csv, NAME.md, its pictures NAME.png and NAME-SUFFIX.png, and last NAME.json; returns the files.
 
-    Args:
-        folder: Where to.
-        name: Name of the protocol.
-        help: What it measures.
-        result: What it found.
-        facts: What else the JSON file holds; `environment`, `command` and `data` are also shown on the page.
-
-    Returns:
-        The files.
+    `facts` are what else the JSON file holds; `environment`, `command` and `data` are also shown on the page.
     """
     files: dict[str, bytes] = {}
     for suffix, figure in result.figures.items():

@@ -21,16 +21,9 @@ _logger = logging.getLogger(__name__)
 
 
 def evaluate(name: str, config: EvalConfig) -> dict[str, Result]:
-    """Run a protocol, or all of them, on every process of the launcher.
+    """Run a protocol, or 'all' of them, on every process of the launcher; `config` is an `options_class(name)`.
 
-    Results in the output folder for the same models, data and options are kept.
-
-    Args:
-        name: Name of a protocol or 'all'.
-        config: Its options, an instance of `options_class(name)`.
-
-    Returns:
-        The result of each protocol that was computed.
+    Results in the output folder for the same models, data and options are kept; the others are returned by protocol.
 
     Raises:
         ValueError: The models, the data or an option do not fit; the message states the remedy.

@@ -19,17 +19,8 @@ class Store:
     """Values by image, written to disk after every batch.
 
     Entries are keyed by position in the dataset, so that a run can resume with another batch size or number of
-    processes. The file name contains a hash of everything that the values depend on: for other models, options or data
-    the store is empty.
-
-    Args:
-        folder: Folder of the files.
-        name: Name of the computation.
-        facts: Everything that the values depend on, as plain values.
-        rank: Rank of this process, which writes its own file and reads those of all ranks.
-
-    Attributes:
-        done: Values by position in the dataset.
+    processes. The file name contains a hash of `facts`, everything that the values depend on: for other models, options
+    or data the store is empty. Each rank writes its own file and reads those of all ranks.
     """
 
     def __init__(self, folder: Path, name: str, facts: dict[str, Any], rank: int):

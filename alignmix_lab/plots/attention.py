@@ -13,13 +13,8 @@ _FORMS = (('gap', 'relu'), ('gap', 'softmax'), ('cam', 'relu'), ('cam', 'softmax
 
 
 def attention(
-        model: nn.Module,
-        pixels: torch.Tensor,
-        labels: torch.Tensor | None = None,
-        class_names: list[str] | None = None,
-        n: int = 1000,
-        seed: int = 0,
-) -> Figure:
+        model: nn.Module, pixels: torch.Tensor, labels: torch.Tensor | None = None,
+        class_names: list[str] | None = None, n: int = 1000, seed: int = 0) -> Figure:
     """Draw every form of attention, and the share of each image in the mixed examples of each position.
 
     Args:

@@ -15,13 +15,8 @@ from .images import network_input
 
 
 def hull(
-        model: nn.Module,
-        pixels: torch.Tensor,
-        names: Sequence[str] | None = None,
-        n: int = 1000,
-        alpha: float = 2.0,
-        seed: int = 0,
-) -> Figure:
+        model: nn.Module, pixels: torch.Tensor, names: Sequence[str] | None = None, n: int = 1000, alpha: float = 2.0,
+        seed: int = 0) -> Figure:
     """Draw the embeddings of a mini-batch and their mixes in the plane of the two principal directions.
 
     Args:

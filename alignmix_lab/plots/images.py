@@ -116,12 +116,7 @@ def show(ax: Axes, pixels_CHW: torch.Tensor, title: str = '', frame: str | None 
 
 
 def spotlight(
-        ax: Axes,
-        pixels_CHW: torch.Tensor,
-        weight_HW: torch.Tensor,
-        title: str = '',
-        frame: str | None = None,
-) -> None:
+        ax: Axes, pixels_CHW: torch.Tensor, weight_HW: torch.Tensor, title: str = '', frame: str | None = None) -> None:
     """Draw an image that is bright where the weights are large relative to their maximum, else dim and grey."""
     side = pixels_CHW.shape[1:]
     lit = weight_HW / weight_HW.max().clamp_min(1e-12)

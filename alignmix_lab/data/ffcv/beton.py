@@ -32,14 +32,7 @@ def _fields() -> dict:
 
 
 def encode_sample(pixels: np.ndarray, label: int, as_jpeg: bool, jpeg_quality: int) -> EncodedSample:
-    """Encode an image with FFCV's image field.
-
-    Args:
-        pixels: (H, W, 3) uint8.
-        label: Class index.
-        as_jpeg: Store as JPEG, unless that is larger than the raw pixels.
-        jpeg_quality: 1 to 100.
-    """
+    """Encode an image (H, W, 3) uint8 with FFCV's image field: as raw pixels unless a JPEG is wanted and no larger."""
     field_type = import_ffcv().fields.rgb_image.RGBImageField
     for mode in ('jpg', 'raw') if as_jpeg else ('raw',):
         field = field_type(write_mode=mode, jpeg_quality=jpeg_quality)
@@ -67,13 +60,7 @@ def page_size_for(max_side: int) -> int:
 
 
 class BetonWriter:
-    """Sequential writer of one .beton file.
-
-    Args:
-        path: File to create.
-        capacity: Maximum number of samples.
-        page_size: Page size in bytes, a power of two.
-    """
+    """Sequential writer of one .beton file of at most `capacity` samples; the page size in bytes is a power of two."""
 
     def __init__(self, path: Path, capacity: int, page_size: int = MIN_PAGE_SIZE):
         self._types = import_ffcv().types

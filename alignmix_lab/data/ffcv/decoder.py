@@ -53,9 +53,7 @@ def epoch_key(seed: int, epoch: int) -> np.uint64:
 def random_resized_crop(scale: tuple[float, float], ratio: tuple[float, float]) -> Callable:
     """Compile (seed, height, width) -> (top, left, height, width), distributed as torchvision's RandomResizedCrop.
 
-    Args:
-        scale: Range of the crop's area, relative to the image's.
-        ratio: Range of the crop's aspect ratio.
+    `scale` is the range of the crop's area, relative to the image's, and `ratio` that of its aspect ratio.
     """
     smallest, largest = map(float, scale)
     narrowest, widest = map(float, ratio)
@@ -109,12 +107,8 @@ class SeededDecoder(_ffcv.fields.rgb_image.SimpleRGBImageDecoder):
     """Decode, crop, resize (by area averages) and flip in one compiled loop over the batch.
 
     Each batch has three buffers: the images, the epoch key of each sample, which must be filled in first, and the
-    status of each sample, 0 if it was decoded without error.
-
-    Args:
-        side: Output height and width in pixels; takes effect at the next memory allocation, without recompilation.
-        crop: From random_resized_crop() or centre_crop().
-        hflip: Probability of a horizontal flip.
+    status of each sample, 0 if it was decoded without error. A new `side` takes effect at the next memory allocation,
+    without recompilation.
     """
 
     def __init__(self, side: int, crop: Callable, hflip: float):

@@ -112,12 +112,7 @@ class FFCVBatches(IndexedBatches):
     """CPU batches of one rank: uint8 images and int64 labels.
 
     Training uses random resized crops and flips (with no_aug: centre crops of the full shorter side, not flipped),
-    evaluation centre crops.
-
-    Args:
-        info: The file, from inspect_beton().
-        options: Loader options; the number of workers is clipped to the visible CPUs.
-        train: Shuffled full batches, or every sample once in order.
+    evaluation centre crops. The number of workers is clipped to the visible CPUs.
 
     Raises:
         ValueError: Too few samples, images too small for the crop, or an input size that FFCV does not support.

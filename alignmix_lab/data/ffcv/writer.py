@@ -33,22 +33,13 @@ MIN_SIDE = 2  # a crop of a thinner image may round to zero pixels, which crashe
 
 @dataclass(frozen=True)
 class WriteSettings:
-    """Storage settings. The defaults are ffcv-imagenet's for ResNet-50: 500 px, half of the images as JPEG, quality 90.
-
-    Args:
-        max_resolution: Maximum longer side in pixels; larger images are reduced.
-        write_mode: 'proportion' (JPEG with compress_probability, else raw pixels), 'jpg' or 'raw'.
-        compress_probability: Share of JPEG images in 'proportion'.
-        jpeg_quality: 1 to 100.
-        max_pixels: Maximum number of pixels to decode (JPEGs are reduced while decoding).
-        seed: Seed for the sample order and for the choice of JPEG or raw.
-    """
-    max_resolution: int = 500
-    write_mode: str = 'proportion'
-    compress_probability: float = 0.5
+    """Storage settings; the defaults are ffcv-imagenet's for ResNet-50: 500 px, half of the images JPEG, quality 90."""
+    max_resolution: int = 500  # maximum longer side in pixels; larger images are reduced
+    write_mode: str = 'proportion'  # 'proportion' (JPEG with compress_probability, else raw pixels), 'jpg' or 'raw'
+    compress_probability: float = 0.5  # share of JPEG images in 'proportion'
     jpeg_quality: int = 90
-    max_pixels: int = MAX_PIXELS
-    seed: int = 0
+    max_pixels: int = MAX_PIXELS  # maximum number of pixels to decode (JPEGs are reduced while decoding)
+    seed: int = 0  # seed for the sample order and for the choice of JPEG or raw
 
     def __post_init__(self):
         if self.write_mode not in ('proportion', 'jpg', 'raw'):
@@ -138,23 +129,16 @@ def _samples(source: ImageSource, settings: WriteSettings, workers: int, shuffle
 
 
 def write_beton(
-        source: ImageSource,
-        path: str | Path,
-        settings: WriteSettings | None = None,
-        workers: int | None = None,
-        shuffle: bool = False,
-        progress: bool = True,
-) -> WriteReport:
+        source: ImageSource, path: str | Path, settings: WriteSettings | None = None, workers: int | None = None,
+        shuffle: bool = False, progress: bool = True) -> WriteReport:
     """Write one split to a .beton file, with a JSON description and the list of unreadable images beside it.
 
+    An existing file is replaced when the new one is complete.
+
     Args:
-        source: Images and labels, from open_source().
-        path: File to write; an existing one is replaced when the new one is complete.
-        settings: Storage settings; None for those of ffcv-imagenet.
         workers: Worker processes; None for one per visible CPU, 0 for this process.
         shuffle: Store the samples in random order. Advisable for training sets: a file in class order cannot be
             shuffled well if it is too large for memory and read page by page.
-        progress: Show a progress bar.
 
     Raises:
         RuntimeError: No image could be read, or a worker failed.
@@ -200,13 +184,8 @@ def unreadable_path(path: Path) -> Path:
 
 
 def _write_reports(
-        path: Path,
-        source: ImageSource,
-        settings: WriteSettings,
-        checksums: dict,
-        num_samples: int,
-        unreadable: list[Unreadable],
-) -> None:
+        path: Path, source: ImageSource, settings: WriteSettings, checksums: dict, num_samples: int,
+        unreadable: list[Unreadable]) -> None:
     listing = unreadable_path(path)
     listing.unlink(missing_ok=True)
     if unreadable or source.skipped:
@@ -257,20 +236,9 @@ def convert(
         overwrite: bool = False,
         progress: bool = True,
 ) -> list[WriteReport]:
-    """Write train.beton and val.beton, after opening and checking both splits.
+    """Write train.beton and val.beton, after opening and checking both splits; '' as a split skips it.
 
-    Args:
-        data_dir: ImageFolder root, or the folder of a named dataset.
-        output: Folder to write to.
-        dataset: timm dataset name; '' for folders.
-        train_split: Training split; '' to skip it.
-        val_split: Evaluation split; '' to skip it.
-        class_map: timm class map file; '' for none.
-        dataset_download: Let the dataset's library download it.
-        settings: Storage settings.
-        workers: Worker processes.
-        overwrite: Replace existing files.
-        progress: Show a progress bar.
+    For the source see :func:`open_source`, for the files :func:`write_beton`.
 
     Raises:
         ImportError: FFCV is not installed.

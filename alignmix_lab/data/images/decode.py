@@ -64,12 +64,8 @@ def _to_eight_bits(image: Image.Image, bits: int) -> Image.Image:
 
 
 def decode_image(
-        source: Image.Image | BinaryIO | str | Path,
-        mode: str = 'RGB',
-        max_side: int | None = None,
-        max_pixels: int = MAX_PIXELS,
-        upright: bool = True,
-) -> Image.Image:
+        source: Image.Image | BinaryIO | str | Path, mode: str = 'RGB', max_side: int | None = None,
+        max_pixels: int = MAX_PIXELS, upright: bool = True) -> Image.Image:
     """Decode every pixel of an image, upright and as 8-bit `mode`.
 
     Grey, 16-bit, CMYK, palette and transparent images become RGB; transparency is dropped, as in timm. Animations yield

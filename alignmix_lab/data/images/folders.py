@@ -67,7 +67,6 @@ class FolderReader(ReaderImageFolder):
 
     Attributes:
         samples: (file name, label) of every image, in natural order.
-        class_to_idx: Labels by folder name.
         skipped: Files and folders that are not read, with reasons.
 
     Raises:

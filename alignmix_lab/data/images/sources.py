@@ -13,24 +13,17 @@ STREAMS = ('hfids', 'tfds', 'wds')  # read sequentially
 
 
 class ImageSource:
-    """A split of a dataset: images with integer labels.
+    """A split of a dataset from timm's create_dataset(): images with integer labels.
 
     Args:
-        dataset: A dataset from timm's create_dataset().
         title: Name for messages.
         class_names: Names by label, if known.
         class_to_idx: Class map for the evaluation split, if the classes are folder names.
-        skipped: Files and folders that are not read.
     """
 
     def __init__(
-            self,
-            dataset: Any,
-            title: str,
-            class_names: list[str] | None = None,
-            class_to_idx: dict[str, int] | None = None,
-            skipped: Sequence[Skipped] = (),
-    ):
+            self, dataset: Any, title: str, class_names: list[str] | None = None,
+            class_to_idx: dict[str, int] | None = None, skipped: Sequence[Skipped] = ()):
         self.dataset = dataset
         self.title = title
         self.class_names = class_names
@@ -123,14 +116,8 @@ def _open_named(name: str, root: str | None, split: str, class_map: str, downloa
 
 
 def open_source(
-        data_dir: str | None,
-        dataset: str = '',
-        split: str = 'train',
-        class_map: str = '',
-        download: bool = False,
-        class_to_idx: dict[str, int] | None = None,
-        **stream,
-) -> ImageSource:
+        data_dir: str | None, dataset: str = '', split: str = 'train', class_map: str = '', download: bool = False,
+        class_to_idx: dict[str, int] | None = None, **stream) -> ImageSource:
     """Open one split.
 
     Args:

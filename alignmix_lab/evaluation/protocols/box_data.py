@@ -16,14 +16,9 @@ CUB_FILES = ('images.txt', 'image_class_labels.txt', 'train_test_split.txt', 'bo
 
 @dataclass(frozen=True)
 class BoxImage:
-    """An image and its objects.
-
-    Attributes:
-        path: Image file.
-        boxes: (N, 4) boxes (x0, y0, x1, y1) of each class shown, by name, in pixels of the file, inclusive and from 0.
-    """
+    """An image and its objects."""
     path: Path
-    boxes: dict[str, np.ndarray]
+    boxes: dict[str, np.ndarray]  # by class, (N, 4) of (x0, y0, x1, y1) in pixels of the file, inclusive and from 0
 
 
 class BoxSource(ImageSource):

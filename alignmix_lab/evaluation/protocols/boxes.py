@@ -77,16 +77,8 @@ def _level_boxes(scores: np.ndarray, level: int) -> np.ndarray:
 
 
 def best_ious(
-        scores: np.ndarray,
-        truth: np.ndarray,
-        thresholds: np.ndarray = THRESHOLDS,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Best IoU with any true box at every threshold.
-
-    Args:
-        scores: (H, W) uint8.
-        truth: (M, 4) true boxes.
-        thresholds: (T,) relative to the maximum.
+        scores: np.ndarray, truth: np.ndarray, thresholds: np.ndarray = THRESHOLDS) -> tuple[np.ndarray, np.ndarray]:
+    """Best IoU with any true box (M, 4) of a map (H, W) uint8 at T thresholds, relative to its maximum.
 
     Returns:
         (T,) for the box of the largest contour, and (T,) for the best box of all contours.

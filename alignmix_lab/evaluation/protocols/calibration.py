@@ -25,27 +25,15 @@ class CalibrationOptions(Options):
 
 @dataclass(frozen=True)
 class Bins:
-    """Confidences in bins of equal width, [low, high); the last one includes 1.
-
-    Attributes:
-        edges: (M + 1,) from 0 to 1.
-        count: (M,) images.
-        confidence: (M,) their mean confidence, NaN for an empty bin.
-        accuracy: (M,) their accuracy, NaN for an empty bin.
-    """
-    edges: np.ndarray
-    count: np.ndarray
-    confidence: np.ndarray
-    accuracy: np.ndarray
+    """Confidences in bins of equal width, [low, high); the last one includes 1."""
+    edges: np.ndarray  # (M + 1,) from 0 to 1
+    count: np.ndarray  # (M,) images
+    confidence: np.ndarray  # (M,) their mean confidence, NaN for an empty bin
+    accuracy: np.ndarray  # (M,) their accuracy, NaN for an empty bin
 
 
 def fill_bins(confidence: np.ndarray, correct: np.ndarray, bins: int = 15) -> Bins:
-    """Sort confidences into bins.
-
-    Args:
-        confidence: (N,) probability of the predicted class.
-        correct: (N,) whether the prediction is right.
-        bins: Number of bins.
+    """Sort the probabilities of N predicted classes into bins; `correct` is whether they are right.
 
     Raises:
         ValueError: There are no images, or confidences that are not probabilities.

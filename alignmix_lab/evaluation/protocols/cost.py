@@ -37,13 +37,9 @@ class TrainingStep:
 
     Args:
         model: A timm model, on the device of the images; trained in place.
-        mix: Name of a method, or a method.
         images: (B, C, H, W), normalised.
-        target: (B,) int64.
         mix_kwargs: Options of a method given by name.
         amp_dtype: Mixed precision type; float16 uses loss scaling. None: the model's own precision.
-        compile: Compile the step with torch.compile.
-        cycle: Steps per call.
 
     Raises:
         ValueError: The method does not support this model.
@@ -99,12 +95,7 @@ class TrainingStep:
 
 
 def modes_in_proportion(probs: dict[str, float], count: int) -> list[str | None]:
-    """List `count` modes in proportion to their probabilities, rounded by largest remainders.
-
-    Args:
-        probs: Probability of each mode, summing to 1; empty for methods with one mode.
-        count: Length of the list.
-    """
+    """List `count` modes in proportion to their probabilities, by largest remainders; all None without modes."""
     if not probs:
         return [None] * count
     exact = {mode: p * count for mode, p in probs.items()}
@@ -117,16 +108,10 @@ def modes_in_proportion(probs: dict[str, float], count: int) -> list[str | None]
 
 @dataclass(frozen=True)
 class StepCost:
-    """Cost of a training step with one mix.
-
-    Attributes:
-        step: Seconds per step, one entry per round.
-        state_bytes: Bytes held between steps.
-        step_bytes: Additional bytes at the peak of a step.
-    """
-    step: Timing
-    state_bytes: int
-    step_bytes: int
+    """Cost of a training step with one mix."""
+    step: Timing  # seconds per step, one entry per round
+    state_bytes: int  # bytes held between steps
+    step_bytes: int  # additional bytes at the peak of a step
 
     @property
     def memory(self) -> int:
@@ -141,11 +126,7 @@ def measure_steps(
 ) -> dict[str, StepCost]:
     """Time steps interleaved in one run, then measure their memory one by one.
 
-    Args:
-        steps: Steps by name, all on one device.
-        rounds: Rounds; each times one cycle of every case.
-        warmup: Additional rounds before, not timed.
-        tick: Called after every timing and every memory measurement.
+    Each round times one cycle of every case; `warmup` rounds come before. `tick` is called after every measurement.
     """
     device = next(iter(steps.values())).images.device
     cases = {name: lambda step=step: (step(), tick()) for name, step in steps.items()}
@@ -255,20 +236,11 @@ def network_for(model: EvalModel, mix: str, model_kwargs: dict[str, Any]) -> nn.
 
 
 def build_steps(
-        create: Callable[[str], nn.Module],
-        mixes: Sequence[str],
-        images: torch.Tensor,
-        target: torch.Tensor,
-        **options: Any,
-) -> tuple[dict[str, TrainingStep], dict[str, str]]:
+        create: Callable[[str], nn.Module], mixes: Sequence[str], images: torch.Tensor, target: torch.Tensor,
+        **options: Any) -> tuple[dict[str, TrainingStep], dict[str, str]]:
     """Build the steps of several mixes, and the reasons why other mixes do not support the network.
 
-    Args:
-        create: Returns a new network for a mix, on the device.
-        mixes: Names of the mixes.
-        images: (B, C, H, W).
-        target: (B,) int64.
-        **options: Options of :class:`TrainingStep`.
+    `create` returns a new network for a mix, on the device; `options` are those of :class:`TrainingStep`.
     """
     steps, refused = {}, {}
     for mix in mixes:

@@ -39,10 +39,6 @@ class ClassifierInput:
 
     For a model with two averaged classifiers (distilled ones), the embedding is the concatenation of both inputs.
 
-    Args:
-        network: A timm model.
-        img_size: Height and width of its images.
-
     Raises:
         ValueError: The logits are not an affine function of an embedding.
     """
@@ -98,11 +94,7 @@ def squared_distances(a_ND: torch.Tensor, b_MD: torch.Tensor) -> torch.Tensor:
 def alignment(embed_ND: torch.Tensor, labels: torch.Tensor, power: float = 1.0, normalize: bool = True) -> float:
     """Mean of distance ** power over all pairs of images of the same class.
 
-    Args:
-        embed_ND: Embeddings.
-        labels: (N,) classes.
-        power: 1 for the mean distance, 2 for the mean squared distance (Wang and Isola's default).
-        normalize: Scale embeddings to length 1 first.
+    A power of 1 gives the mean distance, 2 the mean squared distance (Wang and Isola's default).
 
     Raises:
         ValueError: No class has two images.
@@ -126,11 +118,6 @@ def alignment(embed_ND: torch.Tensor, labels: torch.Tensor, power: float = 1.0, 
 
 def uniformity(embed_ND: torch.Tensor, t: float = 2.0, normalize: bool = True) -> float:
     """Logarithm of the mean Gaussian kernel exp(-t * squared distance) over all pairs of images.
-
-    Args:
-        embed_ND: Embeddings.
-        t: Sharpness of the kernel.
-        normalize: Scale embeddings to length 1 first.
 
     Raises:
         ValueError: Fewer than two images.

@@ -54,28 +54,16 @@ class Bank:
 
 @dataclass(frozen=True)
 class Intrusion:
-    """Distances for one mix.
-
-    Attributes:
-        distance: Mean over the mixed embeddings; None if one of them contains every class of the bank.
-        undefined: Share of mixed embeddings that contain every class.
-        count: Number of mixed embeddings.
-    """
-    distance: float | None
-    undefined: float
-    count: int
+    """Distances for one mix."""
+    distance: float | None  # mean over the mixed embeddings; None if one of them contains every class of the bank
+    undefined: float  # share of mixed embeddings that contain every class
+    count: int  # mixed embeddings
 
 
 def nearest_other_class(embed_MD: torch.Tensor, mixed_MC: torch.Tensor, bank: Bank) -> torch.Tensor:
     """Squared distance of each mixed embedding to the nearest clean embedding of a class that was not mixed.
 
-    Args:
-        embed_MD: Mixed embeddings.
-        mixed_MC: Whether a class was mixed, bool.
-        bank: Clean embeddings.
-
-    Returns:
-        (M,) float64; inf if the bank has no embedding of another class.
+    `mixed_MC` is whether a class was mixed. The result is (M,) float64, inf if the bank has no other class.
     """
     nearest_M = embed_MD.new_full((len(embed_MD),), torch.inf, dtype=torch.float64)
     for bank_ND, labels in zip(bank.embed_ND.split(CHUNK), bank.labels.split(CHUNK), strict=True):
@@ -93,20 +81,11 @@ def summarize(distance_M: torch.Tensor) -> Intrusion:
 
 @torch.inference_mode()
 def mix_embeddings(
-        module: MixModule,
-        tap: ClassifierInput,
-        images: torch.Tensor,
-        target: torch.Tensor,
-        draw: Draw,
-) -> tuple[torch.Tensor, torch.Tensor]:
+        module: MixModule, tap: ClassifierInput, images: torch.Tensor, target: torch.Tensor,
+        draw: Draw) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute the mixed embeddings of one step and the weights of the examples in them.
 
-    Args:
-        module: Network and mix, in evaluation mode.
-        tap: Recorder of the network's embeddings.
-        images: (B, C, H, W), normalised.
-        target: (B,) classes, for attention by class.
-        draw: Random draws of the step.
+    The module is in evaluation mode, the images (B, C, H, W) are normalised, and the target is for attention by class.
 
     Returns:
         embed_MD and weights_MB >= 0. For dense mixing, M counts the positions of the generated examples.
@@ -228,13 +207,8 @@ def _options(name: str, batch: int) -> dict[str, Any]:
 
 
 def _of_mix(
-        ev: Evaluation,
-        model: EvalModel,
-        module: MixModule,
-        tap: ClassifierInput,
-        bank: Bank,
-        batches: list[tuple[torch.Tensor, torch.Tensor]],
-) -> Intrusion:
+        ev: Evaluation, model: EvalModel, module: MixModule, tap: ClassifierInput, bank: Bank,
+        batches: list[tuple[torch.Tensor, torch.Tensor]]) -> Intrusion:
     mix, random, distances = module.mix, StepRandom(ev.config.seed), []
     features = {mode: p for mode, p in getattr(mix, 'probs', {}).items() if mode not in ('input', CLEAN_MODE) and p > 0}
     shares = {mode: p / sum(features.values()) for mode, p in features.items()}

@@ -49,10 +49,6 @@ class ClassMaps:
     their range. Layers between pooling and classifier (e.g. the norm of ConvNeXt) are applied at each position. For
     models that classify a class token, the positions are the patch tokens.
 
-    Args:
-        network: A timm model in evaluation mode.
-        img_size: Height and width of its images.
-
     Raises:
         ValueError: The classifier does not use the mean over the positions of a feature map.
     """
@@ -94,29 +90,17 @@ class LocalizationOptions(Options):
 
 @dataclass(frozen=True)
 class Judged:
-    """Evaluation of an image and a class it shows.
-
-    Attributes:
-        correct: Whether the class is predicted.
-        fixed_iou: IoU of the box at the fixed threshold.
-        largest: (T,) best IoU of the box of the largest contour at each threshold.
-        every: (T,) best IoU of the boxes of all contours.
-    """
-    correct: bool
-    fixed_iou: float
-    largest: np.ndarray
-    every: np.ndarray
+    """Evaluation of an image and a class it shows."""
+    correct: bool  # whether the class is predicted
+    fixed_iou: float  # IoU of the box at the fixed threshold
+    largest: np.ndarray  # (T,) best IoU of the box of the largest contour at each threshold
+    every: np.ndarray  # (T,) best IoU of the boxes of all contours
 
 
 def judge(class_map: np.ndarray, truth: np.ndarray, correct: bool, size: tuple[int, int], threshold: float) -> Judged:
-    """Compare the boxes of a class activation map with the true boxes.
+    """Compare the boxes of a class activation map (h, w) with the true boxes (M, 4).
 
-    Args:
-        class_map: (h, w) map.
-        truth: (M, 4) true boxes in pixels of the network's image.
-        correct: Whether the class is predicted.
-        size: Width and height of the network's image.
-        threshold: The fixed threshold.
+    `size` is width and height of the network's image, in whose pixels the boxes are.
     """
     scores = score_bytes(class_map, size)
     largest, every = best_ious(scores, truth)
@@ -168,10 +152,7 @@ def localization(ev: Evaluation) -> Result:
 
 
 def evaluate_boxes(
-        ev: Evaluation,
-        model: EvalModel,
-        source: BoxSource,
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        ev: Evaluation, model: EvalModel, source: BoxSource) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Evaluate the boxes of a model for all images.
 
     Returns:

@@ -16,22 +16,13 @@ TRUE, PREDICTED = '#00E676', '#FF1744'  # bright on photographs and maps; the li
 
 @dataclass(frozen=True)
 class PictureCell:
-    """An image as a model sees it.
-
-    Attributes:
-        image: (H, W, 3) uint8.
-        scores: (H, W) uint8, the map of the true class.
-        truth: (M, 4) true boxes.
-        box: (1, 4) predicted box.
-        name: True class.
-        said: Predicted class if it is wrong, else None.
-    """
-    image: np.ndarray
-    scores: np.ndarray
-    truth: np.ndarray
-    box: np.ndarray
-    name: str
-    said: str | None
+    """An image as a model sees it."""
+    image: np.ndarray  # (H, W, 3) uint8
+    scores: np.ndarray  # (H, W) uint8, the map of the true class
+    truth: np.ndarray  # (M, 4) true boxes
+    box: np.ndarray  # (1, 4) predicted box
+    name: str  # true class
+    said: str | None  # predicted class if it is wrong, else None
 
 
 @dataclass(frozen=True)

@@ -6,21 +6,11 @@ import torch
 
 
 def image_noise(
-        draw: Callable[..., torch.Tensor],
-        shape: tuple[int, ...],
-        indices: Iterable[int],
-        *key: int,
-) -> torch.Tensor:
-    """Draw noise for images, each seeded by its position in the dataset.
+        draw: Callable[..., torch.Tensor], shape: tuple[int, ...], indices: Iterable[int], *key: int) -> torch.Tensor:
+    """Draw noise (B, C, H, W) float32 on the CPU, for each image seeded by its position in the dataset.
 
-    Args:
-        draw: `torch.rand` or `torch.randn`.
-        shape: (C, H, W) of one image.
-        indices: B positions in the dataset.
-        *key: Seed of the run and anything else that distinguishes draws.
-
-    Returns:
-        (B, C, H, W) float32, on the CPU.
+    `draw` is `torch.rand` or `torch.randn`, `shape` that of one image, and the key the seed of the run and anything
+    else that distinguishes draws.
     """
     noise = []
     for index in indices:

@@ -43,31 +43,17 @@ class OodOptions(Options):
 
 @dataclass(frozen=True)
 class OodMetrics:
-    """Detection metrics, from 0 to 1.
-
-    Attributes:
-        auroc: Area under the ROC curve.
-        aupr_in: Average precision with ID as the positive class.
-        aupr_out: Average precision with OOD as the positive class and negated scores.
-        accuracy: Largest (TPR + TNR) / 2 over all thresholds.
-        accuracy_at: (TPR + TNR) / 2 at the fixed threshold.
-        threshold: A threshold that reaches `accuracy`; scores from this value on count as ID.
-    """
-    auroc: float
-    aupr_in: float
-    aupr_out: float
-    accuracy: float
-    accuracy_at: float
-    threshold: float
+    """Detection metrics, from 0 to 1."""
+    auroc: float  # area under the ROC curve
+    aupr_in: float  # average precision with ID as the positive class
+    aupr_out: float  # average precision with OOD as the positive class and negated scores
+    accuracy: float  # largest (TPR + TNR) / 2 over all thresholds
+    accuracy_at: float  # (TPR + TNR) / 2 at the fixed threshold
+    threshold: float  # a threshold that reaches `accuracy`; scores from this value on count as ID
 
 
 def ood_metrics(id_scores: np.ndarray, ood_scores: np.ndarray, fixed: float = 0.5) -> OodMetrics:
-    """Measure how well scores separate ID from OOD images.
-
-    Args:
-        id_scores: (N,) scores of ID images; higher means ID.
-        ood_scores: (M,) scores of OOD images.
-        fixed: Threshold for `accuracy_at`.
+    """Measure how well scores separate ID from OOD images; higher means ID. `fixed` is for `accuracy_at`.
 
     Raises:
         ValueError: Scores are missing or not finite.

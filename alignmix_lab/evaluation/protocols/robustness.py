@@ -65,25 +65,15 @@ def fgsm(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, eps: floa
 
 
 def pgd(
-        model: nn.Module,
-        images: torch.Tensor,
-        labels: torch.Tensor,
-        eps: float,
-        step: float,
-        iterations: int,
-        start: torch.Tensor | None = None,
-) -> torch.Tensor:
+        model: nn.Module, images: torch.Tensor, labels: torch.Tensor, eps: float, step: float, iterations: int,
+        start: torch.Tensor | None = None) -> torch.Tensor:
     """Projected gradient descent with an l_inf bound.
 
     Each step is projected onto the box around the clean image, then onto the pixel range.
 
     Args:
         model: Takes pixels in [0, 1] and normalises them itself; used in evaluation mode.
-        images: (B, C, H, W) pixels in [0, 1].
-        labels: (B,) int64.
-        eps: Bound for pixels in [0, 1].
-        step: Step size for pixels in [0, 1].
-        iterations: Number of steps.
+        images: (B, C, H, W) pixels in [0, 1]; `eps` and `step` are on their scale.
         start: Offset of the start from the images, within the bound; None starts at the images.
 
     Returns:
