@@ -19,6 +19,7 @@ from .agreement import StopSignals
 from .checkpoint import check_weights, position
 from .config import RunConfig
 from .optim import fused_update, scale_lr, scaled_lr
+from .options import blaming
 from .totals import LossTotals
 
 _logger = logging.getLogger(__name__)
@@ -101,11 +102,14 @@ class Run:
         self.config = config = replace(self.config, lr=scaled_lr(self.config, self.global_batch_size))
         parameters = self.task.get_trainable_module() if parameters is None else parameters
         fused = fused_update(config, self.accelerator.device)
-        self.optimizer = create_optimizer_v2(parameters, **optimizer_kwargs(config), **fused, **config.opt_kwargs)
+        with blaming(config, 'opt', 'opt_eps', 'opt_betas', 'opt_foreach', 'opt_kwargs', 'layer_decay'):
+            self.optimizer = create_optimizer_v2(
+                parameters, **optimizer_kwargs(config), **fused, **config.opt_kwargs)
         if scaled and scale != 1:
             scale_lr(self.optimizer, scaled, scale)
-        self.scheduler, self.num_epochs = create_scheduler_v2(
-            self.optimizer, **scheduler_kwargs(config), updates_per_epoch=self.updates_per_epoch)
+        with blaming(config, 'sched', 'lr_noise', 'lr_cycle_mul', 'lr_decay_fn', 'decay_rate', 'decay_epochs'):
+            self.scheduler, self.num_epochs = create_scheduler_v2(
+                self.optimizer, **scheduler_kwargs(config), updates_per_epoch=self.updates_per_epoch)
 
     def describe(self) -> str:
         """Describe the run: data, processes, batch, steps, learning rate and parameter groups."""

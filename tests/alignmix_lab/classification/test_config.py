@@ -88,6 +88,12 @@ def test_a_missing_yaml_file_is_refused(refusal, tmp_path):
     assert 'no such file' in refusal('-c', str(tmp_path / 'none.yaml'))
 
 
+def test_mix_kwargs_of_a_recipe_read_numbers_as_flags_do(script, tmp_path):
+    path = tmp_path / 'recipe.yaml'
+    path.write_text('data_dir: x\nmix: alignmix\nmix_kwargs: {eps: 1e-2}\n')
+    assert script.parse_config(['-c', str(path)]).mix_kwargs == {'eps': 0.01}
+
+
 def test_mix_kwargs_read_numbers_tuples_and_names(script):
     words = ['alpha=1.5', 'mode_probs=(0.5,0.25,0.25)', 'iterations=50', 'per_example=True', 'align_at=layer3']
     options = script.parse_config(['--data-dir', 'x', '--mix', 'alignmix', '--mix-kwargs', *words]).mix_kwargs
