@@ -4,7 +4,7 @@ import math
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from accelerate import Accelerator
@@ -38,6 +38,7 @@ class Run:
         nonfinite: Number of updates skipped in a row.
         seconds_before: Duration of the run before it was resumed.
         stop: Signals to stop.
+        lock: Locked file of the run's folder, on the main process.
     """
 
     config: RunConfig
@@ -56,6 +57,7 @@ class Run:
     seconds_before: float = 0.0
     started: float = field(default_factory=time.perf_counter)
     stop: StopSignals = field(default_factory=StopSignals)
+    lock: IO | None = None
 
     @property
     def updates_per_epoch(self) -> int:
