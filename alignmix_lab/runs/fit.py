@@ -40,6 +40,11 @@ def open_run(run: Run, name: str) -> CheckpointSaver:
     saver = CheckpointSaver(Path(config.output) / name, config.eval_metric, config.checkpoint_hist)
     if run.accelerator.is_main_process:
         _logger.info(run.describe())
+        if missed := run.missed_decays():
+            name = '--decay-milestones' if config.sched == 'multistep' else '--decay-epochs'
+            _logger.warning(
+                f'The learning rate will not decay at {name} {" ".join(map(str, missed))}: the run has '
+                f'{run.num_epochs} epochs; pass {name} that fit --epochs {config.epochs}')
     if config.dry_run:
         return saver
 

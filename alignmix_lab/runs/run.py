@@ -113,6 +113,15 @@ class Run:
             self.scheduler, self.num_epochs = create_scheduler_v2(
                 self.optimizer, **scheduler_kwargs(config), updates_per_epoch=self.updates_per_epoch)
 
+    def missed_decays(self) -> list[float]:
+        """List the epochs at which the step or multistep schedule decays, but which the run does not reach."""
+        config = self.config
+        epochs = self.num_epochs - (config.warmup_epochs if config.warmup_prefix else 0)
+        if config.sched == 'multistep':  # timm applies a milestone one epoch early
+            return [epoch for epoch in config.decay_milestones if epoch > epochs]
+        first = config.decay_epochs or 90
+        return [first] if config.sched == 'step' and first >= epochs else []
+
     def describe(self) -> str:
         """Describe the run: data, processes, batch, steps, learning rate and parameter groups."""
         config = self.config
@@ -125,7 +134,8 @@ class Run:
             f'Global batch: {self.global_batch_size} = {config.batch_size} per process x {config.grad_accum_steps} '
             f'accumulated x {self.accelerator.num_processes} processes',
             f'Steps: {self.num_epochs} epochs x {self.updates_per_epoch} updates ({len(self.loaders.train)} batches)',
-            f'Learning rate: {config.lr:.4g}, {config.sched} schedule',
+            f'Learning rate: {config.lr:.4g}, {config.sched} schedule'
+            + (f', too short to decay at {self.missed_decays()}' if self.missed_decays() else ''),
             f'Parameter groups ({config.opt}):',
             *(f'  {len(group["params"])} tensors, {sum(p.numel() for p in group["params"]):,} values, '
               f'weight decay {group.get("weight_decay", 0.0):g}, learning rate x{group.get("lr_scale", 1.0):g}'

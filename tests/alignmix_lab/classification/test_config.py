@@ -76,6 +76,7 @@ def test_an_unknown_yaml_key_names_the_near_ones(refusal, tmp_path):
     ('model_ema: sometimes\n', '--model-ema takes bool values'),
     ('smoothing: 1.0\n', '--smoothing must be smaller than 1'),
     ('batch_size: 0\n', '--batch-size must be at least 1'),
+    ('decay_milestones: [22, 16]\n', '--decay-milestones must increase'),
     ('resume: auto\n', '--resume auto looks in the folder of --experiment'),
 ])
 def test_a_wrong_yaml_file_is_refused_by_option(refusal, tmp_path, text, said):
