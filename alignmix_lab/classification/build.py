@@ -18,7 +18,7 @@ import timm_alignmix
 from alignmix_lab.data.loaders import Loaders, open_loaders
 from alignmix_lab.data.options import LoaderOptions
 from alignmix_lab.runs.accelerator import start_processes
-from alignmix_lab.runs.options import near_names
+from alignmix_lab.runs.options import blaming, near_names
 from alignmix_lab.runs.run import Run
 
 from .config import TrainConfig
@@ -57,9 +57,11 @@ def resolve_data(config: TrainConfig, arguments: dict[str, Any]) -> dict[str, An
     name = config.model
     if ':' not in name and not timm.is_model(name):
         raise ValueError(f'--model {name}: timm has no such model{near_names(name, timm.list_models())}')
-    with torch.device('meta'):
+    options = ('model', 'model_kwargs', 'gp', 'in_chans', 'drop', 'drop_path', 'drop_block', 'bn_momentum', 'bn_eps')
+    with blaming(config, *options), torch.device('meta'):
         probe = timm.create_model(name, **arguments)
-    data_config = resolve_data_config(config.to_dict(), model=probe)
+    with blaming(config, 'input_size', 'in_chans', 'mean', 'std'):
+        data_config = resolve_data_config(config.to_dict(), model=probe)
     size = data_config['input_size']
     for side in config.train_sides():
         try:

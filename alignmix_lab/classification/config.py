@@ -1,14 +1,17 @@
 """Options of a classification run, shared by flags, YAML files and `args.yaml`."""
+import inspect
 import logging
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from types import UnionType
+from typing import Any, ClassVar, get_args, get_origin
 
 import numpy as np
 
-from alignmix_lab.data.options import TrainDataOptions
+from alignmix_lab.data.options import INTERPOLATIONS, TrainDataOptions
 from alignmix_lab.runs.config import RunConfig, aug_, data_, device_, model_, norm_, run_, sched_
-from alignmix_lab.runs.options import config_option, flag, read_yaml
+from alignmix_lab.runs.options import blaming, config_option, flag, read_yaml
+from timm_alignmix.mixes import create_mix
 
 _logger = logging.getLogger(__name__)
 mix_ = partial(config_option, 'Mixing')
@@ -56,14 +59,15 @@ class TrainConfig(RunConfig, TrainDataOptions):
     in_chans: int = model_(3, 'input channels', int, low=1)
     img_size: int | None = model_(None, "image side in pixels; default: the model's", int, low=1)
     input_size: list[int] | None = model_(None, 'input as channels height width; overrides --img-size', int, nargs=3)
-    crop_pct: float | None = model_(None, "fraction of the image evaluated; default: the model's", float, low=0)
+    crop_pct: float | None = model_(None, "fraction of the image evaluated; default: the model's", float, above=0)
     crop_mode: str | None = model_(
         None, "crop in evaluation: center, squash (the whole image, resized; timm loader); default: the model's",
         choices=('center', 'squash'))
     mean: list[float] | None = model_(None, "pixel mean, 0-1 scale; default: the model's", float, nargs='+')
     std: list[float] | None = model_(
-        None, "pixel standard deviation, 0-1 scale; default: the model's", float, nargs='+')
-    interpolation: str = model_('', "resize interpolation in evaluation; default: the model's")
+        None, "pixel standard deviation, 0-1 scale; default: the model's", float, nargs='+', above=0)
+    interpolation: str = model_(
+        '', "resize interpolation in evaluation; default: the model's", choices=('', *INTERPOLATIONS))
     model_kwargs: dict = model_({}, 'further arguments of timm.create_model, e.g. --model-kwargs img_size=300', dict)
     grad_checkpointing: bool = model_(False, 'recompute activations in the backward pass to save memory', bool)
 
@@ -123,6 +127,7 @@ class TrainConfig(RunConfig, TrainDataOptions):
 
     def __post_init__(self):
         super().__post_init__()
+        self._check_mix()
         if self.bce_target_thresh is not None and not self.bce_loss:
             raise ValueError('--bce-target-thresh needs --bce-loss')
         if self.export == 'ema' and not self.model_ema:
@@ -130,6 +135,18 @@ class TrainConfig(RunConfig, TrainDataOptions):
         self._check_resolutions()
         if self.head_lr_scale != 1 and self.sched == 'none':
             raise ValueError('--head-lr-scale acts through the schedule: replace --sched none by --sched constant')
+
+    def _check_mix(self) -> None:
+        with blaming(self, 'mix', 'mix_kwargs'):
+            mix = create_mix(self.mix, **self.mix_kwargs)
+        parameters = inspect.signature(type(mix)).parameters
+        for name, value in self.mix_kwargs.items():
+            kind = parameters[name].annotation
+            kinds = {get_origin(part) or part for part in (get_args(kind) if isinstance(kind, UnionType) else [kind])}
+            kinds |= {int} if float in kinds else {list} if tuple in kinds else set()
+            is_known = kinds.isdisjoint({Any, inspect.Parameter.empty})
+            if is_known and not (isinstance(value, tuple(kinds)) and (bool in kinds or not isinstance(value, bool))):
+                raise ValueError(f'--mix-kwargs {name} takes {inspect.formatannotation(kind)}, got {value!r}')
 
     def _check_resolutions(self) -> None:
         if (self.min_res is None) != (self.max_res is None):

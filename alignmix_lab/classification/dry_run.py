@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from alignmix_lab.data.loaders import Loaders
 from alignmix_lab.data.order import train_batches
+from alignmix_lab.runs.accelerator import choose_precision
 from alignmix_lab.runs.files import write_whole
 from alignmix_lab.runs.plotting import as_png, figure
 from alignmix_lab.runs.run import Run
@@ -78,7 +79,7 @@ def plan_run(config: TrainConfig) -> Run:
         loaders = create_data(config, data_config, torch.device('cpu'), world_size=processes)
     with torch.device('meta'):
         model = timm.create_model(config.model, num_classes=loaders.num_classes, **arguments)
-    precision = config.amp_dtype if config.amp else 'no'
+    precision = choose_precision(config.amp, config.amp_dtype)
     task = ClassificationTask(model, device=torch.device('meta'), verbose=False)
     run = Run(config, PlannedProcesses(processes, precision), loaders, task, data_config, MixTotals)
     run.add_optimizer(scaled=classifier_parameters(model), scale=config.head_lr_scale)

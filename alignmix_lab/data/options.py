@@ -8,6 +8,9 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from alignmix_lab.runs.options import Options, config_option
 
+# Without timm's 'random', which only training has.
+INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
+
 _data = partial(config_option, 'Data')
 _aug = partial(config_option, 'Augmentation and regularization')
 
@@ -36,7 +39,7 @@ class TrainDataOptions(SourceOptions):
 
     no_aug: bool = _aug(False, 'turn off training augmentation', bool)
     scale: list[float] = _aug([0.08, 1.0], 'area range of the random resized crop', float, nargs=2, low=0)
-    ratio: list[float] = _aug([3 / 4, 4 / 3], 'aspect ratio range of the random resized crop', float, nargs=2, low=0)
+    ratio: list[float] = _aug([3 / 4, 4 / 3], 'aspect ratio range of the random resized crop', float, nargs=2, above=0)
     crop_resize: int | None = _aug(
         None, 'resize images to a square of this side and crop at random, instead of the random resized crop (timm '
         'loader)', int, low=1)
@@ -44,7 +47,8 @@ class TrainDataOptions(SourceOptions):
         0, 'pad images with this many black pixels and crop at random, instead of the random resized crop (timm '
         'loader)', int, low=0)
     hflip: float = _aug(0.5, 'probability of a horizontal flip', float, low=0)
-    train_interpolation: str | None = _aug(None, 'interpolation for training; default: that of evaluation')
+    train_interpolation: str | None = _aug(None, 'interpolation for training; default: that of evaluation',
+                                      choices=('random', *INTERPOLATIONS))
     color_jitter: float = _aug(0.0, "colour jitter (timm loader; timm's own default is 0.4)", float, low=0)
     aa: str | None = _aug(None, 'AutoAugment or RandAugment policy, e.g. rand-m9-mstd0.5 (timm loader)')
     reprob: float = _aug(0.0, 'probability of random erasing (timm loader)', float, low=0)

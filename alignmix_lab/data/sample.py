@@ -20,7 +20,10 @@ def cache_dir() -> Path:
     named = os.environ.get('TIMM_ALIGNMIX_CACHE')
     if named:
         return Path(named).expanduser()
-    return Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser() / 'timm_alignmix'
+    try:
+        return Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser() / 'timm_alignmix'
+    except RuntimeError as e:
+        raise ValueError('no home directory to keep the built-in sample; set TIMM_ALIGNMIX_CACHE to a folder') from e
 
 
 def _write_images(folder: Path) -> None:

@@ -5,6 +5,8 @@ from timm.data import create_transform
 from timm.data.transforms import str_to_interp_mode
 from torchvision import transforms
 
+from alignmix_lab.runs.options import blaming
+
 from .options import LoaderOptions
 
 Size = tuple[int, int]  # (height, width) in pixels
@@ -17,7 +19,8 @@ class SizedTransform:
         self._options = options
         self._train = train
         self._made: dict[Size, Callable] = {}
-        self(tuple(options.input_size[1:]))  # raise now for options that timm rejects
+        with blaming(options, 'aa', 'color_jitter', 'scale', 'ratio'):
+            self(tuple(options.input_size[1:]))  # raise now for options that timm rejects
 
     def __call__(self, size: Size) -> Callable:
         """Return a function from a PIL image to a (C, height, width) uint8 tensor."""

@@ -11,6 +11,7 @@ from .optim import check_optimizer
 from .trackers import check_trackers
 
 _logger = logging.getLogger(__name__)
+_LAUNCHED = 'ACCELERATE_MIXED_PRECISION'  # set by accelerate launch, whatever the precision
 
 
 def start_processes(config: RunConfig) -> Accelerator:
@@ -46,11 +47,12 @@ def create_accelerator(
         broadcast_buffers: Whether DDP broadcasts buffers.
 
     Raises:
-        ValueError: The launcher's processes would run separately.
+        ValueError: The launcher's processes would run separately, or it asks for what the run does not do.
     """
+    _check_launch_settings()
     accelerator = Accelerator(
         cpu=device == 'cpu',
-        mixed_precision={'float16': 'fp16', 'bfloat16': 'bf16'}[amp_dtype] if amp else None,
+        mixed_precision=choose_precision(amp, amp_dtype),
         kwargs_handlers=[
             # Bucket views save a copy of the gradients. The graph is not static: it changes with the mode of the mix
             # and with accumulation.
@@ -64,6 +66,12 @@ def create_accelerator(
             f'the launcher started {launched} processes, but each would train alone (Accelerate sees '
             f'{accelerator.num_processes}, {accelerator.distributed_type}). On CPUs launch with '
             f'ACCELERATE_USE_CPU=1 accelerate launch --multi_gpu --num_processes {launched}')
+    # For several processes accelerate launch sets the address, but without --multi_gpu it starts only one.
+    if _LAUNCHED in os.environ and 'MASTER_ADDR' in os.environ and accelerator.num_processes == launched == 1:
+        raise ValueError(
+            'accelerate launch was asked for several processes (it set MASTER_ADDR) but started one. Launch with '
+            'accelerate launch --multi_gpu --num_processes N, on CPUs without --cpu and with ACCELERATE_USE_CPU=1 '
+            'before it; for a single process with --num_processes 1, and MASTER_ADDR unset')
     if not accelerator.is_main_process:
         for name in ('timm', 'timm_alignmix', 'alignmix_lab', 'detection'):
             logging.getLogger(name).setLevel(logging.WARNING)
@@ -73,10 +81,40 @@ def create_accelerator(
     return accelerator
 
 
+def choose_precision(amp: bool, amp_dtype: str) -> str:
+    """Return Accelerate's name of the precision: that of --amp, else the launcher's.
+
+    Raises:
+        ValueError: They differ.
+    """
+    launched = os.environ.get(_LAUNCHED, 'no').lower()
+    chosen = {'float16': 'fp16', 'bfloat16': 'bf16'}[amp_dtype] if amp else launched
+    if launched not in ('no', chosen):
+        raise ValueError(
+            f'--amp --amp-dtype {amp_dtype} contradicts mixed_precision {launched} of accelerate launch; leave out one')
+    return chosen
+
+
+def _check_launch_settings() -> None:
+    """Refuse settings of accelerate launch that a run would ignore or apply a second time."""
+    for name in ('FSDP', 'DEEPSPEED', 'MEGATRON_LM', 'PARALLELISM_CONFIG'):
+        if os.environ.get(f'ACCELERATE_USE_{name}', '').lower() in ('true', '1'):
+            raise ValueError(
+                f'accelerate launch was configured for {name}, which is not supported: every process holds the whole '
+                f'model. Launch with accelerate launch --multi_gpu --num_processes N, and without use_{name.lower()}')
+    for name, neutral, ours in (
+            ('gradient_accumulation_steps', '1', '--grad-accum-steps N'),
+            ('dynamo_backend', 'NO', '--torchcompile BACKEND (classifiers only)')):
+        value = os.environ.get(f'ACCELERATE_{name.upper()}', neutral)
+        if value.upper() != neutral:
+            raise ValueError(
+                f'{name} {value} of accelerate launch has no effect here; remove it there (or unset '
+                f'ACCELERATE_{name.upper()}) and pass {ours}')
+
+
 def _use_all_cores(accelerator: Accelerator) -> None:
     """Override `accelerate launch`'s default of one thread for processes that train on the CPU."""
-    launched = 'ACCELERATE_MIXED_PRECISION' in os.environ
-    if accelerator.device.type != 'cpu' or not launched or torch.get_num_threads() > 1:
+    if accelerator.device.type != 'cpu' or _LAUNCHED not in os.environ or torch.get_num_threads() > 1:
         return
     processes = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))

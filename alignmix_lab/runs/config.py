@@ -135,5 +135,7 @@ class RunConfig(Options):
         super().__post_init__()
         if self.resume == 'auto' and not self.experiment:
             raise ValueError('--resume auto looks in the folder of --experiment: name one')
+        if self.decay_milestones != sorted(self.decay_milestones):
+            raise ValueError(f'--decay-milestones must increase, got {self.decay_milestones}')
         if self.model_ema and not self.model_ema_decay < 1:
             raise ValueError(f'--model-ema-decay must be smaller than 1, got {self.model_ema_decay}')

@@ -1,11 +1,13 @@
 """The course of a run: open its folder, resume, train, evaluate, save."""
+import itertools
 import json
 import logging
+import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import yaml
@@ -17,7 +19,7 @@ from .agreement import EXIT_REQUEUE, StopRequested
 from .checkpoint import CheckpointSaver, find_checkpoint, has_checkpoints, read_checkpoint
 from .config import RunConfig
 from .engine import train_one_epoch
-from .files import write_whole
+from .files import lock_file, write_whole
 from .logs import append_summary, mean_lr
 from .options import changed_options
 from .run import Run
@@ -38,12 +40,15 @@ def open_run(run: Run, name: str) -> CheckpointSaver:
     saver = CheckpointSaver(Path(config.output) / name, config.eval_metric, config.checkpoint_hist)
     if run.accelerator.is_main_process:
         _logger.info(run.describe())
+        if missed := run.missed_decays():
+            name = '--decay-milestones' if config.sched == 'multistep' else '--decay-epochs'
+            _logger.warning(
+                f'The learning rate will not decay at {name} {" ".join(map(str, missed))}: the run has '
+                f'{run.num_epochs} epochs; pass {name} that fit --epochs {config.epochs}')
     if config.dry_run:
         return saver
 
     resumed = _find_resume(config, saver.folder)
-    if run.accelerator.is_main_process:
-        _open_folder(saver.folder, config, resumed is not None)
     if config.model_ema:
         run.task.setup_ema(
             decay=config.model_ema_decay,
@@ -52,12 +57,13 @@ def open_run(run: Run, name: str) -> CheckpointSaver:
         )
     if resumed is not None:
         run.load_state_dict(resumed[1], resumed[0])
-        if run.accelerator.is_main_process:
-            saver.restore(resumed[1], resumed[0])
     if config.start_epoch is not None:
         run.start_epoch, run.start_update = config.start_epoch, 0
     _check_same_start(run)
     if run.accelerator.is_main_process:
+        run.lock = _open_folder(saver, config, resumed is not None)
+        if resumed is not None:
+            saver.restore(resumed[1], resumed[0])
         saver.forget_after((run.start_epoch, run.start_update))
         trim_summary(saver.folder / 'summary.csv', run.start_epoch)
     start_trackers(run, saver.folder)
@@ -85,19 +91,38 @@ def _find_resume(config: RunConfig, folder: Path) -> tuple[Path, dict[str, Any]]
     return found
 
 
-def _open_folder(folder: Path, config: RunConfig, resumed: bool) -> None:
-    """Create the run's folder and write its arguments; refuses to overwrite another run."""
+def _open_folder(saver: CheckpointSaver, config: RunConfig, resumed: bool) -> IO:
+    """Create and lock the run's folder and write its arguments; refuses to overwrite another run.
+
+    Without --experiment, a run that finds its name taken by one of the same second gets a number.
+    """
+    first = saver.folder
+    for number in itertools.count(2):
+        try:
+            saver.folder.mkdir(parents=True, exist_ok=bool(config.experiment))
+            break
+        except FileExistsError:
+            if config.experiment:  # it is a file
+                raise
+            saver.folder = first.with_name(f'{first.name}-{number}')
+    folder = saver.folder
+    lock = (folder / '.lock').open('a')
+    os.register_at_fork(after_in_child=lock.close)  # loader processes may outlive a killed run
+    if not lock_file(lock):
+        lock.close()
+        raise ValueError(f'another process is training in {folder}; wait for it, or pass another --experiment')
     args_file = folder / 'args.yaml'
     old = yaml.safe_load(args_file.read_text(encoding='utf-8')) if args_file.exists() else {}
     changed = changed_options(config, old)
     if has_checkpoints(folder) and not resumed:
+        lock.close()
         what = f'other arguments ({", ".join(changed)})' if changed else 'the same arguments'
         raise ValueError(
             f'{folder} holds a run with {what}; pass --resume auto to continue it or another --experiment')
     if changed and resumed:
         _logger.warning(f'Resuming with changed arguments: {", ".join(changed)}')
-    folder.mkdir(parents=True, exist_ok=True)
     write_whole(args_file, yaml.safe_dump(config.to_dict(), default_flow_style=False))
+    return lock
 
 
 def wrap_run(run: Run) -> None:
@@ -134,16 +159,17 @@ def fit(
             print(yaml.safe_dump(config.to_dict(), default_flow_style=False))
         return None
     stop = min(run.num_epochs, config.stop_epoch or run.num_epochs)
-    if run.start_epoch >= stop:
-        raise ValueError(f'nothing to train: epoch {run.start_epoch} of {stop} is already reached; raise --epochs')
     history = []
-    with run.stop.listening(), _explained_ends(run, saver):
-        for epoch in range(run.start_epoch, stop):
-            history.append(_run_epoch(run, saver, evaluate, epoch, epoch + 1 == stop))
-            if epoch + 1 < stop and _asked_to_stop(run):
-                raise StopRequested
-    result = _report(run, saver, history)
-    _finish_trackers(run)
+    with run.lock or nullcontext():
+        if run.start_epoch >= stop:
+            raise ValueError(f'nothing to train: epoch {run.start_epoch} of {stop} is already reached; raise --epochs')
+        with run.stop.listening(), _explained_ends(run, saver):
+            for epoch in range(run.start_epoch, stop):
+                history.append(_run_epoch(run, saver, evaluate, epoch, epoch + 1 == stop))
+                if epoch + 1 < stop and _asked_to_stop(run):
+                    raise StopRequested
+        result = _report(run, saver, history)
+        _finish_trackers(run)
     return result
 
 

@@ -1,6 +1,5 @@
 """Training runs as processes: how far they are, and several of them at a time."""
 import csv
-import fcntl
 import logging
 import os
 import shlex
@@ -14,13 +13,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import IO
 
 import torch
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from .agreement import StopSignals
+from .files import lock_file
 from .run_report import seconds_per_epoch
 
 _logger = logging.getLogger(__name__)
@@ -148,7 +147,7 @@ def run_job(job: Job, stop: StopSignals, variables: dict[str, str] | None = None
     job.log.parent.mkdir(parents=True, exist_ok=True)
     words = [sys.executable, *job.command[1:]] if job.command[0] == 'python' else job.command
     with job.log.open('a', encoding='utf-8') as log:
-        if not _lock(log):
+        if not lock_file(log):
             return f'another process is training it (it has {job.log} open)'
         log.write(f'$ {shlex.join(job.command)}\n')
         log.flush()
@@ -184,17 +183,9 @@ def _signal(process: subprocess.Popen, number: int) -> None:
         os.killpg(process.pid, number)
 
 
-def _lock(file: IO) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
 def _is_locked(path: Path) -> bool:
     with path.open('a') as file:
-        return not _lock(file)
+        return not lock_file(file)
 
 
 def gpu_share(slot: int, slots: int) -> dict[str, str]:

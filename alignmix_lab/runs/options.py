@@ -1,6 +1,7 @@
 """Options of a command: dataclass fields that carry their flag, read from the command line and from YAML files."""
 import argparse
 import difflib
+import math
 import re
 import sys
 from ast import literal_eval
@@ -36,6 +37,7 @@ def config_option(
         nargs: str | int | None = None,
         const: Any = None,
         low: float | None = None,
+        above: float | None = None,
         below: float | None = None,
         flags: tuple[str, ...] = (),
         affects_result: bool = True,
@@ -51,14 +53,15 @@ def config_option(
         nargs: As in argparse: a number or '+' makes the value a list, '?' allows the flag alone, meaning `const`.
         const: Value of the flag alone.
         low: Smallest allowed number.
+        above: Exclusive lower limit of a number.
         below: Exclusive upper limit of a number.
         flags: Short forms.
         affects_result: Whether the result depends on the value. Options that do not affect it may change when a run
             resumes, are left out of exported recipes and do not distinguish runs or evaluations.
     """
     return _field(default, dict(
-        group=group, help=text, type=type, choices=choices, nargs=nargs, const=const, low=low, below=below, flags=flags,
-        affects_result=affects_result))
+        group=group, help=text, type=type, choices=choices, nargs=nargs, const=const, low=low, above=above, below=below,
+        flags=flags, affects_result=affects_result))
 
 
 def with_default(config_class: type, name: str, default: Any) -> Any:
@@ -70,6 +73,10 @@ def _field(default: Any, metadata: Mapping[str, Any]) -> Any:
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: default.copy(), metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+def _default(option: Field) -> Any:
+    return option.default if option.default is not MISSING else option.default_factory()
 
 
 @dataclass
@@ -175,6 +182,8 @@ def _convert(option: Field, value: Any) -> Any:
     if kind is dict:
         if not isinstance(value, dict):
             raise ValueError(f'{flag(option.name)} takes key=value pairs (a mapping in YAML), got {value!r}')
+        for key, entry in value.items():
+            _check_finite(f'{flag(option.name)} {key}', entry)
         return dict(value)
     return _convert_one(option, value)
 
@@ -190,13 +199,22 @@ def _convert_one(option: Field, value: Any) -> Any:
             value = kind(number)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise ValueError(f'{flag(option.name)} takes {kind.__name__} values, got {value!r}')
+    _check_finite(flag(option.name), value)
     if meta['choices'] and value not in meta['choices']:
         raise ValueError(f'{flag(option.name)} must be one of {", ".join(map(repr, meta["choices"]))}, got {value!r}')
     if meta['low'] is not None and value < meta['low']:
         raise ValueError(f'{flag(option.name)} must be at least {meta["low"]}, got {value}')
+    if meta['above'] is not None and value <= meta['above']:
+        raise ValueError(f'{flag(option.name)} must be larger than {meta["above"]}, got {value}')
     if meta['below'] is not None and value >= meta['below']:
         raise ValueError(f'{flag(option.name)} must be smaller than {meta["below"]}, got {value}')
     return value
+
+
+def _check_finite(said: str, value: Any) -> None:
+    for number in value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]:
+        if isinstance(number, float) and not math.isfinite(number):
+            raise ValueError(f'{said} takes finite numbers, got {value!r}')
 
 
 # YAML files
@@ -301,10 +319,7 @@ def _choose_mix(layers: list[_Layer], mix: str | None, name: str) -> dict[str, A
 
 
 def _read_mapping(path: Path, said: str) -> dict[str, Any]:
-    try:
-        options = yaml.safe_load(path.read_text(encoding='utf-8')) or {}
-    except yaml.YAMLError as e:
-        raise ValueError(f'{said} is not YAML: {e}') from e
+    options = load_yaml(path.read_text(encoding='utf-8'), said) or {}
     if not isinstance(options, dict):
         raise ValueError(f'{said} must hold a mapping of options to values, got {type(options).__name__}')
     return _with_underscores(options)
@@ -328,7 +343,7 @@ class KeyValues(ParseKwargs):
 
 def _add_option(group: argparse._ArgumentGroup, option: Field) -> None:
     meta = option.metadata
-    default = option.default if option.default is not MISSING else option.default_factory()
+    default = _default(option)
     shown = '' if default in (None, '', {}, False) else f' (default: {default})'
     settings = {'default': argparse.SUPPRESS, 'help': (meta['help'] + shown).replace('%', '%%')}
     if meta['type'] is bool:
@@ -392,6 +407,20 @@ def parse_flags(
         return resolve(flags, flags.pop('config'))
     except ValueError as e:
         parser.error(str(e))
+
+
+@contextmanager
+def blaming(config: Options, *names: str) -> Iterator[None]:
+    """Turn an error that a library raises over some options into one that spells those that are not the default."""
+    try:
+        yield
+    except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, AssertionError, RuntimeError) as e:
+        given = {option.name: getattr(config, option.name) for option in fields(config)
+                 if option.name in names and getattr(config, option.name) not in (None, _default(option))}
+        if not given:
+            raise
+        words = ' '.join(word for name, value in given.items() for word in option_words(name, value))
+        raise ValueError(f'{words} cannot work ({type(e).__name__}: {e}); change it or leave it out') from e
 
 
 @contextmanager

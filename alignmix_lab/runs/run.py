@@ -4,7 +4,7 @@ import math
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from accelerate import Accelerator
@@ -19,6 +19,7 @@ from .agreement import StopSignals
 from .checkpoint import check_weights, position
 from .config import RunConfig
 from .optim import fused_update, scale_lr, scaled_lr
+from .options import blaming
 from .totals import LossTotals
 
 _logger = logging.getLogger(__name__)
@@ -37,6 +38,7 @@ class Run:
         nonfinite: Number of updates skipped in a row.
         seconds_before: Duration of the run before it was resumed.
         stop: Signals to stop.
+        lock: Locked file of the run's folder, on the main process.
     """
 
     config: RunConfig
@@ -55,6 +57,7 @@ class Run:
     seconds_before: float = 0.0
     started: float = field(default_factory=time.perf_counter)
     stop: StopSignals = field(default_factory=StopSignals)
+    lock: IO | None = None
 
     @property
     def updates_per_epoch(self) -> int:
@@ -101,11 +104,23 @@ class Run:
         self.config = config = replace(self.config, lr=scaled_lr(self.config, self.global_batch_size))
         parameters = self.task.get_trainable_module() if parameters is None else parameters
         fused = fused_update(config, self.accelerator.device)
-        self.optimizer = create_optimizer_v2(parameters, **optimizer_kwargs(config), **fused, **config.opt_kwargs)
+        with blaming(config, 'opt', 'opt_eps', 'opt_betas', 'opt_foreach', 'opt_kwargs', 'layer_decay'):
+            self.optimizer = create_optimizer_v2(
+                parameters, **optimizer_kwargs(config), **fused, **config.opt_kwargs)
         if scaled and scale != 1:
             scale_lr(self.optimizer, scaled, scale)
-        self.scheduler, self.num_epochs = create_scheduler_v2(
-            self.optimizer, **scheduler_kwargs(config), updates_per_epoch=self.updates_per_epoch)
+        with blaming(config, 'sched', 'lr_noise', 'lr_cycle_mul', 'lr_decay_fn', 'decay_rate', 'decay_epochs'):
+            self.scheduler, self.num_epochs = create_scheduler_v2(
+                self.optimizer, **scheduler_kwargs(config), updates_per_epoch=self.updates_per_epoch)
+
+    def missed_decays(self) -> list[float]:
+        """List the epochs at which the step or multistep schedule decays, but which the run does not reach."""
+        config = self.config
+        epochs = self.num_epochs - (config.warmup_epochs if config.warmup_prefix else 0)
+        if config.sched == 'multistep':  # timm applies a milestone one epoch early
+            return [epoch for epoch in config.decay_milestones if epoch > epochs]
+        first = config.decay_epochs or 90
+        return [first] if config.sched == 'step' and first >= epochs else []
 
     def describe(self) -> str:
         """Describe the run: data, processes, batch, steps, learning rate and parameter groups."""
@@ -119,7 +134,8 @@ class Run:
             f'Global batch: {self.global_batch_size} = {config.batch_size} per process x {config.grad_accum_steps} '
             f'accumulated x {self.accelerator.num_processes} processes',
             f'Steps: {self.num_epochs} epochs x {self.updates_per_epoch} updates ({len(self.loaders.train)} batches)',
-            f'Learning rate: {config.lr:.4g}, {config.sched} schedule',
+            f'Learning rate: {config.lr:.4g}, {config.sched} schedule'
+            + (f', too short to decay at {self.missed_decays()}' if self.missed_decays() else ''),
             f'Parameter groups ({config.opt}):',
             *(f'  {len(group["params"])} tensors, {sum(p.numel() for p in group["params"]):,} values, '
               f'weight decay {group.get("weight_decay", 0.0):g}, learning rate x{group.get("lr_scale", 1.0):g}'

@@ -1,5 +1,6 @@
 """TensorBoard and Weights & Biases, through Accelerate."""
 import hashlib
+import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ def start_trackers(run: Run, folder: Path) -> None:
         'tensorboard': dict(purge_step=first),
         'wandb': dict(
             name=folder.name,
-            id=hashlib.sha1(str(folder.resolve()).encode()).hexdigest()[:16],
+            id=hashlib.sha1(os.fsencode(folder.resolve())).hexdigest()[:16],
             resume='allow',
             dir=str(folder),
         ),

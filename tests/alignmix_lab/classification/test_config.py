@@ -76,6 +76,7 @@ def test_an_unknown_yaml_key_names_the_near_ones(refusal, tmp_path):
     ('model_ema: sometimes\n', '--model-ema takes bool values'),
     ('smoothing: 1.0\n', '--smoothing must be smaller than 1'),
     ('batch_size: 0\n', '--batch-size must be at least 1'),
+    ('decay_milestones: [22, 16]\n', '--decay-milestones must increase'),
     ('resume: auto\n', '--resume auto looks in the folder of --experiment'),
 ])
 def test_a_wrong_yaml_file_is_refused_by_option(refusal, tmp_path, text, said):
@@ -86,6 +87,12 @@ def test_a_wrong_yaml_file_is_refused_by_option(refusal, tmp_path, text, said):
 
 def test_a_missing_yaml_file_is_refused(refusal, tmp_path):
     assert 'no such file' in refusal('-c', str(tmp_path / 'none.yaml'))
+
+
+def test_mix_kwargs_of_a_recipe_read_numbers_as_flags_do(script, tmp_path):
+    path = tmp_path / 'recipe.yaml'
+    path.write_text('data_dir: x\nmix: alignmix\nmix_kwargs: {eps: 1e-2}\n')
+    assert script.parse_config(['-c', str(path)]).mix_kwargs == {'eps': 0.01}
 
 
 def test_mix_kwargs_read_numbers_tuples_and_names(script):

@@ -48,6 +48,27 @@ def test_a_missing_folder(refused, tmp_path):
     (dict(model='test_vit', mix='alignmix', grad_checkpointing=True), 'again without the features that --mix alignmix'),
     (dict(mix='alignmix_ae', mix_kwargs={'plain_weight': 0}, grad_checkpointing=True), 'the features that --mix'),
     (dict(model='dla34', grad_checkpointing=True), 'dla34 does not have it'),
+    (dict(mix='mixup', mix_kwargs={'alpha': 'abc'}), '--mix mixup --mix-kwargs alpha=abc cannot work'),
+    (dict(mix='multimix', mix_kwargs={'n': '1e'}), "--mix-kwargs n='1e' cannot work"),
+    (dict(mix='alignmix', mix_kwargs={'mode_probs': 0.5}), '--mix-kwargs mode_probs=0.5 cannot work'),
+    (dict(mix='alignmix', mix_kwargs={'iterations': 1.5}), '--mix-kwargs iterations takes int, got 1.5'),
+    (dict(mix='alignmix', mix_kwargs={'tolerance': 'small'}), '--mix-kwargs tolerance takes float | None'),
+    (dict(mix='mixup', mix_kwargs={'alpha': float('inf')}), '--mix-kwargs alpha takes finite numbers'),
+    (dict(mix='multimix', mix_kwargs={'alpha': [1.0, float('nan')]}), '--mix-kwargs alpha takes finite numbers'),
+    (dict(gp='foo'), '--gp foo cannot work'),
+    (dict(model_kwargs={'foo': 1}), '--model-kwargs foo=1 cannot work'),
+    (dict(interpolation='foo'), "--interpolation must be one of '', 'nearest'"),
+    (dict(train_interpolation='foo'), '--train-interpolation must be one of'),
+    (dict(aa='foo'), '--aa foo cannot work'),
+    (dict(opt_betas=[0.9]), '--opt-betas 0.9 cannot work'),
+    (dict(opt_kwargs={'foo': 1}), '--opt-kwargs foo=1 cannot work'),
+    (dict(sched='wsd', lr_decay_fn='foo'), '--sched wsd --lr-decay-fn foo cannot work'),
+    (dict(mean=[0.5, 0.5]), '--mean 0.5 0.5 cannot work'),
+    (dict(std=[0.2, 0.0, 0.2]), '--std must be larger than 0'),
+    (dict(crop_pct=0.0), '--crop-pct must be larger than 0'),
+    (dict(ratio=[0.0, 1.0]), '--ratio must be larger than 0'),
+    *[({name: [float('nan'), 1.0] if name == 'scale' else float(number)}, f'{name.replace("_", "-")} takes finite')
+      for name in ('lr', 'weight_decay', 'smoothing', 'mean', 'std', 'scale') for number in ('nan', 'inf')],
 ])
 def test_wrong_options(refused, options, said):
     assert said in refused(**options)

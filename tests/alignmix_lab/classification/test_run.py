@@ -10,6 +10,8 @@ import torch
 import yaml
 from timm.models import load_checkpoint
 
+from alignmix_lab.classification import prepare
+
 MIXES = ['none', 'alignmix', 'multimix', 'densemultimix']
 NUMBER = r'-?\d+\.?\d*(?:e[+-]\d+)?'
 
@@ -155,6 +157,27 @@ def test_the_export_is_the_last_checkpoint_as_a_timm_folder(finished, evaluate):
     model = timm.create_model(f'local-dir:{run.folder / "export"}', pretrained=True)
     assert model.pretrained_cfg['input_size'] == (3, 64, 64)
     assert evaluate(model)['loss'] == pytest.approx(run.result['last']['loss'], rel=1e-5)
+
+
+@pytest.mark.parametrize('options, missed', [
+    (dict(sched='multistep', epochs=6, decay_milestones=[4, 16, 22]), '--decay-milestones 16 22: the run has 6 epochs'),
+    (dict(sched='multistep', epochs=6, decay_milestones=[7], warmup_epochs=3, warmup_prefix=True), ' 7: the run has 9'),
+    (dict(sched='step', epochs=6), '--decay-epochs 90: the run has 6 epochs'),
+    (dict(sched='multistep', epochs=6, decay_milestones=[4, 6]), None),
+    (dict(sched='step', epochs=6, decay_epochs=5), None),
+])
+def test_decays_that_never_come_are_told(make_config, tmp_path, caplog, options, missed):
+    """As timm's schedule has it: a rate that no epoch of the run has."""
+    run, _ = prepare(make_config(tmp_path, **options))
+    assert missed is None or missed in caplog.text
+    assert ('will not decay' in caplog.text) == ('too short to decay at' in run.describe()) == (missed is not None)
+    rates = []
+    for epoch in range(run.num_epochs):
+        run.scheduler.step(epoch)
+        rates.append(run.optimizer.param_groups[0]['lr'])
+    planned = len(options.get('decay_milestones', [0]))
+    reached = planned - len(run.missed_decays())
+    assert len(set(rates[options.get('warmup_epochs', 0):])) == 1 + reached
 
 
 def test_a_dry_run_trains_nothing(make_config, run_training, script, tmp_path):

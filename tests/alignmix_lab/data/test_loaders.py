@@ -1,6 +1,7 @@
 """create_loaders(): which loader, for which data, with which complaints."""
 import builtins
 import json
+import pwd
 import subprocess
 import sys
 import threading
@@ -160,6 +161,15 @@ def test_a_dataset_by_name(tmp_path):
     assert (loaders.train.num_samples, loaders.val.num_samples, loaders.num_classes) == (20, 4, 10)
     assert loaders.class_names[9] == 'class 9'
     assert [labels.tolist() for _, labels in loaders.val] == [[0, 1, 8, 9]]
+
+
+def test_without_a_home_the_cache_is_asked_for(monkeypatch):
+    """A container whose user has no entry in its passwd."""
+    monkeypatch.setattr(pwd, 'getpwuid', {}.__getitem__)
+    for name in ('TIMM_ALIGNMIX_CACHE', 'XDG_CACHE_HOME', 'HOME'):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ValueError, match='no home directory .* set TIMM_ALIGNMIX_CACHE'):
+        cache_dir()
 
 
 def test_sample_is_written_once(own_cache, cache):

@@ -170,7 +170,7 @@ def test_a_run_whose_updates_are_all_left_out_ends(make_config, run_training, mo
     message = 'not finite in 3 updates in a row, the last at epoch 0, update 3; a lower --lr'
     with pytest.raises(RuntimeError, match=message):
         run_training(config)
-    assert {path.name for path in (tmp_path / 'run').iterdir()} == {'args.yaml'}
+    assert {path.name for path in (tmp_path / 'run').iterdir()} == {'.lock', 'args.yaml'}
 
 
 def test_weights_that_are_not_finite_are_not_saved(make_config, run_training, at_step, tmp_path):

@@ -16,7 +16,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from timm.models import load_checkpoint
 
-from alignmix_lab.runs.accelerator import _use_all_cores
+from alignmix_lab.runs.accelerator import _use_all_cores, create_accelerator
 
 ROOT = Path(__file__).resolve().parents[3]
 PLAIN = dict(model='test_vit', no_aug=True, opt='sgd', lr=0.03, weight_decay=0.0, sched='none', epochs=1)
@@ -237,3 +237,34 @@ def test_threads_are_changed_only_where_accelerate_launch_set_one(
         assert torch.get_num_threads() == expected
     finally:
         torch.set_num_threads(1)
+
+
+def test_a_launch_of_several_that_starts_one_is_refused(launch, tmp_path):
+    script = tmp_path / 'one.py'
+    script.write_text(
+        'from alignmix_lab.runs.accelerator import create_accelerator\n'
+        'try:\n'
+        "    create_accelerator('cpu')\n"
+        'except ValueError as e:\n'
+        '    print(e)\n')
+    assert '--multi_gpu --num_processes N' in launch('--cpu', '--num_processes', '2', str(script))
+
+
+@pytest.mark.parametrize('variable, value, amp, said', [
+    ('USE_FSDP', 'true', False, 'configured for FSDP'),
+    ('USE_DEEPSPEED', 'true', False, 'without use_deepspeed'),
+    ('GRADIENT_ACCUMULATION_STEPS', '4', False, 'gradient_accumulation_steps 4 .* pass --grad-accum-steps'),
+    ('DYNAMO_BACKEND', 'INDUCTOR', False, 'dynamo_backend INDUCTOR .* pass --torchcompile'),
+    ('MIXED_PRECISION', 'bf16', True, '--amp-dtype float16 contradicts mixed_precision bf16'),
+    ('DYNAMO_BACKEND', 'NO', False, None),
+    ('MIXED_PRECISION', 'bf16', False, None),
+    ('MIXED_PRECISION', 'no', True, None),
+])
+def test_settings_of_accelerate_launch_hold_or_are_refused(monkeypatch, variable, value, amp, said):
+    monkeypatch.setenv(f'ACCELERATE_{variable}', value)
+    if said is None:
+        precision = create_accelerator('cpu', amp, 'bfloat16').mixed_precision
+        assert precision == ('bf16' if variable == 'MIXED_PRECISION' else 'no')
+        return
+    with pytest.raises(ValueError, match=said):
+        create_accelerator('cpu', amp)
