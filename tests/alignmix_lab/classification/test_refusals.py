@@ -1,5 +1,6 @@
 """What cannot work is refused before training, with the remedy."""
 import logging
+import shutil
 
 import pytest
 
@@ -58,3 +59,18 @@ def test_the_script_ends_with_the_message(script, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match=r'^train_imagenet\.py: error: .*photos'):
         script.main(['--data-dir', str(tmp_path / 'photos'), '--device', 'cpu', '--output', str(tmp_path)])
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_the_script_ends_with_the_name_of_an_unreadable_image(script, digits, tmp_path, monkeypatch, workers):
+    monkeypatch.setattr(script, 'setup_default_logging', lambda: logging.NOTSET)
+    shutil.copytree(digits, tmp_path / 'digits')
+    damaged = next((tmp_path / 'digits/train/3').iterdir())
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    with pytest.raises(SystemExit) as end:
+        script.main([
+            '--data-dir', str(tmp_path / 'digits'), '--device', 'cpu', '--output', str(tmp_path), '--epochs', '1',
+            '--model', 'test_resnet', '--img-size', '64', '--batch-size', '16', '--workers', str(workers)])
+    message = end.value.code
+    assert message.startswith(f'train_imagenet.py: error: {damaged} cannot be read (')
+    assert message.endswith('which skips such images') and '\n' not in message
