@@ -23,11 +23,6 @@ def test_an_image_size_that_the_model_cannot_take(refused):
     assert 'levit_128s was built for 224x224, got 300x300' in message and '--img-size 224' in message
 
 
-def test_an_image_size_that_the_model_can_be_told(refused):
-    message = refused(model='vit_tiny_patch16_224', img_size=64)
-    assert 'built for 224x224, got 64x64; pass --model-kwargs img_size=64, or --img-size 224' in message
-
-
 def test_too_few_classes(refused):
     assert '--num-classes 5 allows 0 to 4; pass --num-classes 10 or more' in refused(num_classes=5)
 
@@ -39,6 +34,8 @@ def test_a_missing_folder(refused, tmp_path):
 
 @pytest.mark.parametrize('options, said', [
     (dict(model='resnet51'), '--model resnet51: timm has no such model; did you mean resnet5'),
+    (dict(model='resnet18', pretrained=True), 'weights as --initial-checkpoint, or leave --pretrained out'),
+    (dict(model_kwargs={'colour': 'red'}), '--model test_resnet: timm cannot build it ('),
     (dict(opt='adamv'), '--opt adamv: timm has no such optimizer; did you mean '),
     (dict(mix='alignmx'), 'alignmix'),
     (dict(mix='multimix', mix_kwargs={'nn': 3}), 'nn'),
