@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision import tv_tensors
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from alignmix_lab.data.images.decode import decode_image
+from alignmix_lab.data.images.decode import UnusableData, decode_image
 from alignmix_lab.data.worker_signals import end_with_parent, iterate
 
 from .annotations import VOC_CLASSES, Annotations, Record, clean, coco_file, read_coco, read_voc
@@ -119,25 +119,25 @@ def open_image(path: Path, upright: bool = True) -> torch.Tensor:
     """Read an image file as uint8 (3, H, W), turned as its EXIF orientation says or as it is stored.
 
     Raises:
-        ValueError: The file is damaged.
+        UnusableData: The file is damaged.
     """
     try:
         return pil_to_tensor(decode_image(path, upright=upright))
     except Exception as e:  # Pillow raises many types on damaged files
-        raise ValueError(f'{path} is damaged or no image ({e})') from e
+        raise UnusableData(f'{path} is damaged or no image ({e})') from e
 
 
 def read_image(record: Record) -> torch.Tensor:
     """Read the image of a record as uint8 (3, H, W).
 
     Raises:
-        ValueError: The file is damaged, or its size differs from the annotation.
+        UnusableData: The file is damaged, or its size differs from the annotation.
     """
     image, size = open_image(record.path), (record.height, record.width)
     if image.shape[1:] != size and image.shape[1:] == size[::-1]:
         image = open_image(record.path, upright=False)  # its boxes were drawn on the pixels as they are stored
     if image.shape[1:] != size:
-        raise ValueError(
+        raise UnusableData(
             f'{record.path} is {image.shape[2]}x{image.shape[1]} pixels, but its annotation says '
             f'{record.width}x{record.height}')
     return image

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 import torch.nn.functional as F
 from timm.models import get_model_args, get_model_traits, load_state_dict
@@ -17,6 +16,7 @@ from torch import nn
 
 from alignmix_lab.classification.export_checkpoint import export_checkpoint
 from alignmix_lab.runs.checkpoint import load_weights
+from alignmix_lab.runs.models import create_model
 from timm_alignmix.weights import read_config
 
 
@@ -116,10 +116,7 @@ def _timm_name(name: str | Path) -> str:
 
 
 def _create(name: str, **kwargs: Any) -> nn.Module:
-    try:
-        return timm.create_model(name, **kwargs)
-    except (RuntimeError, ValueError, OSError, TypeError, AssertionError) as e:
-        raise ValueError(f'timm cannot build the backbone {name}: {e}') from e
+    return create_model(name, f'backbone {name}', 'pass the folder or file of weights as --weights', **kwargs)
 
 
 def _arch(model: nn.Module) -> str:

@@ -11,12 +11,14 @@ Continue a run:     ... --experiment NAME --resume auto
 every key of the backbone must be in it. The run's folder holds summary.csv (one line per epoch: VOC's 11-point AP and
 area AP, COCO's mAP), classes-test.json (the same per class), pictures-test/ and checkpoints.
 """
+import sys
 from functools import partial
 from typing import Any
 
 from timm.models import safe_model_name
 from timm.utils import setup_default_logging
 
+from alignmix_lab.data.images.decode import UnusableData
 from alignmix_lab.runs.checkpoint import CheckpointSaver
 from alignmix_lab.runs.fit import fit, open_run, wrap_run
 from alignmix_lab.runs.options import create_parser, exit_with_message, parse_flags
@@ -63,7 +65,10 @@ def main(argv: list[str] | None = None, prog: str = 'detection.train') -> None:
     config = parse_config(argv, prog)
     with exit_with_message(prog):
         run, saver = prepare(config)
-    _fit(run, saver)
+    try:
+        _fit(run, saver)
+    except UnusableData as e:
+        sys.exit(f'{prog}: error: {e}')
     run.accelerator.state.destroy_process_group()
 
 

@@ -18,6 +18,7 @@ import timm_alignmix
 from alignmix_lab.data.loaders import Loaders, open_loaders
 from alignmix_lab.data.options import LoaderOptions
 from alignmix_lab.runs.accelerator import start_processes
+from alignmix_lab.runs.models import create_model
 from alignmix_lab.runs.options import blaming, near_names
 from alignmix_lab.runs.run import Run
 
@@ -26,9 +27,20 @@ from .totals import MixTotals
 
 _logger = logging.getLogger(__name__)
 
+_SIZE_ERRORS = (RuntimeError, AssertionError, ValueError)  # of networks on images of a size that they do not take
+
 
 def model_arguments(config: TrainConfig) -> dict[str, Any]:
-    """Collect the arguments of `timm.create_model` except `pretrained`, `num_classes` and `checkpoint_path`."""
+    """Collect the arguments of `timm.create_model` except `pretrained`, `num_classes` and `checkpoint_path`.
+
+    Networks that were built for another image size than the run's get `img_size`, if they take it.
+
+    Raises:
+        ValueError: There is no such model, or it does not take an argument.
+    """
+    if ':' not in config.model and not timm.is_model(config.model):
+        raise ValueError(
+            f'--model {config.model}: timm has no such model{near_names(config.model, timm.list_models())}')
     extra = {}
     if timm_alignmix.create_mix(config.mix, **config.mix_kwargs).name == 'densemultimix':
         extra = timm_alignmix.dense_model_kwargs(config.model)
@@ -43,7 +55,32 @@ def model_arguments(config: TrainConfig) -> dict[str, Any]:
         bn_momentum=config.bn_momentum,
         bn_eps=config.bn_eps,
     )
-    return {**extra, **{key: value for key, value in arguments.items() if value is not None}, **config.model_kwargs}
+    arguments = {
+        **extra, **{key: value for key, value in arguments.items() if value is not None}, **config.model_kwargs}
+    return {**_needed_img_size(config, arguments), **arguments}
+
+
+def _needed_img_size(config: TrainConfig, arguments: dict[str, Any]) -> dict[str, Any]:
+    if 'img_size' in arguments or not (config.img_size or config.input_size):
+        return {}
+    probe, size = _probe(config, arguments)
+    try:
+        _probe_forward(probe, size)
+    except _SIZE_ERRORS:
+        needed = {'img_size': size[-1] if size[-1] == size[-2] else size[-2:]}
+        with suppress(Exception):  # after any error, img_size is no remedy
+            _probe_forward(_probe(config, {**arguments, **needed})[0], size)
+            return needed
+    return {}
+
+
+def _probe(config: TrainConfig, arguments: dict[str, Any]) -> tuple[nn.Module, tuple[int, int, int]]:
+    """Build the model without memory for its weights; returns it with the input size of the run."""
+    options = ('model', 'model_kwargs', 'gp', 'in_chans', 'drop', 'drop_path', 'drop_block', 'bn_momentum', 'bn_eps')
+    with blaming(config, *options), torch.device('meta'):
+        probe = create_model(config.model, f'--model {config.model}', **arguments)
+    with blaming(config, 'input_size', 'in_chans', 'mean', 'std'):
+        return probe, resolve_data_config(config.to_dict(), model=probe)['input_size']
 
 
 def resolve_data(config: TrainConfig, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -52,35 +89,25 @@ def resolve_data(config: TrainConfig, arguments: dict[str, Any]) -> dict[str, An
     The check uses the meta device, so that it takes no time and memory.
 
     Raises:
-        ValueError: There is no such model, or it was built for another image size.
+        ValueError: The model was built for another image size.
     """
     name = config.model
-    if ':' not in name and not timm.is_model(name):
-        raise ValueError(f'--model {name}: timm has no such model{near_names(name, timm.list_models())}')
-    options = ('model', 'model_kwargs', 'gp', 'in_chans', 'drop', 'drop_path', 'drop_block', 'bn_momentum', 'bn_eps')
-    with blaming(config, *options), torch.device('meta'):
-        probe = timm.create_model(name, **arguments)
-    with blaming(config, 'input_size', 'in_chans', 'mean', 'std'):
-        data_config = resolve_data_config(config.to_dict(), model=probe)
-    size = data_config['input_size']
+    probe, size = _probe(config, arguments)
     for side in config.train_sides():
         try:
             _probe_forward(probe, (size[0], side, side))
-        except (RuntimeError, AssertionError, ValueError) as e:
+        except _SIZE_ERRORS as e:
             raise ValueError(
                 f'{name} does not accept images of {side} pixels; leave out --min-res and --max-res (model error: '
                 f'{e})') from e
     try:
         _probe_forward(probe, size)
-    except (RuntimeError, AssertionError, ValueError) as e:
+    except _SIZE_ERRORS as e:
         built_for = resolve_data_config({}, model=probe)['input_size']
-        remedy = f'--img-size {built_for[-1]}'
-        with suppress(Exception), torch.device('meta'):  # after any error, img_size is no remedy
-            _probe_forward(timm.create_model(name, **{**arguments, 'img_size': size[-1]}), size)
-            remedy = f'--model-kwargs img_size={size[-1]}, or {remedy}'
         raise ValueError(
-            f'{name} was built for {_by(built_for)}, got {_by(size)}; pass {remedy} (model error: {e})') from e
-    return data_config
+            f'{name} was built for {_by(built_for)}, got {_by(size)}; pass --img-size {built_for[-1]} '
+            f'(model error: {e})') from e
+    return resolve_data_config(config.to_dict(), model=probe)
 
 
 def _probe_forward(probe: nn.Module, size: tuple[int, int, int]) -> None:
@@ -117,7 +144,9 @@ def create_task(
     if config.initial_checkpoint and not os.path.isfile(config.initial_checkpoint):
         raise ValueError(f'--initial-checkpoint {config.initial_checkpoint}: no such file')
     random_seed(config.seed)
-    model = timm.create_model(config.model, pretrained=config.pretrained, num_classes=num_classes, **arguments)
+    model = create_model(
+        config.model, f'--model {config.model}', 'pass a file of weights as --initial-checkpoint, or leave '
+        '--pretrained out', config.pretrained, num_classes=num_classes, **arguments)
     if config.initial_checkpoint:
         _load_initial(model, config.initial_checkpoint)
     if config.grad_checkpointing:

@@ -8,9 +8,12 @@ Continue a run:       python train_imagenet.py ... --experiment NAME --resume au
 
 `alignmix train` is the same program.
 """
+import sys
+
 from timm.utils import setup_default_logging
 
 from alignmix_lab.classification import TrainConfig, dry_run, fit_and_export, prepare, resolve_config
+from alignmix_lab.data.images.decode import UnusableData
 from alignmix_lab.runs.options import create_parser, exit_with_message, parse_flags
 
 
@@ -28,5 +31,8 @@ def main(argv: list[str] | None = None, prog: str = 'train_imagenet.py') -> None
         if config.dry_run:
             return dry_run(config)
         run, saver = prepare(config)
-    fit_and_export(run, saver)
+    try:
+        fit_and_export(run, saver)
+    except UnusableData as e:
+        sys.exit(f'{prog}: error: {e}')
     run.accelerator.state.destroy_process_group()

@@ -18,7 +18,7 @@ from timm.data.loader import fast_collate
 from timm.data.readers.shared_count import SharedCount
 
 from .device_loader import IndexedBatches
-from .images.decode import decode_image, read_bytes
+from .images.decode import UnusableData, decode_image, read_bytes
 from .images.sources import ImageSource
 from .options import LoaderOptions
 from .seeding import generators_kept, seed_generators
@@ -32,7 +32,7 @@ def _check_label(label: int, num_classes: int | None, where: str) -> None:
     if label < 0 or (num_classes is not None and label >= num_classes):
         allowed = 'labels start at 0' if num_classes is None else \
             f'--num-classes {num_classes} allows 0 to {num_classes - 1}'
-        raise RuntimeError(f'{where} has the label {label}; {allowed}')
+        raise UnusableData(f'{where} has the label {label}; {allowed}')
 
 
 def _data_loader(
@@ -71,7 +71,7 @@ class _TransformedImages(torch.utils.data.Dataset):
             image, label = self.source.read(index)
             image = decode_image(image if isinstance(image, Image.Image) else read_bytes(image), self.mode)
         except Exception as error:
-            raise RuntimeError(
+            raise UnusableData(
                 f'{self.source.describe(index)} cannot be read ({type(error).__name__}: {error}); repair or remove it, '
                 'or convert the data with python -m alignmix_lab convert, which skips such images') from error
         _check_label(label, self.options.num_classes, self.source.describe(index))

@@ -16,6 +16,7 @@ from timm.models import load_state_dict
 from torch import nn
 
 from alignmix_lab.classification.export_checkpoint import export_checkpoint
+from alignmix_lab.runs.models import create_model
 from alignmix_lab.runs.options import near_names
 from timm_alignmix import weights
 from timm_alignmix.weights.folder import CONFIG
@@ -157,13 +158,6 @@ def _sources(name: str, checkpoint: str | None, config: EvalConfig) -> list[tupl
     return [(name, partial(_open_name, name, config))]
 
 
-def _create(name: str, **kwargs: Any) -> nn.Module:
-    try:
-        return timm.create_model(name, **kwargs)
-    except (RuntimeError, ValueError, OSError, TypeError, AssertionError) as e:
-        raise ValueError(f'--model {name}: timm cannot build it ({e})') from e
-
-
 def _open_name(name: str, config: EvalConfig) -> Opened:
     if ':' not in name and not timm.is_model(name):
         raise ValueError(
@@ -174,7 +168,9 @@ def _open_name(name: str, config: EvalConfig) -> Opened:
             f'--model {name}: timm has no weights for it; pass --checkpoint FILE, or --no-pretrained for random ones')
     kwargs = {'num_classes': config.num_classes, **config.model_kwargs}
     kwargs = {key: value for key, value in kwargs.items() if value is not None}
-    network = _create(name, pretrained=config.pretrained, **kwargs)
+    network = create_model(
+        name, f'--model {name}', 'pass --checkpoint FILE, or --no-pretrained for random weights', config.pretrained,
+        **kwargs)
     names = network.pretrained_cfg.get('label_names')
     return network, list(names) if names else None, {}
 
@@ -195,7 +191,8 @@ def _open_state(name: str, path: str, config: EvalConfig) -> Opened:
 
 def _open_folder(folder: Path) -> Opened:
     exported = weights.verify(folder)
-    return _create(f'local-dir:{folder}', pretrained=True), exported.get('label_names'), exported.get('training', {})
+    network = create_model(f'local-dir:{folder}', f'--model {folder}', pretrained=True)
+    return network, exported.get('label_names'), exported.get('training', {})
 
 
 def _open_checkpoint(path: Path, config: EvalConfig) -> Opened:

@@ -3,6 +3,7 @@ import csv
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,11 +15,12 @@ import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 
+from alignmix_lab.runs.options import option_words
 from detection.config import DetectConfig, resolve_config
 from detection.export_checkpoint import export_detector, load_detector
 from detection.predict import predict
 from detection.task import DetectionTask
-from detection.train import parse_config, train
+from detection.train import main, parse_config, train
 from detection.validate import collect
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -163,6 +165,14 @@ def test_mixed_precision_trains_as_float32_does(detector, rectangles, tmp_path):
 def test_one_image_cannot_train_norms_of_one_position(rectangles, tmp_path):
     with pytest.raises(ValueError, match='conv4_stride1 .* --batch-size 2 or more'):
         run(rectangles, tmp_path, 'one', batch_size=1, model_kwargs=dict(conv4_stride1=True))
+
+
+def test_the_script_ends_with_the_name_of_an_unreadable_image(rectangles, tmp_path):
+    data = shutil.copytree(rectangles, tmp_path / 'data')
+    (data / 'JPEGImages' / 'trainval3.png').write_bytes(b'no image')
+    words = [word for name, value in TINY.items() for word in option_words(name, value)]
+    with pytest.raises(SystemExit, match=r'^detection.train: error: /.*trainval3.png is damaged or no image \('):
+        main([*words, '--data-dir', str(data), '--output', str(tmp_path), '--epochs', '1'])
 
 
 def test_images_must_all_be_evaluated():

@@ -14,6 +14,17 @@ MAX_PIXELS = 2 * 89_478_485  # Pillow raises above this: 0.5 GB once decoded to 
 MAX_BYTES = 1 << 30  # file size; more than MAX_PIXELS can need
 
 
+class UnusableData(ValueError):
+    """Data that stops a run, named in one sentence.
+
+    From a loader's worker, torch raises it again with the worker's whole traceback as its message, which ends with that
+    sentence.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(message.rpartition(f'{type(self).__name__}: ')[2].strip())
+
+
 @functools.cache
 def _formats() -> tuple[str, ...]:
     """Formats that Pillow decodes itself: for EPS it would run Ghostscript, even on a file named .jpg."""

@@ -9,6 +9,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from alignmix_lab.classification import TrainConfig, train
+from alignmix_lab.classification.build import model_arguments
 from timm_alignmix import weights
 
 
@@ -45,6 +46,25 @@ def test_a_run_leaves_its_last_weights(photos, tmp_path):
     assert facts['mix_options']['n'] == 8 and facts['global_batch_size'] == 4 and facts['loader'] == 'timm'
     assert facts['weights'] == 'raw' and facts['accuracy']['measured_on'] == 'ema'
     assert timm.create_model(f'local-dir:{folder}', pretrained=True).pretrained_cfg['tag'] == 'multimix_photos'
+
+
+@pytest.mark.parametrize('size', [dict(img_size=32), dict(img_size=None, input_size=[3, 32, 64])])
+def test_a_vit_is_built_for_the_images_of_the_run(photos, tmp_path, size):
+    options = {**config(photos, tmp_path).to_dict(), 'model': 'vit_tiny_patch16_224', **size}
+    sides = tuple(options['input_size'][1:]) if options['input_size'] else (32, 32)
+    model = timm.create_model(f'local-dir:{train(TrainConfig(**options))["folder"] / "export"}', pretrained=True)
+    assert tuple(model.patch_embed.img_size) == sides and tuple(model.pretrained_cfg['input_size']) == (3, *sides)
+
+
+@pytest.mark.parametrize('model, options, expected', [
+    ('test_resnet', {}, None),
+    ('swin_tiny_patch4_window7_224', {}, 96),
+    ('vit_tiny_patch16_224', {'dynamic_img_size': True}, None),
+    ('vit_tiny_patch16_224', {'img_size': 64}, 64),
+])
+def test_only_networks_of_another_fixed_size_are_told_the_size(photos, tmp_path, model, options, expected):
+    arguments = model_arguments(TrainConfig(model=model, img_size=96, model_kwargs=options))
+    assert arguments.get('img_size') == expected
 
 
 def test_no_export(photos, tmp_path):

@@ -1,5 +1,6 @@
 """What cannot work is refused before training, with the remedy."""
 import logging
+import shutil
 
 import pytest
 
@@ -22,11 +23,6 @@ def test_an_image_size_that_the_model_cannot_take(refused):
     assert 'levit_128s was built for 224x224, got 300x300' in message and '--img-size 224' in message
 
 
-def test_an_image_size_that_the_model_can_be_told(refused):
-    message = refused(model='vit_tiny_patch16_224', img_size=64)
-    assert 'built for 224x224, got 64x64; pass --model-kwargs img_size=64, or --img-size 224' in message
-
-
 def test_too_few_classes(refused):
     assert '--num-classes 5 allows 0 to 4; pass --num-classes 10 or more' in refused(num_classes=5)
 
@@ -38,6 +34,8 @@ def test_a_missing_folder(refused, tmp_path):
 
 @pytest.mark.parametrize('options, said', [
     (dict(model='resnet51'), '--model resnet51: timm has no such model; did you mean resnet5'),
+    (dict(model='resnet18', pretrained=True), 'weights as --initial-checkpoint, or leave --pretrained out'),
+    (dict(model_kwargs={'colour': 'red'}), '--model test_resnet: timm cannot build it ('),
     (dict(opt='adamv'), '--opt adamv: timm has no such optimizer; did you mean '),
     (dict(mix='alignmx'), 'alignmix'),
     (dict(mix='multimix', mix_kwargs={'nn': 3}), 'nn'),
@@ -79,3 +77,18 @@ def test_the_script_ends_with_the_message(script, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match=r'^train_imagenet\.py: error: .*photos'):
         script.main(['--data-dir', str(tmp_path / 'photos'), '--device', 'cpu', '--output', str(tmp_path)])
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_the_script_ends_with_the_name_of_an_unreadable_image(script, digits, tmp_path, monkeypatch, workers):
+    monkeypatch.setattr(script, 'setup_default_logging', lambda: logging.NOTSET)
+    shutil.copytree(digits, tmp_path / 'digits')
+    damaged = next((tmp_path / 'digits/train/3').iterdir())
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    with pytest.raises(SystemExit) as end:
+        script.main([
+            '--data-dir', str(tmp_path / 'digits'), '--device', 'cpu', '--output', str(tmp_path), '--epochs', '1',
+            '--model', 'test_resnet', '--img-size', '64', '--batch-size', '16', '--workers', str(workers)])
+    message = end.value.code
+    assert message.startswith(f'train_imagenet.py: error: {damaged} cannot be read (')
+    assert message.endswith('which skips such images') and '\n' not in message

@@ -1,0 +1,52 @@
+"""Creation of timm models, with one sentence for the user if it fails."""
+from typing import Any
+
+import timm
+from huggingface_hub import constants
+from huggingface_hub.utils import get_session
+from torch import nn
+
+PROBE_SECONDS = 5
+
+
+def create_model(name: str, said: str, remedy: str = '', pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Call `timm.create_model` for a model that the user named.
+
+    Args:
+        name: timm name with or without a tag, 'local-dir:FOLDER' or 'hf-hub:NAME'.
+        said: Option and value that named it, which begin the message.
+        remedy: What to do where the pretrained weights cannot be loaded, which ends the message.
+        pretrained: Load its pretrained weights.
+        **kwargs: Further arguments of `timm.create_model`.
+
+    Raises:
+        ValueError: timm cannot build the model or load its weights. Without network this takes seconds, not a minute.
+    """
+    offline, unreachable = constants.HF_HUB_OFFLINE, False
+    try:
+        asks_hub = not offline and 'pretrained_cfg_overlay' not in kwargs and _is_on_hub(name, pretrained)
+        unreachable = asks_hub and not _hub_answers()
+        constants.HF_HUB_OFFLINE = offline or unreachable  # reads the cache, without retries
+        return timm.create_model(name, pretrained=pretrained, **kwargs)
+    except (RuntimeError, ValueError, OSError, TypeError, AssertionError) as e:
+        reason = f'{constants.ENDPOINT} does not answer' if unreachable else ' '.join(str(e).split())
+        raise ValueError(
+            f'{said}: timm cannot build it{" with its pretrained weights" if pretrained else ""} ({reason})'
+            + (f'; {remedy}' if pretrained and remedy else '')) from e
+    finally:
+        constants.HF_HUB_OFFLINE = offline
+
+
+def _is_on_hub(name: str, pretrained: bool) -> bool:
+    if ':' in name:
+        return not name.startswith('local-dir:')
+    cfg = timm.get_pretrained_cfg(name) if pretrained else None
+    return bool(cfg and cfg.hf_hub_id and not cfg.file)
+
+
+def _hub_answers() -> bool:
+    try:
+        get_session().head(constants.ENDPOINT, timeout=PROBE_SECONDS)
+    except Exception:  # the types differ by version of the client
+        return False
+    return True
