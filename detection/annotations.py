@@ -67,11 +67,13 @@ class Annotations:
         records: One per image.
         class_names: Names of labels 1, 2, ...
         left_out: Number of dropped or changed objects and images, by reason.
+        category_ids: COCO's ids of the classes, by name.
     """
 
     records: list[Record]
     class_names: list[str]
     left_out: Counter = field(default_factory=Counter)
+    category_ids: dict[str, int] = field(default_factory=dict)
 
     def describe(self) -> str:
         """Describe images, boxes and omissions in one line."""
@@ -104,7 +106,7 @@ def clean(annotations: Annotations, training: bool, keep_difficult: bool = True)
                 left_out['images without boxes dropped'] += 1
                 continue
         records.append(record)
-    return Annotations(records, annotations.class_names, +left_out)
+    return replace(annotations, records=records, left_out=+left_out)
 
 
 def _no_area(boxes: np.ndarray) -> np.ndarray:
@@ -235,7 +237,8 @@ def read_coco(
     for annotation in annotations:
         by_image[annotation['image_id']].append(annotation)
     folder = _coco_images(Path(data_dir), split, images, path)
-    return Annotations([_coco_record(image, by_image[image['id']], labels, folder) for image in images], known)
+    records = [_coco_record(image, by_image[image['id']], labels, folder) for image in images]
+    return Annotations(records, known, category_ids={category['name']: category['id'] for category in categories})
 
 
 def _read_coco_file(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
