@@ -17,7 +17,7 @@ COMMANDS = {
     'export': ('alignmix_lab.commands.export', "write a checkpoint as a folder for timm's 'local-dir:FOLDER'"),
     'weights': ('alignmix_lab.commands.weights', 'list, install or push exported weights'),
     'plot': ('alignmix_lab.commands.plot', 'draw the effect of a method on your own images and model'),
-    'detect': ('alignmix_lab.commands.detect', 'train a detector on a mixed backbone, predict, export (from a clone)'),
+    'detect': ('alignmix_lab.commands.detect', 'train a detector, validate, predict, export (from a clone)'),
 }
 
 

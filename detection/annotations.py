@@ -54,6 +54,7 @@ class Annotations:
     records: list[Record]
     class_names: list[str]  # of labels 1, 2, ...
     left_out: Counter = field(default_factory=Counter)  # number of dropped or changed objects and images, by reason
+    category_ids: dict[str, int] = field(default_factory=dict)  # COCO's ids of the classes, by name
 
     def describe(self) -> str:
         """Describe images, boxes and omissions in one line."""
@@ -86,7 +87,7 @@ def clean(annotations: Annotations, training: bool, keep_difficult: bool = True)
                 left_out['images without boxes dropped'] += 1
                 continue
         records.append(record)
-    return Annotations(records, annotations.class_names, +left_out)
+    return replace(annotations, records=records, left_out=+left_out)
 
 
 def _no_area(boxes: np.ndarray) -> np.ndarray:
@@ -209,7 +210,8 @@ def read_coco(data_dir: str | Path, split: str, class_names: Sequence[str] | Non
     for annotation in annotations:
         by_image[annotation['image_id']].append(annotation)
     folder = _coco_images(Path(data_dir), split, images, path)
-    return Annotations([_coco_record(image, by_image[image['id']], labels, folder) for image in images], known)
+    records = [_coco_record(image, by_image[image['id']], labels, folder) for image in images]
+    return Annotations(records, known, category_ids={category['name']: category['id'] for category in categories})
 
 
 def _read_coco_file(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:

@@ -1,5 +1,5 @@
 """COCO's average precision, by faster-coco-eval."""
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -35,13 +35,24 @@ def coco_ground_truth(records: Sequence[Record], class_names: Sequence[str]) -> 
     )
 
 
-def coco_results(detections: Sequence[dict[str, np.ndarray]]) -> list[dict]:
-    """Convert the detections of each image to entries of a COCO results file."""
+def coco_results(
+        detections: Sequence[dict[str, np.ndarray]],
+        image_ids: Sequence[int | str] | None = None,
+        category_ids: Mapping[int, int] | None = None,
+) -> list[dict]:
+    """Convert detections to entries of a COCO results file.
+
+    Args:
+        detections: For each image `boxes` (N, 4), `scores` (N,) and `labels` (N,).
+        image_ids: Ids of the images; None numbers them from 0.
+        category_ids: Ids by label, without which detections are left out; None for the labels.
+    """
     return [
-        dict(image_id=index, category_id=int(label), score=float(score),
-             bbox=[*box[:2].tolist(), *(box[2:] - box[:2]).tolist()])
-        for index, found in enumerate(detections)
+        dict(image_id=image_id, category_id=int(label if category_ids is None else category_ids[label]),
+             score=float(score), bbox=[*box[:2].tolist(), *(box[2:] - box[:2]).tolist()])
+        for image_id, found in zip(image_ids or range(len(detections)), detections, strict=True)
         for box, score, label in zip(found['boxes'], found['scores'], found['labels'], strict=True)
+        if category_ids is None or label in category_ids
     ]
 
 

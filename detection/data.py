@@ -33,9 +33,7 @@ def read_annotations(
     Raises:
         ValueError: Something is missing or damaged; the message names it and suggests a remedy.
     """
-    if not Path(data_dir).is_dir():
-        raise ValueError(f'--data-dir {data_dir}: no such folder')
-    read, find = {'voc': (read_voc, find_voc_splits), 'coco': (read_coco, find_coco_splits)}[dataset]
+    read, find = _format(dataset, data_dir)
     if train_split is None or val_split is None:
         found = find(Path(data_dir))
         train_split, val_split = train_split or found[0], val_split or found[1]
@@ -47,6 +45,24 @@ def read_annotations(
     if shared:
         _logger.warning(f'{len(shared)} images are both in {train_split} and in {val_split}')
     return clean(train, True, keep_difficult), clean(val, False)
+
+
+def read_validation(
+        dataset: str,
+        data_dir: str,
+        split: str | None,
+        class_names: Sequence[str],
+) -> Annotations:
+    """Read only the validation split; see :func:`read_annotations`."""
+    read, find = _format(dataset, data_dir)
+    return clean(read(data_dir, split or find(Path(data_dir))[1], class_names), False)
+
+
+def _format(dataset: str, data_dir: str) -> tuple[Callable, Callable]:
+    """Return the functions that read a split and that find the names of the splits."""
+    if not Path(data_dir).is_dir():
+        raise ValueError(f'--data-dir {data_dir}: no such folder')
+    return {'voc': (read_voc, find_voc_splits), 'coco': (read_coco, find_coco_splits)}[dataset]
 
 
 def _has_years(root: Path) -> bool:

@@ -1,10 +1,12 @@
 """Training of a classifier: build, resume, train, evaluate, save, export."""
 import logging
+from pathlib import Path
 from typing import Any
 
 from timm.models import safe_model_name
 
 from alignmix_lab.runs.checkpoint import CheckpointSaver
+from alignmix_lab.runs.files import write_whole
 from alignmix_lab.runs.fit import fit, open_run, wrap_run
 from alignmix_lab.runs.run import Run
 
@@ -34,11 +36,19 @@ def prepare(config: TrainConfig) -> tuple[Run, CheckpointSaver]:
     """Build and check a run, resume it if asked, and wrap it for its devices."""
     run = build_run(config)
     saver = open_run(run, f'{safe_model_name(config.model)}-{run.data_config["input_size"][-1]}-{config.mix}')
+    if run.accelerator.is_main_process and run.loaders.val_listing is not None:
+        _write_listing(saver.folder / 'val_split.txt', run.loaders.val_listing)
     if config.torchcompile:
         run.task.compile(backend=config.torchcompile)
         run.task.compile_ema(backend=config.torchcompile)
     wrap_run(run)
     return run, saver
+
+
+def _write_listing(path: Path, listing: bytes) -> None:
+    if path.exists() and path.read_bytes() != listing:
+        _logger.warning(f'{path}: other validation images than before; the run may have been trained on some of them')
+    write_whole(path, listing)
 
 
 def fit_and_export(run: Run, saver: CheckpointSaver) -> dict[str, Any] | None:

@@ -1,8 +1,13 @@
-"""`alignmix detect train|predict|export`: the programs of detection/, which runs from a clone."""
+"""`alignmix detect train|validate|predict|export`: the programs of detection/, which runs from a clone."""
 import importlib
 import sys
 
-MODULES = {'train': 'detection.train', 'predict': 'detection.predict', 'export': 'detection.export_checkpoint'}
+MODULES = {
+    'train': 'detection.train',
+    'validate': 'detection.validate',
+    'predict': 'detection.predict',
+    'export': 'detection.export_checkpoint',
+}
 
 
 def main(argv: list[str] | None = None, prog: str = 'alignmix detect') -> None:

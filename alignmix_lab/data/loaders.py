@@ -1,12 +1,14 @@
 """Training and evaluation loaders from one set of options, for FFCV and timm alike."""
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .device_loader import DeviceLoader
 from .ffcv.beton import BetonInfo, inspect_beton
 from .ffcv.importing import import_ffcv
+from .images.folders import find_split_folder
 from .images.sources import ImageSource, open_source
 from .options import LoaderOptions
 from .sample import sample_dir
@@ -26,6 +28,7 @@ class Loaders:
     class_names: list[str] | None
     kind: str  # 'ffcv' or 'timm'
     description: str
+    val_listing: bytes | None = None  # the validation images, if --val-share chose them
 
 
 def create_loaders(data_dir: str | None = None, **options) -> Loaders:
@@ -131,6 +134,9 @@ def _ffcv_loaders(o: LoaderOptions) -> Loaders:
 
 def ffcv_loader(info: BetonInfo, o: LoaderOptions, train: bool) -> DeviceLoader:
     """Create the loader of a .beton file."""
+    if o.val_share:
+        raise ValueError(
+            f'--val-share {o.val_share}: {info.path} is divided already; leave it out, or use the original images')
     from .ffcv.loader import FFCVBatches
     return DeviceLoader(FFCVBatches(info, o, train), o, train)
 
@@ -141,22 +147,44 @@ def _timm_loaders(o: LoaderOptions) -> Loaders:
         raise ValueError(
             f'{o.data_dir} holds .beton files only, which need FFCV; use --loader ffcv (with FFCV installed) or '
             'pass the folder of the original images as --data-dir')
-    train = open_split_source(o, o.train_split, True)
-    val = open_split_source(o, o.val_split, False, train.class_to_idx)
+    if o.val_share:
+        train, val = open_divided(o)
+    else:
+        train = open_split_source(o, o.train_split, True)
+        val = open_split_source(o, o.val_split, False, train.class_to_idx)
     where, labels = o.dataset or o.data_dir, [max(source.labels) for source in (train, val) if source.labels]
     largest = max(labels, default=None)
     found = max(len(train.class_names or []), 0 if largest is None else largest + 1) or None
     o = replace(o, num_classes=_resolve_num_classes(o.num_classes, found, largest, where))
     made = [timm_loader(train, o, True), timm_loader(val, o, False)]
-    return _loaders(made, o.num_classes, train.class_names, 'timm', f"timm's loader, {where}")
+    loaders = _loaders(made, o.num_classes, train.class_names, 'timm', f"timm's loader, {where}")
+    return replace(loaders, val_listing=val.listing() if o.val_share else None)
 
 
 def open_split_source(
         o: LoaderOptions, split: str, train: bool, class_to_idx: dict[str, int] | None = None) -> ImageSource:
-    """Open the images of a split; see :func:`open_source`."""
+    """Open the images of a split, which --val-share may divide; see :func:`open_source`."""
+    if o.val_share and split in (o.train_split, o.val_split):
+        return open_divided(o, class_to_idx)[split == o.val_split]
     return open_source(
         o.data_dir, o.dataset, split, o.class_map, o.dataset_download, class_to_idx, is_training=train,
         batch_size=o.batch_size, seed=o.seed)
+
+
+def open_divided(
+        o: LoaderOptions,
+        class_to_idx: dict[str, int] | None = None,
+) -> tuple[ImageSource, ImageSource]:
+    """Open the training images in the two parts of --val-share; see :meth:`ImageSource.divide`."""
+    source = open_split_source(replace(o, val_share=0.0), o.train_split, False, class_to_idx)
+    folder = None
+    with suppress(ValueError):
+        folder = None if o.dataset else find_split_folder(o.data_dir, o.val_split)
+    if folder is not None and folder.name != 'test':  # which may well be kept for the end
+        raise ValueError(
+            f'--val-share {o.val_share}: there is a folder of validation images, {folder}; leave --val-share out to '
+            'use it, or move it away')
+    return source.divide(o.val_share, o.seed)
 
 
 def timm_loader(

@@ -28,6 +28,9 @@ class SourceOptions(Options):
     loader: str = _data(
         'auto', 'data loader; auto picks ffcv if it is installed and the data is in .beton files, else timm',
         choices=('auto', 'ffcv', 'timm'))
+    val_share: float = _data(
+        0.0, 'without a validation split: share of the training images of each class, chosen by --seed, to evaluate on '
+        '(timm loader); the same in training and evaluation', float, low=0, below=1)
 
 
 @dataclass

@@ -15,13 +15,18 @@ import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 
+from alignmix_lab.commands import detect as detect_command
 from alignmix_lab.runs.options import option_words
+from detection import validate
+from detection.annotations import read_voc
 from detection.config import DetectConfig, resolve_config
 from detection.export_checkpoint import export_detector, load_detector
 from detection.predict import predict
 from detection.task import DetectionTask
 from detection.train import main, parse_config, train
 from detection.validate import collect
+
+from .conftest import add_coco
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = dict(
@@ -108,6 +113,42 @@ def test_export_and_prediction_give_the_trained_detector(whole, rectangles, tmp_
     assert Image.open(out / 'test0.png').size == (64, 48)
     with pytest.raises(ValueError, match='absent.png: no such image'):
         predict(['absent.png'], str(folder), str(tmp_path / 'out'))
+
+
+def test_validation_equals_that_of_the_run(whole, rectangles, tmp_path, capsys):
+    words = ['--data-dir', str(rectangles), '--device', 'cpu', '--pictures', '1', '--output', str(tmp_path)]
+    detect_command.main(['validate', '--checkpoint', str(whole['folder'] / 'last.pth.tar'), *words])
+    classes = json.loads((tmp_path / 'classes.json').read_text())
+    assert classes == json.loads((whole['folder'] / 'classes-test-ema.json').read_text())
+    assert [path.name for path in (tmp_path / 'pictures').iterdir()] == ['test0.png']
+    results = json.loads((tmp_path / 'results.json').read_text())
+    assert {result['image_id'] for result in results} <= {f'test{index}' for index in range(5)}
+    with pytest.raises(SystemExit, match='^python -m detection.validate: error: .*none: no such folder'):
+        validate.main(['--checkpoint', str(whole['folder'] / 'last.pth.tar'), '--data-dir', str(tmp_path / 'none')])
+
+
+def test_results_have_cocos_own_ids(whole, rectangles, tmp_path):
+    """As pycocotools reads them beside the annotation file, whose ids are not those of the detector."""
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+    categories = [dict(id=7, name='red'), dict(id=3, name='blue'), dict(id=9, name='green')]
+    records = read_voc(rectangles, 'test', ['red', 'blue']).records
+    annotations = [
+        dict(image_id=40 - index, category_id=(7, 3)[label - 1], bbox=[*box[:2], *(box[2:] - box[:2])])
+        for index, record in enumerate(records) for box, label in zip(record.boxes, record.labels, strict=True)]
+    images = [dict(id=40 - index, width=64, height=48) for index in range(len(records))]
+    add_coco(tmp_path, 'val', images, annotations, categories)
+    for image, record in zip(images, records, strict=True):
+        shutil.copy(record.path, tmp_path / 'val' / image['file_name'])
+    metrics = validate.evaluate(
+        str(whole['folder'] / 'last.pth.tar'), str(tmp_path / 'out'), data_dir=str(tmp_path), dataset='coco',
+        val_split='val', device='cpu', workers=0)
+    truth = COCO(str(tmp_path / 'annotations' / 'instances_val.json'))
+    evaluation = COCOeval(truth, truth.loadRes(str(tmp_path / 'out' / 'results.json')), 'bbox')
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    assert metrics['map'] == pytest.approx(100 * evaluation.stats[0]) == pytest.approx(whole['last']['map'])
 
 
 def test_other_files_are_no_detectors(whole, tmp_path):

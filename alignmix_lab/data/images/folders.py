@@ -55,7 +55,9 @@ def find_split_folder(root: str | Path, split: str) -> Path:
     there = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
     raise ValueError(
         f'{root} has no folder for the split {split!r} (tried {", ".join(dict.fromkeys(names))}); it has: '
-        f'{", ".join(there[:20]) or "no folders"}. Expected {root}/train/<class>/ and {root}/validation/<class>/')
+        f'{", ".join(there[:20]) or "no folders"}. Expected {root}/train/<class>/ and {root}/validation/<class>/'
+        + ('; without validation images, --val-share 0.1 sets a tenth of the training images aside'
+           if split in EVAL_FOLDERS else ''))
 
 
 class FolderReader(ReaderImageFolder):

@@ -1,4 +1,6 @@
 """Sources of images and labels: ImageFolder roots and timm's dataset names."""
+import os
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -6,6 +8,7 @@ import torch.utils.data
 from timm.data import ImageDataset, create_dataset
 from timm.data.readers.class_map import load_class_map
 
+from ..order import shuffled
 from .folders import FolderReader, Skipped, check_folders, find_split_folder, log_skipped
 
 PREFIXES = ('torch', 'hfds', 'hfids', 'tfds', 'wds')
@@ -19,16 +22,19 @@ class ImageSource:
         title: Name for messages.
         class_names: Names by label, if known.
         class_to_idx: Class map for the evaluation split, if the classes are folder names.
+        indices: The part of the dataset that belongs to the split; None for all.
     """
 
     def __init__(
             self, dataset: Any, title: str, class_names: list[str] | None = None,
-            class_to_idx: dict[str, int] | None = None, skipped: Sequence[Skipped] = ()):
+            class_to_idx: dict[str, int] | None = None, skipped: Sequence[Skipped] = (),
+            indices: Sequence[int] | None = None):
         self.dataset = dataset
         self.title = title
         self.class_names = class_names
         self.class_to_idx = class_to_idx
         self.skipped = skipped
+        self.indices = range(len(dataset)) if indices is None and not self.is_stream else indices
 
     @property
     def is_stream(self) -> bool:
@@ -41,7 +47,7 @@ class ImageSource:
     @property
     def labels(self) -> list[int] | None:
         """Labels of all samples, if they are known without reading images."""
-        return None if self._listed is None else [label for _, label in self._listed]
+        return None if self._listed is None else [self._listed[index][1] for index in self.indices]
 
     @property
     def num_classes(self) -> int | None:
@@ -51,10 +57,11 @@ class ImageSource:
     @property
     def num_samples(self) -> int:
         """Samples of the split over all processes; 0 if a stream does not say."""
-        return self.dataset.reader.num_samples if self.is_stream else len(self.dataset)
+        return self.dataset.reader.num_samples if self.is_stream else len(self.indices)
 
     def read(self, index: int) -> tuple[Any, int]:
         """Return an open file or a PIL image, and its label."""
+        index = self.indices[index]
         if not hasattr(self.dataset, 'reader'):
             return self.dataset[index]  # torchvision's
         image, label = self.dataset.reader[index]
@@ -63,8 +70,42 @@ class ImageSource:
     def describe(self, index: int) -> str:
         """File name of a sample, or its index in the dataset."""
         if self._listed is not None:
-            return self.dataset.filename(index, absolute=True)
-        return f'{self.title}[{index}]'
+            return self.dataset.filename(self.indices[index], absolute=True)
+        return f'{self.title}[{self.indices[index]}]'
+
+    def listing(self) -> bytes:
+        """Content of a text file with a line per image: its file within the split, or its index in the dataset."""
+        names = map(str, self.indices) if self._listed is None else map(self.dataset.filename, self.indices)
+        return os.fsencode(''.join(f'{name}\n' for name in names))
+
+    def divide(self, share: float, seed: int) -> tuple['ImageSource', 'ImageSource']:
+        """Divide into training and validation images, the latter a share of each class.
+
+        The choice depends on the seed, the label and the order of the file names. At least one image of a class is for
+        training.
+
+        Raises:
+            ValueError: The images are read in sequence, or are too few.
+        """
+        if self.is_stream:
+            raise ValueError(
+                f'--val-share {share}: {self.title} is read in sequence; it needs a --val-split of its own')
+        labels = self.labels or getattr(self.dataset, 'targets', None)
+        by_class = defaultdict(list)
+        for place, index in enumerate(self.indices):
+            by_class[int(self.read(place)[1] if labels is None else labels[place])].append(index)
+        chosen = set()
+        for label, members in by_class.items():
+            count = min(max(round(share * len(members)), 1), len(members) - 1)
+            if self._listed is not None:
+                members.sort(key=self.dataset.filename)
+            chosen.update(members[place] for place in shuffled(len(members), seed, label)[:count])
+        if not chosen:
+            raise ValueError(f'--val-share {share}: {self.title} has one image per class, none for validation')
+        parts = [index for index in self.indices if index not in chosen], sorted(chosen)
+        return tuple(
+            ImageSource(self.dataset, self.title, self.class_names, self.class_to_idx, self.skipped, part)
+            for part in parts)
 
 
 def _open_folder(root: str, split: str, class_map: str, class_to_idx: dict[str, int] | None) -> ImageSource:
