@@ -1,7 +1,6 @@
 """Training and evaluation loaders from one set of options, for FFCV and timm alike."""
 import logging
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -177,10 +176,11 @@ def open_divided(
 ) -> tuple[ImageSource, ImageSource]:
     """Open the training images in the two parts of --val-share; see :meth:`ImageSource.divide`."""
     source = open_split_source(replace(o, val_share=0.0), o.train_split, False, class_to_idx)
-    folder = None
-    with suppress(ValueError):
+    try:
         folder = None if o.dataset else find_split_folder(o.data_dir, o.val_split)
-    if folder is not None and folder.name != 'test':  # which may well be kept for the end
+    except ValueError:
+        folder = None
+    if folder is not None and folder.name != 'test':  # test images may well be kept for the end
         raise ValueError(
             f'--val-share {o.val_share}: there is a folder of validation images, {folder}; leave --val-share out to '
             'use it, or move it away')
