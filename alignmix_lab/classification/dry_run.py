@@ -169,12 +169,9 @@ def step_cost(run: Run) -> StepCost:
     parameters = [p for p in model.parameters() if p.requires_grad]
     average = [*model.parameters(), *model.buffers()] if config.model_ema and not config.model_ema_force_cpu else []
     return StepCost(
-        parameters=_bytes(parameters),
-        optimizer=_optimizer_bytes(run.optimizer, parameters),
-        average=_bytes(average),
+        parameters=_bytes(parameters), optimizer=_optimizer_bytes(run.optimizer, parameters), average=_bytes(average),
         activations=sum(storage.nbytes() for storage in saved.values()),
-        flops=counter.get_total_flops() / config.batch_size,
-    )
+        flops=counter.get_total_flops() / config.batch_size)
 
 
 def _bytes(tensors: list[torch.Tensor]) -> int:

@@ -22,18 +22,12 @@ from .config import TrainConfig
 # Options that determine the network and its input.
 _MODEL_OPTIONS = (
     'model', 'model_kwargs', 'mix', 'mix_kwargs', 'num_classes', 'gp', 'in_chans', 'drop', 'drop_path', 'drop_block',
-    'bn_momentum', 'bn_eps', 'img_size', 'input_size', 'crop_pct', 'crop_mode', 'mean', 'std', 'interpolation',
-)
+    'bn_momentum', 'bn_eps', 'img_size', 'input_size', 'crop_pct', 'crop_mode', 'mean', 'std', 'interpolation')
 
 
 def export_checkpoint(
-        checkpoint: str | Path,
-        folder: str | Path,
-        ema: bool | None = None,
-        *,
-        dataset: str | None = None,
-        license: str = 'unknown',
-) -> Path:
+        checkpoint: str | Path, folder: str | Path, ema: bool | None = None, *, dataset: str | None = None,
+        license: str = 'unknown') -> Path:
     """Write the weights of a training checkpoint as :func:`timm_alignmix.weights.export` does.
 
     Args:

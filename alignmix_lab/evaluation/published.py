@@ -157,11 +157,8 @@ def figures() -> tuple[Figure, ...]:
 
 
 def find(
-        metrics: Container[str] | None = None,
-        paper: str | None = None,
-        table: str | None = None,
-        methods: Container[str] | None = None,
-) -> list[Figure]:
+        metrics: Container[str] | None = None, paper: str | None = None, table: str | None = None,
+        methods: Container[str] | None = None) -> list[Figure]:
     """Published figures of some metrics, of a paper, of a table and of some methods; None takes all of them."""
     return [
         figure for figure in figures()

@@ -31,12 +31,8 @@ def start_processes(config: RunConfig) -> Accelerator:
 
 
 def create_accelerator(
-        device: str = 'auto',
-        amp: bool = False,
-        amp_dtype: str = 'float16',
-        dist_timeout: int = 600,
-        broadcast_buffers: bool = True,
-) -> Accelerator:
+        device: str = 'auto', amp: bool = False, amp_dtype: str = 'float16', dist_timeout: int = 600,
+        broadcast_buffers: bool = True) -> Accelerator:
     """Start Accelerate and check that it sees all processes of the launcher.
 
     Args:

@@ -83,13 +83,8 @@ def train_one_epoch(run: Run, epoch: int, save: Callable[[int, LossTotals], None
 
 
 def _compute_gradients(
-        run: Run,
-        epoch: int,
-        update: int,
-        batches: Iterator[Any],
-        agreement: Agreement,
-        log: EpochLog,
-) -> list[dict[str, Any]]:
+        run: Run, epoch: int, update: int, batches: Iterator[Any], agreement: Agreement,
+        log: EpochLog) -> list[dict[str, Any]]:
     """Run the forward and backward passes of an update; returns the results of each step, without the outputs."""
     task, accelerator, accum = run.task, run.accelerator, run.config.grad_accum_steps
     module, results = task.get_trainable_module(), []

@@ -51,10 +51,8 @@ def open_run(run: Run, name: str) -> CheckpointSaver:
     resumed = _find_resume(config, saver.folder)
     if config.model_ema:
         run.task.setup_ema(
-            decay=config.model_ema_decay,
-            use_warmup=config.model_ema_warmup,
-            device='cpu' if config.model_ema_force_cpu else None,
-        )
+            decay=config.model_ema_decay, use_warmup=config.model_ema_warmup,
+            device='cpu' if config.model_ema_force_cpu else None)
     if resumed is not None:
         run.load_state_dict(resumed[1], resumed[0])
     if config.start_epoch is not None:
@@ -138,10 +136,8 @@ def wrap_run(run: Run) -> None:
 
 
 def fit(
-        run: Run,
-        saver: CheckpointSaver,
-        evaluate: Callable[[Run, nn.Module, str], dict[str, float]],
-) -> dict[str, Any] | None:
+        run: Run, saver: CheckpointSaver,
+        evaluate: Callable[[Run, nn.Module, str], dict[str, float]]) -> dict[str, Any] | None:
     """Train a prepared run to its end.
 
     Args:

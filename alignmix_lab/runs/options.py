@@ -20,28 +20,16 @@ from timm_alignmix.mixes import canonical, list_mixes
 # Headings of --help, in order; any others follow.
 GROUPS = (
     'Data', 'Mixing', 'Detector', 'Model', 'Optimizer', 'Learning rate schedule', 'Augmentation and regularization',
-    'Batch norm and weight averaging', 'Speed and device', 'Run, logs and checkpoints',
-)
+    'Batch norm and weight averaging', 'Speed and device', 'Run, logs and checkpoints')
 # The copy that is installed with the package, or recipes/ of a clone.
 _PACKAGE = Path(__file__).resolve().parents[1]
 RECIPES = next((path for path in (_PACKAGE / 'recipes', _PACKAGE.parent / 'recipes') if path.is_dir()), None)
 
 
 def config_option(
-        group: str,
-        default: Any,
-        text: str,
-        type: type = str,
-        *,
-        choices: tuple | None = None,
-        nargs: str | int | None = None,
-        const: Any = None,
-        low: float | None = None,
-        above: float | None = None,
-        below: float | None = None,
-        flags: tuple[str, ...] = (),
-        affects_result: bool = True,
-) -> Any:
+        group: str, default: Any, text: str, type: type = str, *, choices: tuple | None = None,
+        nargs: str | int | None = None, const: Any = None, low: float | None = None, above: float | None = None,
+        below: float | None = None, flags: tuple[str, ...] = (), affects_result: bool = True) -> Any:
     """Make a dataclass field that is also a command-line flag.
 
     Args:
@@ -359,19 +347,12 @@ def _add_option(group: argparse._ArgumentGroup, option: Field) -> None:
 
 
 def create_parser(
-        config_class: type[Options],
-        usage: str,
-        description: str,
-        prog: str | None = None,
-) -> argparse.ArgumentParser:
+        config_class: type[Options], usage: str, description: str, prog: str | None = None) -> argparse.ArgumentParser:
     """Create a parser with --config and every option of a configuration; flags not given are absent from the result."""
     parser = argparse.ArgumentParser(
-        prog=prog,
-        usage=usage,
-        description=description,
+        prog=prog, usage=usage, description=description,
         formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=32, width=118),
-        allow_abbrev=False,
-    )
+        allow_abbrev=False)
     parser.add_argument(
         '-c', '--config', metavar='RECIPE',
         help='YAML file of options, or name of a recipe such as imagenet/resnet50_300ep; flags take precedence')
@@ -385,11 +366,8 @@ def create_parser(
 
 
 def parse_flags(
-        parser: argparse.ArgumentParser,
-        config_class: type[Options],
-        resolve: Callable[[dict[str, Any], str | None], Options],
-        argv: list[str] | None = None,
-) -> Options:
+        parser: argparse.ArgumentParser, config_class: type[Options],
+        resolve: Callable[[dict[str, Any], str | None], Options], argv: list[str] | None = None) -> Options:
     """Read options from the command line; exits with a message if they are invalid.
 
     Args:

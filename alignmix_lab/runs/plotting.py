@@ -50,12 +50,8 @@ def as_png(fig: Figure, dpi: int = 150) -> bytes:
 
 
 def figure(
-        rows: int = 1,
-        columns: int = 1,
-        size: tuple[float, float] = (4.2, 3.4),
-        title: str = '',
-        **subplots: Any,
-) -> tuple[Figure, np.ndarray]:
+        rows: int = 1, columns: int = 1, size: tuple[float, float] = (4.2, 3.4), title: str = '',
+        **subplots: Any) -> tuple[Figure, np.ndarray]:
     """Create a figure with axes.
 
     Args:
@@ -115,12 +111,8 @@ def shared_legend(fig: Figure, ax: Axes) -> None:
 
 
 def bars(
-        ax: Axes,
-        labels: Sequence[str],
-        values: Sequence[float],
-        form: str = '.1f',
-        errors: Sequence[float] | None = None,
-) -> None:
+        ax: Axes, labels: Sequence[str], values: Sequence[float], form: str = '.1f',
+        errors: Sequence[float] | None = None) -> None:
     """Draw a horizontal bar per model in its colour, with the value at the end.
 
     Args:
@@ -143,10 +135,7 @@ def bars(
 
 def spread(values: Sequence[float]) -> tuple[float | None, float | None]:
     """Mean and sample standard deviation; None where there are too few values."""
-    return (
-        statistics.mean(values) if values else None,
-        statistics.stdev(values) if len(values) > 1 else None,
-    )
+    return (statistics.mean(values) if values else None, statistics.stdev(values) if len(values) > 1 else None)
 
 
 def draw_by_epoch(ax: Axes, curves: dict[str, list[dict[int, float]]]) -> None:

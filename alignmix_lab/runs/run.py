@@ -78,10 +78,8 @@ class Run:
     def layout(self) -> dict[str, int]:
         """Parts of the global batch."""
         return dict(
-            processes=self.accelerator.num_processes,
-            batch_size=self.config.batch_size,
-            grad_accum_steps=self.config.grad_accum_steps,
-        )
+            processes=self.accelerator.num_processes, batch_size=self.config.batch_size,
+            grad_accum_steps=self.config.grad_accum_steps)
 
     @property
     def seconds(self) -> float:
@@ -89,11 +87,7 @@ class Run:
         return self.seconds_before + time.perf_counter() - self.started
 
     def add_optimizer(
-            self,
-            parameters: Any = None,
-            scaled: list[nn.Parameter] | None = None,
-            scale: float = 1.0,
-    ) -> None:
+            self, parameters: Any = None, scaled: list[nn.Parameter] | None = None, scale: float = 1.0) -> None:
         """Set the learning rate and create the optimizer and the schedule.
 
         Args:

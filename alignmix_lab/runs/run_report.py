@@ -44,13 +44,7 @@ def draw_curves(summary: Path, picture: Path) -> None:
     write_whole(picture, as_png(fig, dpi=100))
 
 
-def write_report(
-        run: Run,
-        folder: Path,
-        last: dict[str, float],
-        best: dict[str, float],
-        train: dict[str, Any],
-) -> None:
+def write_report(run: Run, folder: Path, last: dict[str, float], best: dict[str, float], train: dict[str, Any]) -> None:
     """Write report.md: the command, hardware, time and results.
 
     Args:

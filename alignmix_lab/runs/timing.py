@@ -43,13 +43,8 @@ class Timing:
 
 
 def time_interleaved(
-        cases: dict[str, Callable[[], object]],
-        device: torch.device | str = 'cpu',
-        rounds: int = 10,
-        warmup: int = 2,
-        calls: int = 1,
-        clock: Callable[[], float] = time.perf_counter,
-) -> dict[str, Timing]:
+        cases: dict[str, Callable[[], object]], device: torch.device | str = 'cpu', rounds: int = 10, warmup: int = 2,
+        calls: int = 1, clock: Callable[[], float] = time.perf_counter) -> dict[str, Timing]:
     """Time cases in turn, round after round.
 
     On a GPU, times are those between two events in the stream: they include waiting for the host but not the launch of

@@ -26,11 +26,8 @@ def start_trackers(run: Run, folder: Path) -> None:
     settings = {
         'tensorboard': dict(purge_step=first),
         'wandb': dict(
-            name=folder.name,
-            id=hashlib.sha1(os.fsencode(folder.resolve())).hexdigest()[:16],
-            resume='allow',
-            dir=str(folder),
-        ),
+            name=folder.name, id=hashlib.sha1(os.fsencode(folder.resolve())).hexdigest()[:16], resume='allow',
+            dir=str(folder)),
     }
     accelerator.project_configuration.set_directories(str(folder))
     accelerator.log_with = filter_trackers(names, str(folder))

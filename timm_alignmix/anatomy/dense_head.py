@@ -36,13 +36,8 @@ class DenseHead:
     """
 
     def __init__(
-            self,
-            model: nn.Module,
-            name: str,
-            layout: Layout,
-            branches: list[list[HeadStep]],
-            positions: dict[tuple[int, ...], int],
-    ) -> None:
+            self, model: nn.Module, name: str, layout: Layout, branches: list[list[HeadStep]],
+            positions: dict[tuple[int, ...], int]) -> None:
         self.name, self.layout = name, layout
         self.exact_mean = False
         self._model, self._branches, self._positions = model, branches, positions

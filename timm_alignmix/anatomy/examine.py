@@ -324,11 +324,7 @@ def _is_same_memory(a: Any, b: torch.Tensor) -> bool:
     return isinstance(a, torch.Tensor) and a.numel() == b.numel() and a.data_ptr() == b.data_ptr()
 
 
-def _input_size(
-        model: nn.Module,
-        cfg: dict[str, Any],
-        img_size: int | tuple[int, int] | None,
-) -> tuple[int, int, int]:
+def _input_size(model: nn.Module, cfg: dict[str, Any], img_size: int | tuple[int, int] | None) -> tuple[int, int, int]:
     channels, *size = cfg.get('input_size') or (3, 224, 224)
     channels = getattr(model, 'in_chans', channels)
     if img_size is None:

@@ -31,21 +31,11 @@ def _metadata(config: dict[str, Any], name: str) -> str:
     results = None
     if top1 is not None and accuracy['measured_on'] == facts['weights']:
         results = [EvalResult(
-            task_type='image-classification',
-            dataset_type=facts['dataset'],
-            dataset_name=facts['dataset'],
-            metric_type='accuracy',
-            metric_name='top-1 accuracy (%)',
-            metric_value=round(top1, 2),
-        )]
+            task_type='image-classification', dataset_type=facts['dataset'], dataset_name=facts['dataset'],
+            metric_type='accuracy', metric_name='top-1 accuracy (%)', metric_value=round(top1, 2))]
     return ModelCardData(
-        license=config['pretrained_cfg']['license'],
-        library_name='timm',
-        pipeline_tag='image-classification',
-        tags=['image-classification', 'timm', 'timm-alignmix'],
-        eval_results=results,
-        model_name=name,
-    ).to_yaml()
+        license=config['pretrained_cfg']['license'], library_name='timm', pipeline_tag='image-classification',
+        tags=['image-classification', 'timm', 'timm-alignmix'], eval_results=results, model_name=name).to_yaml()
 
 
 def _usage(config: dict[str, Any]) -> list[str]:
