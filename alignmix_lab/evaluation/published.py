@@ -75,13 +75,8 @@ OOD_SETS = {
 # Epochs of training, by start of the data set's name; [M] does not print its own for CIFAR and TinyImageNet, where
 # it sets its figures beside those of [A].
 EPOCHS = {
-    'CIFAR-100 300 epochs': 300,
-    'CIFAR': 2000,
-    'TinyImageNet': 1200,
-    'ImageNet 100 epochs': 100,
-    'ImageNet': 300,
-    'CUB-200-2011': 600,
-}
+    'CIFAR-100 300 epochs': 300, 'CIFAR': 2000, 'TinyImageNet': 1200, 'ImageNet 100 epochs': 100, 'ImageNet': 300,
+    'CUB-200-2011': 600}
 SETTING = ('data', 'network', 'epochs')
 
 

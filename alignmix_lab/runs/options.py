@@ -96,8 +96,7 @@ def changed_options(config: Options, earlier: dict[str, Any]) -> list[str]:
     now = yaml.safe_load(yaml.safe_dump(config.to_dict()))  # tuples become lists, as in the file
     return [
         f'{flag(name)} {earlier[name]!r} -> {now[name]!r}' for name in result_options(type(config))
-        if name in earlier and now[name] is not None and earlier[name] != now[name]
-    ]
+        if name in earlier and now[name] is not None and earlier[name] != now[name]]
 
 
 def flag(name: str) -> str:

@@ -18,17 +18,8 @@ LINES = ('-', '--', '-.', ':', (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 2))
 MARKERS = ('o', 's', '^', 'D', 'v', 'P', 'X', '*')
 GREY = '#767676'
 STYLE = {
-    'font.size': 10,
-    'axes.titlesize': 10,
-    'axes.spines.top': False,
-    'axes.spines.right': False,
-    'axes.grid': True,
-    'axes.axisbelow': True,
-    'grid.alpha': 0.3,
-    'legend.frameon': False,
-    'lines.linewidth': 1.8,
-    'lines.markersize': 5,
-}
+    'font.size': 10, 'axes.titlesize': 10, 'axes.spines.top': False, 'axes.spines.right': False, 'axes.grid': True,
+    'axes.axisbelow': True, 'grid.alpha': 0.3, 'legend.frameon': False, 'lines.linewidth': 1.8, 'lines.markersize': 5}
 
 
 def color(index: int) -> str:

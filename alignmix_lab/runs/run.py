@@ -247,8 +247,7 @@ class Run:
         models = [self.task.get_eval_model(), *([self.task.get_eval_model(ema=True)] if self.task.has_ema() else [])]
         return [
             buffer for model in models for name, buffer in unwrap_model(model).named_buffers()
-            if name.rpartition('.')[2] in ('running_mean', 'running_var')
-        ]
+            if name.rpartition('.')[2] in ('running_mean', 'running_var')]
 
     def _gather_statistics(self) -> torch.Tensor | None:
         """Gather the statistics of all processes, (processes, values); None if they are equal."""

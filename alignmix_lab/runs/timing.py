@@ -107,8 +107,7 @@ def peak_memory(call: Callable[[], object], device: torch.device | str = 'cpu') 
         result = call()  # kept until the profile ends, so that its release is not recorded
     changes = [
         (event.start_ns(), event.nbytes()) for event in profile.profiler.kineto_results.events()
-        if event.name() == '[memory]'
-    ]
+        if event.name() == '[memory]']
     del result
     held = peak = 0
     for _, change in sorted(changes, key=lambda entry: entry[0]):

@@ -18,8 +18,7 @@ class Sums:
         sums, counts = (before.sums, before.counts) if before else ({}, {})
         return {
             name: (total - sums.get(name, 0.0)) / (self.counts[name] - counts.get(name, 0))
-            for name, total in self.sums.items() if self.counts[name] > counts.get(name, 0)
-        }
+            for name, total in self.sums.items() if self.counts[name] > counts.get(name, 0)}
 
 
 class LossTotals:

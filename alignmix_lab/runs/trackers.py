@@ -33,8 +33,7 @@ def start_trackers(run: Run, folder: Path) -> None:
     accelerator.log_with = filter_trackers(names, str(folder))
     options = {
         key: value if isinstance(value, (int, float, str, bool)) else str(value)
-        for key, value in run.config.to_dict().items()
-    }
+        for key, value in run.config.to_dict().items()}
     accelerator.init_trackers('timm-alignmix', options, settings)
 
 

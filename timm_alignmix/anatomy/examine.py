@@ -247,8 +247,7 @@ class Anatomy:
         exact_mean = self._prove_dense(trial)
         branches = [
             [HeadStep(self.model.get_submodule(self._trace.path_of(step.module)), step.shape) for step in steps]
-            for steps, _ in chains
-        ]
+            for steps, _ in chains]
         head = DenseHead(self.model, name, layout, branches, positions)
         head.exact_mean = exact_mean and not token
         return head
