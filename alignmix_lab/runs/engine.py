@@ -23,12 +23,8 @@ def train_one_epoch(run: Run, epoch: int, save: Callable[[int, LossTotals], None
     """Train for one epoch, or for the rest of the epoch in which a run resumes.
 
     An update is skipped if the loss of any process is not finite: weights, averages, running statistics and totals stay
-    as they were, on all processes.
-
-    Args:
-        run: The run, with its trainable module and optimizer prepared by Accelerate.
-        epoch: Index of the epoch, from 0.
-        save: Saves the epoch after a number of updates with their totals; called on all processes.
+    as they were, on all processes. `save` saves the epoch after a number of updates with their totals; it is called on
+    all processes.
 
     Returns:
         `loss`, the mean over the steps of all processes; `skipped`, the number of skipped updates; if the task draws

@@ -140,10 +140,7 @@ def fit(
         evaluate: Callable[[Run, nn.Module, str], dict[str, float]]) -> dict[str, Any] | None:
     """Train a prepared run to its end.
 
-    Args:
-        run: The run.
-        saver: Its checkpoints.
-        evaluate: Called with the run, a model and the start of the log lines; returns the metrics.
+    `evaluate` is called with the run, a model and the start of the log lines, and returns the metrics.
 
     Returns:
         `folder` of the run, `last` and `best` epoch (`epoch` and the metrics; `best` on the main process) and

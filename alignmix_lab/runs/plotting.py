@@ -43,17 +43,9 @@ def as_png(fig: Figure, dpi: int = 150) -> bytes:
 def figure(
         rows: int = 1, columns: int = 1, size: tuple[float, float] = (4.2, 3.4), title: str = '',
         **subplots: Any) -> tuple[Figure, np.ndarray]:
-    """Create a figure with axes.
+    """Create a figure with an array (rows, columns) of axes, each `size` inches wide and high.
 
-    Args:
-        rows: Rows of axes.
-        columns: Columns of axes.
-        size: Width and height of each of the axes in inches.
-        title: Title of the figure.
-        **subplots: Further arguments of `Figure.subplots`, e.g. `sharex=True`.
-
-    Returns:
-        The figure and its axes, an array (rows, columns).
+    `subplots` are further arguments of `Figure.subplots`, e.g. `sharex=True`.
     """
     with matplotlib.rc_context(STYLE):
         fig = Figure(figsize=(size[0] * columns, size[1] * rows), layout='constrained')
@@ -104,14 +96,9 @@ def shared_legend(fig: Figure, ax: Axes) -> None:
 def bars(
         ax: Axes, labels: Sequence[str], values: Sequence[float], form: str = '.1f',
         errors: Sequence[float] | None = None) -> None:
-    """Draw a horizontal bar per model in its colour, with the value at the end.
+    """Draw a horizontal bar per model in its colour, from top to bottom, with the value at the end.
 
-    Args:
-        ax: Axes to draw on.
-        labels: Names of the models, from top to bottom.
-        values: Lengths of the bars.
-        form: Format of the values.
-        errors: Half lengths of error bars.
+    `errors` are half lengths of error bars.
     """
     places = np.arange(len(labels))
     drawn = ax.barh(places, values, color=[color(i) for i in range(len(labels))], height=0.7, xerr=errors,

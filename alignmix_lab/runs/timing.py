@@ -51,15 +51,10 @@ def time_interleaved(
     the next case. Nothing is synchronised between the calls of a timing.
 
     Args:
-        cases: Callables without arguments, by name.
-        device: Device of the work.
         rounds: Number of rounds; each times every case once.
         warmup: Number of rounds before, which are not timed.
         calls: Calls of a case per timing, for cases shorter than the clock or the launch queue.
         clock: Clock for CPUs. time.process_time ignores other programs and adds up all threads.
-
-    Returns:
-        A timing for each case.
     """
     device = torch.device(device)
     seconds = {name: [] for name in cases}
