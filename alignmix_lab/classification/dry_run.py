@@ -126,20 +126,12 @@ def _describe_resolutions(run: Run) -> list[str]:
 
 @dataclass
 class StepCost:
-    """Estimated cost of a training step for one process.
-
-    Attributes:
-        parameters: Bytes of the weights in float32, and also of the gradients.
-        optimizer: Bytes of the optimizer's state, None if it cannot step without values.
-        average: Bytes of the moving average on the device.
-        activations: Bytes in float32 that the forward pass saves for the backward pass.
-        flops: Floating point operations of a forward pass on one image; a multiply-add counts as two.
-    """
-    parameters: int
-    optimizer: int | None
-    average: int
-    activations: int
-    flops: float
+    """Estimated cost of a training step for one process, in bytes."""
+    parameters: int  # the weights in float32, and also the gradients
+    optimizer: int | None  # its state; None if it cannot step without values
+    average: int  # the moving average on the device
+    activations: int  # in float32, those that the forward pass saves for the backward pass
+    flops: float  # operations of a forward pass on one image; a multiply-add counts as two
 
 
 def step_cost(run: Run) -> StepCost:
