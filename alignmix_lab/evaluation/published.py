@@ -222,12 +222,9 @@ def method_order(name: str) -> tuple[int, str]:
 
 
 def differences(figure: Figure, dataset: str, network: str, epochs: int | None) -> dict[str, str]:
-    """What a measurement differs in from the published setting; empty where nothing is known to differ.
+    """Return, of 'data', 'network' and 'epochs', those that differ from the published setting, with both sides in words.
 
     The names are those of :func:`dataset_name` and :func:`network_name`; epochs are None where they are not known.
-
-    Returns:
-        For 'data', 'network' and 'epochs', as far as they differ, both sides in words.
     """
     data = re.sub(r' \d+ epochs$', '', figure.dataset.partition(' vs ')[0])
     ours, theirs = (dataset, network, epochs or 'unknown'), (data, figure.network, figure.epochs or epochs or 'unknown')
