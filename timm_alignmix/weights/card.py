@@ -81,11 +81,7 @@ def _accuracy(facts: dict[str, Any]) -> list[str]:
 
 
 def make_card(config: dict[str, Any]) -> str:
-    """Write the README.md of an exported folder: metadata for the hub, facts of the weights, how to load them.
-
-    Args:
-        config: Content of the folder's config.json.
-    """
+    """Write the README.md of an exported folder from its config.json: metadata for the hub, facts, how to load."""
     facts, cfg = config.get('training', {}), config['pretrained_cfg']
     name = '.'.join(part for part in (config['architecture'], cfg.get('tag')) if part)
     lines = ['---', _metadata(config, name), '---', f'# {name}', '', cfg['description'], '']
