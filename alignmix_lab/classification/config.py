@@ -163,13 +163,9 @@ class TrainConfig(RunConfig, TrainDataOptions):
 
 
 def resolve_config(flags: dict[str, Any], config_file: str | None = None) -> TrainConfig:
-    """Merge flags, recipe and defaults, in this order of precedence.
+    """Merge flags, recipe (a YAML file or the name of one) and defaults, in this order of precedence.
 
     Without a data directory, data set or recipe, the run trains on the built-in sample with the sample's own settings.
-
-    Args:
-        flags: Options given explicitly.
-        config_file: YAML file of options, name of a recipe, or None.
 
     Raises:
         ValueError: An option does not exist or does not accept its value; the message names it.

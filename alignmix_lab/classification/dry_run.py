@@ -126,20 +126,12 @@ def _describe_resolutions(run: Run) -> list[str]:
 
 @dataclass
 class StepCost:
-    """Estimated cost of a training step for one process.
-
-    Attributes:
-        parameters: Bytes of the weights in float32, and also of the gradients.
-        optimizer: Bytes of the optimizer's state, None if it cannot step without values.
-        average: Bytes of the moving average on the device.
-        activations: Bytes in float32 that the forward pass saves for the backward pass.
-        flops: Floating point operations of a forward pass on one image; a multiply-add counts as two.
-    """
-    parameters: int
-    optimizer: int | None
-    average: int
-    activations: int
-    flops: float
+    """Estimated cost of a training step for one process, in bytes."""
+    parameters: int  # the weights in float32, and also the gradients
+    optimizer: int | None  # its state; None if it cannot step without values
+    average: int  # the moving average on the device
+    activations: int  # in float32, those that the forward pass saves for the backward pass
+    flops: float  # operations of a forward pass on one image; a multiply-add counts as two
 
 
 def step_cost(run: Run) -> StepCost:
@@ -169,12 +161,9 @@ def step_cost(run: Run) -> StepCost:
     parameters = [p for p in model.parameters() if p.requires_grad]
     average = [*model.parameters(), *model.buffers()] if config.model_ema and not config.model_ema_force_cpu else []
     return StepCost(
-        parameters=_bytes(parameters),
-        optimizer=_optimizer_bytes(run.optimizer, parameters),
-        average=_bytes(average),
+        parameters=_bytes(parameters), optimizer=_optimizer_bytes(run.optimizer, parameters), average=_bytes(average),
         activations=sum(storage.nbytes() for storage in saved.values()),
-        flops=counter.get_total_flops() / config.batch_size,
-    )
+        flops=counter.get_total_flops() / config.batch_size)
 
 
 def _bytes(tensors: list[torch.Tensor]) -> int:

@@ -22,29 +22,19 @@ from .config import TrainConfig
 # Options that determine the network and its input.
 _MODEL_OPTIONS = (
     'model', 'model_kwargs', 'mix', 'mix_kwargs', 'num_classes', 'gp', 'in_chans', 'drop', 'drop_path', 'drop_block',
-    'bn_momentum', 'bn_eps', 'img_size', 'input_size', 'crop_pct', 'crop_mode', 'mean', 'std', 'interpolation',
-)
+    'bn_momentum', 'bn_eps', 'img_size', 'input_size', 'crop_pct', 'crop_mode', 'mean', 'std', 'interpolation')
 
 
 def export_checkpoint(
-        checkpoint: str | Path,
-        folder: str | Path,
-        ema: bool | None = None,
-        *,
-        dataset: str | None = None,
-        license: str = 'unknown',
-) -> Path:
-    """Write the weights of a training checkpoint as :func:`timm_alignmix.weights.export` does.
+        checkpoint: str | Path, folder: str | Path, ema: bool | None = None, *, dataset: str | None = None,
+        license: str = 'unknown') -> Path:
+    """Write the weights of a training checkpoint as :func:`timm_alignmix.weights.export` does; returns the folder.
+
+    Takes checkpoints of train_imagenet.py and of timm's train.py.
 
     Args:
-        checkpoint: A checkpoint of train_imagenet.py or of timm's train.py.
-        folder: Folder to write; files of an earlier export are replaced.
         ema: Export the moving average (True), the raw weights (False), or the moving average if there is one (None).
         dataset: Short name of the data set for the tag; None takes it from the checkpoint.
-        license: Licence of the weights.
-
-    Returns:
-        The folder.
 
     Raises:
         ValueError: The checkpoint is damaged, lacks keys (listed in the message), or lacks the requested weights.

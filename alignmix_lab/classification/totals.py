@@ -18,16 +18,14 @@ class MixTotals(LossTotals):
         steps = {name: count - counts.get(name, 0) for name, count in sums.counts.items()}
         return {
             name.removeprefix('loss/'): count / steps['loss']
-            for name, count in sorted(steps.items()) if name.startswith('loss/') and count
-        }
+            for name, count in sorted(steps.items()) if name.startswith('loss/') and count}
 
     def describe(self, sums: Sums) -> str:
         """Describe the share and mean loss of every mode, and the mean lam, over all processes."""
         means = sums.means()
         parts = [
             f'{mode} {100 * share:.1f}% (loss {means["loss/" + mode]:#.3g})'
-            for mode, share in self.modes(sums).items()
-        ]
+            for mode, share in self.modes(sums).items()]
         if 'lam' in means:
             parts.append(f'mean lam {means["lam"]:.3f}')
         return 'modes: ' + ', '.join(parts)

@@ -15,12 +15,9 @@ _logger = logging.getLogger(__name__)
 
 @torch.inference_mode()
 def validate(run: Run, model: nn.Module, name: str = 'Test') -> OrderedDict[str, float]:
-    """Evaluate a model on the whole validation set, using every image once.
+    """Evaluate a model on the whole validation set, every image once: `loss`, and `top1` and `top5` in per cent.
 
     Processes may have different numbers of batches, so they only synchronise after the last one.
-
-    Returns:
-        `loss`, and `top1` and `top5` in per cent.
     """
     loader, interval = run.loaders.val, run.config.log_interval
     model.eval()

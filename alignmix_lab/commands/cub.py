@@ -13,19 +13,13 @@ from alignmix_lab.evaluation.protocols.box_data import CUB_FILES, cub_class_name
 
 
 def make_class_folders(root: Path, output: Path | None = None, copy: bool = False) -> dict[str, int]:
-    """Link every image into train/CLASS or val/CLASS, following train_test_split.txt.
+    """Link every image into train/CLASS or val/CLASS, following train_test_split.txt; returns their numbers.
 
-    Args:
-        root: Folder in the format of CUB-200-2011.
-        output: Folder for train and val; None for `root`. Another folder also gets links to the text files and images,
-            so that it can be evaluated too.
-        copy: Copy the images, for file systems without links.
-
-    Returns:
-        Number of images in each split.
+    The folders go to `root` or, with links to the text files and images so that it can be evaluated too, to `output`.
+    `copy` copies the images, for file systems without links.
 
     Raises:
-        ValueError: The folder does not have that format, or train or val exists already.
+        ValueError: The folder does not have the format of CUB-200-2011, or train or val exists already.
     """
     tables = {name: cub_table(root, name) for name in CUB_FILES}
     paths, labels, is_train = (tables[name] for name in CUB_FILES[:3])

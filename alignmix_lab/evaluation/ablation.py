@@ -113,8 +113,7 @@ def main(argv: list[str] | None = None, prog: str = 'alignmix ablate') -> None:
 def ablate(options: AblationOptions, command: str) -> dict[str, str]:
     """Train what is missing, and write the results of every study, with the command that asked for them.
 
-    Returns:
-        Of each run that failed, by its name, why.
+    Returns why runs failed, by name.
 
     Raises:
         ValueError: A wrong option, or a folder with a run of other options; nothing has been trained then.

@@ -75,13 +75,8 @@ OOD_SETS = {
 # Epochs of training, by start of the data set's name; [M] does not print its own for CIFAR and TinyImageNet, where
 # it sets its figures beside those of [A].
 EPOCHS = {
-    'CIFAR-100 300 epochs': 300,
-    'CIFAR': 2000,
-    'TinyImageNet': 1200,
-    'ImageNet 100 epochs': 100,
-    'ImageNet': 300,
-    'CUB-200-2011': 600,
-}
+    'CIFAR-100 300 epochs': 300, 'CIFAR': 2000, 'TinyImageNet': 1200, 'ImageNet 100 epochs': 100, 'ImageNet': 300,
+    'CUB-200-2011': 600}
 SETTING = ('data', 'network', 'epochs')
 
 
@@ -157,11 +152,8 @@ def figures() -> tuple[Figure, ...]:
 
 
 def find(
-        metrics: Container[str] | None = None,
-        paper: str | None = None,
-        table: str | None = None,
-        methods: Container[str] | None = None,
-) -> list[Figure]:
+        metrics: Container[str] | None = None, paper: str | None = None, table: str | None = None,
+        methods: Container[str] | None = None) -> list[Figure]:
     """Published figures of some metrics, of a paper, of a table and of some methods; None takes all of them."""
     return [
         figure for figure in figures()
@@ -230,12 +222,9 @@ def method_order(name: str) -> tuple[int, str]:
 
 
 def differences(figure: Figure, dataset: str, network: str, epochs: int | None) -> dict[str, str]:
-    """What a measurement differs in from the published setting; empty where nothing is known to differ.
+    """Return, of 'data', 'network' and 'epochs', those that differ from the published setting, with both sides in words.
 
     The names are those of :func:`dataset_name` and :func:`network_name`; epochs are None where they are not known.
-
-    Returns:
-        For 'data', 'network' and 'epochs', as far as they differ, both sides in words.
     """
     data = re.sub(r' \d+ epochs$', '', figure.dataset.partition(' vs ')[0])
     ours, theirs = (dataset, network, epochs or 'unknown'), (data, figure.network, figure.epochs or epochs or 'unknown')

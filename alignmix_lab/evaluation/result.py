@@ -62,13 +62,8 @@ def environment(device: torch.device, processes: int) -> dict[str, Any]:
     """Date, versions and hardware."""
     name = torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{platform.machine()} CPU'
     return {
-        'date': time.strftime('%Y-%m-%d'),
-        'device': name,
-        'processes': processes,
-        'timm_alignmix': __version__,
-        'timm': timm.__version__,
-        'torch': torch.__version__,
-    }
+        'date': time.strftime('%Y-%m-%d'), 'device': name, 'processes': processes, 'timm_alignmix': __version__,
+        'timm': timm.__version__, 'torch': torch.__version__}
 
 
 def standard_error(percent: float, count: int) -> float:
@@ -90,8 +85,7 @@ def table(result: Result) -> str:
     columns = {'model': Column('model'), **result.columns}
     lines = [
         '| ' + ' | '.join(column.title for column in columns.values()) + ' |',
-        '|---' + '|---:' * (len(columns) - 1) + '|',
-    ]
+        '|---' + '|---:' * (len(columns) - 1) + '|']
     for row in cells(columns, result.rows):
         texts = [f'**{text}**' if best else text.replace('|', '\\|') for text, best in row]
         lines.append('| ' + ' | '.join(texts) + ' |')
@@ -160,14 +154,8 @@ def write_result(folder: Path, name: str, help: str, result: Result, facts: dict
     files[f'{name}.csv'] = as_csv(result).encode()
     files[f'{name}.md'] = markdown(f'{name}: {help.rstrip(".")}', result, facts, pictures).encode()
     content = plain({
-        'protocol': name,
-        **facts,
-        'columns': {key: asdict(column) for key, column in result.columns.items()},
-        'rows': result.rows,
-        'notes': result.notes,
-        'details': result.details,
-        'pictures': pictures,
-    })
+        'protocol': name, **facts, 'columns': {key: asdict(column) for key, column in result.columns.items()},
+        'rows': result.rows, 'notes': result.notes, 'details': result.details, 'pictures': pictures})
     # The JSON file is what says that a result is there: it comes last.
     files[f'{name}.json'] = (json.dumps(content, indent=1) + '\n').encode()
     for file, data in files.items():

@@ -31,20 +31,12 @@ def start_processes(config: RunConfig) -> Accelerator:
 
 
 def create_accelerator(
-        device: str = 'auto',
-        amp: bool = False,
-        amp_dtype: str = 'float16',
-        dist_timeout: int = 600,
-        broadcast_buffers: bool = True,
-) -> Accelerator:
+        device: str = 'auto', amp: bool = False, amp_dtype: str = 'float16', dist_timeout: int = 600,
+        broadcast_buffers: bool = True) -> Accelerator:
     """Start Accelerate and check that it sees all processes of the launcher.
 
-    Args:
-        device: 'cpu' ignores accelerators.
-        amp: Mixed precision; False leaves it to accelerate launch --mixed_precision.
-        amp_dtype: 'float16' or 'bfloat16'.
-        dist_timeout: Seconds a process waits for the others before it fails.
-        broadcast_buffers: Whether DDP broadcasts buffers.
+    Without `amp` the precision is that of accelerate launch --mixed_precision. After `dist_timeout` seconds without the
+    others a process fails.
 
     Raises:
         ValueError: The launcher's processes would run separately, or it asks for what the run does not do.

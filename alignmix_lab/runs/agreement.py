@@ -23,14 +23,7 @@ class StopRequested(Exception):
 
 
 class StopSignals:
-    """Records signals.
-
-    Args:
-        numbers: The signals; by default SIGTERM and SIGUSR1, with which clusters announce the end of a job.
-
-    Attributes:
-        received: The first signal, or None.
-    """
+    """Records the first signal as `received`; by default SIGTERM and SIGUSR1, which announce the end of a cluster's job."""
 
     def __init__(self, numbers: Iterable[signal.Signals] = (signal.SIGTERM, signal.SIGUSR1)) -> None:
         self.numbers = numbers

@@ -23,26 +23,18 @@ class CheckpointSaver:
     """Writes the checkpoints of a run.
 
     After an epoch: `last.pth.tar`, its predecessor `previous.pth.tar`, `model_best.pth.tar` and the best
-    `checkpoint-EPOCH.pth.tar`. Within an epoch: the newest two `recovery-EPOCH-UPDATE.pth.tar`.
+    `checkpoint-EPOCH.pth.tar`, up to `max_history`. Within an epoch: the newest two `recovery-EPOCH-UPDATE.pth.tar`.
 
     A file is written under a temporary name, flushed to disk and then renamed, so a run that dies while saving keeps
     the previous file.
-
-    Args:
-        folder: Folder of the run.
-        eval_metric: Metric that ranks checkpoints; 'loss' is better when smaller.
-        max_history: Number of `checkpoint-EPOCH.pth.tar` to keep.
-
-    Attributes:
-        best: `epoch` and metrics of the best epoch so far.
     """
 
     def __init__(self, folder: Path, eval_metric: str = 'top1', max_history: int = 10):
         self.folder = folder
-        self.eval_metric = eval_metric
+        self.eval_metric = eval_metric  # ranks checkpoints; 'loss' is better when smaller
         self.max_history = max_history
         self.history: list[tuple[int, float]] = []  # (epoch, metric) of the kept files, best first
-        self.best: dict[str, float] | None = None
+        self.best: dict[str, float] | None = None  # `epoch` and metrics of the best epoch so far
 
     def path(self, name: str | int) -> Path:
         """Return the file of an epoch or of `last`, `previous`, `model_best` or `recovery-EPOCH-UPDATE`."""
@@ -181,11 +173,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def check_weights(model: nn.Module, state_dict: dict[str, torch.Tensor], source: str | Path, name: str) -> None:
-    """Check that weights from `source` have exactly the keys and shapes of a model.
-
-    Raises:
-        ValueError: Some do not fit `name`; the message lists them.
-    """
+    """Check that weights from `source` have a model's keys and shapes; a ValueError lists those that do not fit."""
     problems = key_problems(unwrap_model(model).state_dict(), state_dict)
     if problems:
         raise ValueError(f'{source} does not fit {name}: {problems}')

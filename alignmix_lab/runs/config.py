@@ -20,14 +20,9 @@ run_ = partial(config_option, 'Run, logs and checkpoints', affects_result=False)
 
 @dataclass
 class RunConfig(Options):
-    """Options shared by all training runs: optimizer, schedule, averaging, device, logs and checkpoints.
+    """Options shared by all training runs: optimizer, schedule, averaging, device, logs and checkpoints."""
 
-    Attributes:
-        metrics: Names of the metrics of an evaluation, in the order of summary.csv.
-        arch: Name of the network, saved in checkpoints.
-    """
-
-    metrics: ClassVar[tuple[str, ...]]
+    metrics: ClassVar[tuple[str, ...]]  # of an evaluation, in the order of summary.csv
 
     workers: int = data_(4, 'loader threads (ffcv) or processes (others) per process', int, low=0, flags=('-j',),
                          affects_result=False)
@@ -125,6 +120,7 @@ class RunConfig(Options):
 
     @property
     def arch(self) -> str:
+        """Name of the network, saved in checkpoints."""
         raise NotImplementedError
 
     def train_side(self, epoch: int) -> int | None:

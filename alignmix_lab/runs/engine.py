@@ -23,12 +23,8 @@ def train_one_epoch(run: Run, epoch: int, save: Callable[[int, LossTotals], None
     """Train for one epoch, or for the rest of the epoch in which a run resumes.
 
     An update is skipped if the loss of any process is not finite: weights, averages, running statistics and totals stay
-    as they were, on all processes.
-
-    Args:
-        run: The run, with its trainable module and optimizer prepared by Accelerate.
-        epoch: Index of the epoch, from 0.
-        save: Saves the epoch after a number of updates with their totals; called on all processes.
+    as they were, on all processes. `save` saves the epoch after a number of updates with their totals; it is called on
+    all processes.
 
     Returns:
         `loss`, the mean over the steps of all processes; `skipped`, the number of skipped updates; if the task draws
@@ -83,13 +79,8 @@ def train_one_epoch(run: Run, epoch: int, save: Callable[[int, LossTotals], None
 
 
 def _compute_gradients(
-        run: Run,
-        epoch: int,
-        update: int,
-        batches: Iterator[Any],
-        agreement: Agreement,
-        log: EpochLog,
-) -> list[dict[str, Any]]:
+        run: Run, epoch: int, update: int, batches: Iterator[Any], agreement: Agreement,
+        log: EpochLog) -> list[dict[str, Any]]:
     """Run the forward and backward passes of an update; returns the results of each step, without the outputs."""
     task, accelerator, accum = run.task, run.accelerator, run.config.grad_accum_steps
     module, results = task.get_trainable_module(), []

@@ -51,10 +51,8 @@ def open_run(run: Run, name: str) -> CheckpointSaver:
     resumed = _find_resume(config, saver.folder)
     if config.model_ema:
         run.task.setup_ema(
-            decay=config.model_ema_decay,
-            use_warmup=config.model_ema_warmup,
-            device='cpu' if config.model_ema_force_cpu else None,
-        )
+            decay=config.model_ema_decay, use_warmup=config.model_ema_warmup,
+            device='cpu' if config.model_ema_force_cpu else None)
     if resumed is not None:
         run.load_state_dict(resumed[1], resumed[0])
     if config.start_epoch is not None:
@@ -138,16 +136,11 @@ def wrap_run(run: Run) -> None:
 
 
 def fit(
-        run: Run,
-        saver: CheckpointSaver,
-        evaluate: Callable[[Run, nn.Module, str], dict[str, float]],
-) -> dict[str, Any] | None:
+        run: Run, saver: CheckpointSaver,
+        evaluate: Callable[[Run, nn.Module, str], dict[str, float]]) -> dict[str, Any] | None:
     """Train a prepared run to its end.
 
-    Args:
-        run: The run.
-        saver: Its checkpoints.
-        evaluate: Called with the run, a model and the start of the log lines; returns the metrics.
+    `evaluate` is called with the run, a model and the start of the log lines, and returns the metrics.
 
     Returns:
         `folder` of the run, `last` and `best` epoch (`epoch` and the metrics; `best` on the main process) and

@@ -32,15 +32,10 @@ class Job:
     """A run and the command that trains it.
 
     It is finished when its summary.csv has the last epoch, so it does not matter who ran the command.
-
-    Attributes:
-        command: Words of the command, which resumes the run where there is one; 'python' is this interpreter.
-        folder: Folder of the run.
-        epochs: Epochs after which it is finished.
     """
-    command: Sequence[str]
+    command: Sequence[str]  # resumes the run where there is one; 'python' is this interpreter
     folder: Path
-    epochs: int
+    epochs: int  # after which it is finished
 
     @property
     def name(self) -> str:
@@ -86,18 +81,10 @@ def describe_jobs(jobs: Sequence[Job], at_once: int = 1) -> str:
 
 
 def run_jobs(jobs: Sequence[Job], at_once: int = 1, progress: bool = False) -> dict[str, str]:
-    """Run what is not finished.
+    """Run what is not finished, `at_once` runs at a time; returns why runs failed, by name.
 
     SIGTERM, SIGINT and SIGHUP are passed on to the runs; when these have saved their state and ended,
-    KeyboardInterrupt is raised.
-
-    Args:
-        jobs: What to run.
-        at_once: Runs at a time; each has its share of the GPUs.
-        progress: A progress bar even where the output is no terminal.
-
-    Returns:
-        Of each run that failed, by its name, why.
+    KeyboardInterrupt is raised. `progress` shows the progress bar even where the output is no terminal.
     """
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
     stop = StopSignals([number for number in numbers if signal.getsignal(number) != signal.SIG_IGN])  # as by nohup

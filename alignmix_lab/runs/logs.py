@@ -86,11 +86,8 @@ class EpochLog:
         values = sums.means(self.before)
         values.update({f'share/{mode}': share for mode, share in self.totals.modes(sums, self.before).items()})
         values.update(
-            lr=lr,
-            images_per_second=self.images_since / self.seconds,
-            data_wait_share=self.seconds_waited / self.seconds,
-            skipped_updates=self.totals.skipped,
-        )
+            lr=lr, images_per_second=self.images_since / self.seconds,
+            data_wait_share=self.seconds_waited / self.seconds, skipped_updates=self.totals.skipped)
         if measured:
             values['grad_norm'] = measured[0]
         if torch.cuda.is_available():
@@ -105,13 +102,8 @@ def mean_lr(run: Run) -> float:
 
 
 def append_summary(
-        path: Path,
-        epoch: int,
-        train_metrics: dict[str, Any],
-        eval_metrics: dict[str, float] | None,
-        lr: float,
-        metrics: tuple[str, ...],
-) -> None:
+        path: Path, epoch: int, train_metrics: dict[str, Any], eval_metrics: dict[str, float] | None, lr: float,
+        metrics: tuple[str, ...]) -> None:
     """Add an epoch to summary.csv, with a header if it is new; epochs without evaluation have empty cells."""
     columns = ['epoch', 'train_loss', *(f'eval_{key}' for key in metrics), 'lr']
     row = {'epoch': epoch, 'train_loss': train_metrics['loss'], 'lr': lr}

@@ -10,14 +10,10 @@ PROBE_SECONDS = 5
 
 
 def create_model(name: str, said: str, remedy: str = '', pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Call `timm.create_model` for a model that the user named.
+    """Call `timm.create_model` for a model (also 'local-dir:FOLDER' or 'hf-hub:NAME') that the user named.
 
-    Args:
-        name: timm name with or without a tag, 'local-dir:FOLDER' or 'hf-hub:NAME'.
-        said: Option and value that named it, which begin the message.
-        remedy: What to do where the pretrained weights cannot be loaded, which ends the message.
-        pretrained: Load its pretrained weights.
-        **kwargs: Further arguments of `timm.create_model`.
+    `said`, the option and value that named it, begins the message of an error; `remedy`, what to do where the
+    pretrained weights cannot be loaded, ends it.
 
     Raises:
         ValueError: timm cannot build the model or load its weights. Without network this takes seconds, not a minute.

@@ -20,41 +20,23 @@ from timm_alignmix.mixes import canonical, list_mixes
 # Headings of --help, in order; any others follow.
 GROUPS = (
     'Data', 'Mixing', 'Detector', 'Model', 'Optimizer', 'Learning rate schedule', 'Augmentation and regularization',
-    'Batch norm and weight averaging', 'Speed and device', 'Run, logs and checkpoints',
-)
+    'Batch norm and weight averaging', 'Speed and device', 'Run, logs and checkpoints')
 # The copy that is installed with the package, or recipes/ of a clone.
 _PACKAGE = Path(__file__).resolve().parents[1]
 RECIPES = next((path for path in (_PACKAGE / 'recipes', _PACKAGE.parent / 'recipes') if path.is_dir()), None)
 
 
 def config_option(
-        group: str,
-        default: Any,
-        text: str,
-        type: type = str,
-        *,
-        choices: tuple | None = None,
-        nargs: str | int | None = None,
-        const: Any = None,
-        low: float | None = None,
-        above: float | None = None,
-        below: float | None = None,
-        flags: tuple[str, ...] = (),
-        affects_result: bool = True,
-) -> Any:
+        group: str, default: Any, text: str, type: type = str, *, choices: tuple | None = None,
+        nargs: str | int | None = None, const: Any = None, low: float | None = None, above: float | None = None,
+        below: float | None = None, flags: tuple[str, ...] = (), affects_result: bool = True) -> Any:
     """Make a dataclass field that is also a command-line flag.
 
     Args:
-        group: Heading in `--help`.
         default: Default value; None if it is decided later, as `text` explains.
-        text: Help text.
         type: Type of the value, or of each value with `nargs`; dict for key=value pairs.
-        choices: Allowed values.
         nargs: As in argparse: a number or '+' makes the value a list, '?' allows the flag alone, meaning `const`.
-        const: Value of the flag alone.
-        low: Smallest allowed number.
-        above: Exclusive lower limit of a number.
-        below: Exclusive upper limit of a number.
+        low, above, below: Smallest allowed number, exclusive lower and exclusive upper limit.
         flags: Short forms.
         affects_result: Whether the result depends on the value. Options that do not affect it may change when a run
             resumes, are left out of exported recipes and do not distinguish runs or evaluations.
@@ -99,17 +81,14 @@ def result_options(config_class: type[Options]) -> list[str]:
 
 
 def changed_options(config: Options, earlier: dict[str, Any]) -> list[str]:
-    """List the options that differ from an earlier run and affect the result.
+    """List the options that differ from those of an earlier run's args.yaml and affect the result.
 
-    Args:
-        config: The current options. None is decided by the run, so it never counts as different.
-        earlier: Content of the earlier run's args.yaml; options missing there are not compared.
+    An option that is None now is decided by the run, so it never counts as different; nor does one missing there.
     """
     now = yaml.safe_load(yaml.safe_dump(config.to_dict()))  # tuples become lists, as in the file
     return [
         f'{flag(name)} {earlier[name]!r} -> {now[name]!r}' for name in result_options(type(config))
-        if name in earlier and now[name] is not None and earlier[name] != now[name]
-    ]
+        if name in earlier and now[name] is not None and earlier[name] != now[name]]
 
 
 def flag(name: str) -> str:
@@ -118,11 +97,7 @@ def flag(name: str) -> str:
 
 
 def option_words(name: str, value: Any) -> list[str]:
-    """Spell an option as command-line words.
-
-    Raises:
-        ValueError: The value is None, which no flag can express.
-    """
+    """Spell an option as command-line words; a ValueError for None, which no flag can express."""
     if value is None:
         raise ValueError(f'{flag(name)} cannot be unset by a flag; use a recipe without it')
     if isinstance(value, bool):
@@ -158,11 +133,7 @@ _Loader.add_implicit_resolver(
 
 
 def load_yaml(text: str, said: str) -> Any:
-    """Read a text as YAML.
-
-    Raises:
-        ValueError: It is none; the message begins with `said`.
-    """
+    """Read a text as YAML; if it is none, the message of the ValueError begins with `said`."""
     try:
         return yaml.load(text, _Loader)
     except yaml.YAMLError as e:
@@ -226,12 +197,7 @@ _Layer = tuple[dict[str, Any], dict[str, dict[str, Any]]]
 def find_recipe(name: str, above: Path | None = None) -> Path:
     """Find the YAML file of a path, or of a recipe's name such as `imagenet/resnet50_300ep`.
 
-    Args:
-        name: The path or name.
-        above: The file whose base is looked for; a path is relative to it.
-
-    Raises:
-        ValueError: There is neither.
+    A path is relative to `above`, the file whose base is looked for. A ValueError says that there is neither.
     """
     path = above.parent / name if above else Path(name)
     if path.is_file():
@@ -359,19 +325,12 @@ def _add_option(group: argparse._ArgumentGroup, option: Field) -> None:
 
 
 def create_parser(
-        config_class: type[Options],
-        usage: str,
-        description: str,
-        prog: str | None = None,
-) -> argparse.ArgumentParser:
+        config_class: type[Options], usage: str, description: str, prog: str | None = None) -> argparse.ArgumentParser:
     """Create a parser with --config and every option of a configuration; flags not given are absent from the result."""
     parser = argparse.ArgumentParser(
-        prog=prog,
-        usage=usage,
-        description=description,
+        prog=prog, usage=usage, description=description,
         formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=32, width=118),
-        allow_abbrev=False,
-    )
+        allow_abbrev=False)
     parser.add_argument(
         '-c', '--config', metavar='RECIPE',
         help='YAML file of options, or name of a recipe such as imagenet/resnet50_300ep; flags take precedence')
@@ -385,18 +344,11 @@ def create_parser(
 
 
 def parse_flags(
-        parser: argparse.ArgumentParser,
-        config_class: type[Options],
-        resolve: Callable[[dict[str, Any], str | None], Options],
-        argv: list[str] | None = None,
-) -> Options:
+        parser: argparse.ArgumentParser, config_class: type[Options],
+        resolve: Callable[[dict[str, Any], str | None], Options], argv: list[str] | None = None) -> Options:
     """Read options from the command line; exits with a message if they are invalid.
 
-    Args:
-        parser: Parser from :func:`create_parser`.
-        config_class: Configuration of the parser.
-        resolve: Makes the configuration from the given flags and the name of a YAML file or None.
-        argv: Command-line words; None for those of the program.
+    `resolve` makes the configuration from the given flags and the name of a YAML file or None.
     """
     args, unknown = parser.parse_known_args(argv)
     if unknown:
@@ -425,12 +377,7 @@ def blaming(config: Options, *names: str) -> Iterator[None]:
 
 @contextmanager
 def exit_with_message(prog: str, *errors: type[Exception]) -> Iterator[None]:
-    """Turn errors in options, data or environment into the message of a command that exits.
-
-    Args:
-        prog: Name of the command.
-        errors: Further types of errors; ValueError, ImportError and OSError always count.
-    """
+    """Turn ValueError, ImportError, OSError and further `errors` into the message of a command that exits."""
     try:
         yield
     except (ValueError, ImportError, OSError, *errors) as e:

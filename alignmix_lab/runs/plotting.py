@@ -18,17 +18,8 @@ LINES = ('-', '--', '-.', ':', (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 2))
 MARKERS = ('o', 's', '^', 'D', 'v', 'P', 'X', '*')
 GREY = '#767676'
 STYLE = {
-    'font.size': 10,
-    'axes.titlesize': 10,
-    'axes.spines.top': False,
-    'axes.spines.right': False,
-    'axes.grid': True,
-    'axes.axisbelow': True,
-    'grid.alpha': 0.3,
-    'legend.frameon': False,
-    'lines.linewidth': 1.8,
-    'lines.markersize': 5,
-}
+    'font.size': 10, 'axes.titlesize': 10, 'axes.spines.top': False, 'axes.spines.right': False, 'axes.grid': True,
+    'axes.axisbelow': True, 'grid.alpha': 0.3, 'legend.frameon': False, 'lines.linewidth': 1.8, 'lines.markersize': 5}
 
 
 def color(index: int) -> str:
@@ -50,23 +41,11 @@ def as_png(fig: Figure, dpi: int = 150) -> bytes:
 
 
 def figure(
-        rows: int = 1,
-        columns: int = 1,
-        size: tuple[float, float] = (4.2, 3.4),
-        title: str = '',
-        **subplots: Any,
-) -> tuple[Figure, np.ndarray]:
-    """Create a figure with axes.
+        rows: int = 1, columns: int = 1, size: tuple[float, float] = (4.2, 3.4), title: str = '',
+        **subplots: Any) -> tuple[Figure, np.ndarray]:
+    """Create a figure with an array (rows, columns) of axes, each `size` inches wide and high.
 
-    Args:
-        rows: Rows of axes.
-        columns: Columns of axes.
-        size: Width and height of each of the axes in inches.
-        title: Title of the figure.
-        **subplots: Further arguments of `Figure.subplots`, e.g. `sharex=True`.
-
-    Returns:
-        The figure and its axes, an array (rows, columns).
+    `subplots` are further arguments of `Figure.subplots`, e.g. `sharex=True`.
     """
     with matplotlib.rc_context(STYLE):
         fig = Figure(figsize=(size[0] * columns, size[1] * rows), layout='constrained')
@@ -115,20 +94,11 @@ def shared_legend(fig: Figure, ax: Axes) -> None:
 
 
 def bars(
-        ax: Axes,
-        labels: Sequence[str],
-        values: Sequence[float],
-        form: str = '.1f',
-        errors: Sequence[float] | None = None,
-) -> None:
-    """Draw a horizontal bar per model in its colour, with the value at the end.
+        ax: Axes, labels: Sequence[str], values: Sequence[float], form: str = '.1f',
+        errors: Sequence[float] | None = None) -> None:
+    """Draw a horizontal bar per model in its colour, from top to bottom, with the value at the end.
 
-    Args:
-        ax: Axes to draw on.
-        labels: Names of the models, from top to bottom.
-        values: Lengths of the bars.
-        form: Format of the values.
-        errors: Half lengths of error bars.
+    `errors` are half lengths of error bars.
     """
     places = np.arange(len(labels))
     drawn = ax.barh(places, values, color=[color(i) for i in range(len(labels))], height=0.7, xerr=errors,
@@ -143,10 +113,7 @@ def bars(
 
 def spread(values: Sequence[float]) -> tuple[float | None, float | None]:
     """Mean and sample standard deviation; None where there are too few values."""
-    return (
-        statistics.mean(values) if values else None,
-        statistics.stdev(values) if len(values) > 1 else None,
-    )
+    return (statistics.mean(values) if values else None, statistics.stdev(values) if len(values) > 1 else None)
 
 
 def draw_by_epoch(ax: Axes, curves: dict[str, list[dict[int, float]]]) -> None:

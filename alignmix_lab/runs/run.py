@@ -27,37 +27,25 @@ _logger = logging.getLogger(__name__)
 
 @dataclass
 class Run:
-    """The parts of a training run.
-
-    Attributes:
-        loaders: `train` and `val` loaders and a `description`.
-        data_config: Preprocessing of the images, saved in checkpoints.
-        totals: Class of the sums over the steps of an epoch.
-        start_epoch: First epoch.
-        start_update: Updates of it that were done before a resume, with the totals `resumed_totals`.
-        nonfinite: Number of updates skipped in a row.
-        seconds_before: Duration of the run before it was resumed.
-        stop: Signals to stop.
-        lock: Locked file of the run's folder, on the main process.
-    """
+    """The parts of a training run."""
 
     config: RunConfig
     accelerator: Accelerator
-    loaders: Any
+    loaders: Any  # `train`, `val` and a `description`
     task: TrainingTask
-    data_config: dict[str, Any]
-    totals: type[LossTotals]
+    data_config: dict[str, Any]  # preprocessing of the images, saved in checkpoints
+    totals: type[LossTotals]  # sums over the steps of an epoch
     optimizer: torch.optim.Optimizer | None = None
     scheduler: Scheduler | None = None
     num_epochs: int = 0
     start_epoch: int = 0
-    start_update: int = 0
-    resumed_totals: dict[str, Any] | None = None
-    nonfinite: int = 0
-    seconds_before: float = 0.0
+    start_update: int = 0  # updates of the first epoch that were done before a resume
+    resumed_totals: dict[str, Any] | None = None  # of these updates
+    nonfinite: int = 0  # updates skipped in a row
+    seconds_before: float = 0.0  # duration of the run before it was resumed
     started: float = field(default_factory=time.perf_counter)
     stop: StopSignals = field(default_factory=StopSignals)
-    lock: IO | None = None
+    lock: IO | None = None  # file of the run's folder, on the main process
 
     @property
     def updates_per_epoch(self) -> int:
@@ -78,10 +66,8 @@ class Run:
     def layout(self) -> dict[str, int]:
         """Parts of the global batch."""
         return dict(
-            processes=self.accelerator.num_processes,
-            batch_size=self.config.batch_size,
-            grad_accum_steps=self.config.grad_accum_steps,
-        )
+            processes=self.accelerator.num_processes, batch_size=self.config.batch_size,
+            grad_accum_steps=self.config.grad_accum_steps)
 
     @property
     def seconds(self) -> float:
@@ -89,17 +75,11 @@ class Run:
         return self.seconds_before + time.perf_counter() - self.started
 
     def add_optimizer(
-            self,
-            parameters: Any = None,
-            scaled: list[nn.Parameter] | None = None,
-            scale: float = 1.0,
-    ) -> None:
+            self, parameters: Any = None, scaled: list[nn.Parameter] | None = None, scale: float = 1.0) -> None:
         """Set the learning rate and create the optimizer and the schedule.
 
-        Args:
-            parameters: Model or parameter groups for timm's `create_optimizer_v2`; None for the trainable module.
-            scaled: Parameters with a scaled learning rate.
-            scale: Factor of their learning rate.
+        `parameters` are a model or parameter groups for timm's `create_optimizer_v2`; None for the trainable module.
+        The learning rate of the `scaled` parameters is multiplied by `scale`.
         """
         self.config = config = replace(self.config, lr=scaled_lr(self.config, self.global_batch_size))
         parameters = self.task.get_trainable_module() if parameters is None else parameters
@@ -146,12 +126,8 @@ class Run:
     def state_dict(self, epoch: int, updates: int = 0, totals: LossTotals | None = None) -> dict[str, Any]:
         """Collect the content of a checkpoint under timm's keys; must be called on all processes.
 
-        No generator is saved: each draw is a function of the seed, the step and the process.
-
-        Args:
-            epoch: Epoch in which a resumed run continues.
-            updates: Number of updates of that epoch that are done.
-            totals: Totals of these updates.
+        A resumed run continues in `epoch` after `updates` of its updates, which have these `totals`. No generator is
+        saved: each draw is a function of the seed, the step and the process.
 
         Raises:
             RuntimeError: Weights are not finite.
@@ -253,8 +229,7 @@ class Run:
         models = [self.task.get_eval_model(), *([self.task.get_eval_model(ema=True)] if self.task.has_ema() else [])]
         return [
             buffer for model in models for name, buffer in unwrap_model(model).named_buffers()
-            if name.rpartition('.')[2] in ('running_mean', 'running_var')
-        ]
+            if name.rpartition('.')[2] in ('running_mean', 'running_var')]
 
     def _gather_statistics(self) -> torch.Tensor | None:
         """Gather the statistics of all processes, (processes, values); None if they are equal."""

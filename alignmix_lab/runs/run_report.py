@@ -44,20 +44,10 @@ def draw_curves(summary: Path, picture: Path) -> None:
     write_whole(picture, as_png(fig, dpi=100))
 
 
-def write_report(
-        run: Run,
-        folder: Path,
-        last: dict[str, float],
-        best: dict[str, float],
-        train: dict[str, Any],
-) -> None:
+def write_report(run: Run, folder: Path, last: dict[str, float], best: dict[str, float], train: dict[str, Any]) -> None:
     """Write report.md: the command, hardware, time and results.
 
-    Args:
-        run: The run.
-        folder: Its folder.
-        last, best: `epoch` and metrics of the last and the best epoch.
-        train: Training summary of the last epoch.
+    `last` and `best` have `epoch` and metrics of these epochs, `train` is the training summary of the last one.
     """
     config, names, processes = run.config, run.config.metrics, run.accelerator.num_processes
     lines = [

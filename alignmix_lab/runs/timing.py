@@ -43,28 +43,18 @@ class Timing:
 
 
 def time_interleaved(
-        cases: dict[str, Callable[[], object]],
-        device: torch.device | str = 'cpu',
-        rounds: int = 10,
-        warmup: int = 2,
-        calls: int = 1,
-        clock: Callable[[], float] = time.perf_counter,
-) -> dict[str, Timing]:
+        cases: dict[str, Callable[[], object]], device: torch.device | str = 'cpu', rounds: int = 10, warmup: int = 2,
+        calls: int = 1, clock: Callable[[], float] = time.perf_counter) -> dict[str, Timing]:
     """Time cases in turn, round after round.
 
     On a GPU, times are those between two events in the stream: they include waiting for the host but not the launch of
     the next case. Nothing is synchronised between the calls of a timing.
 
     Args:
-        cases: Callables without arguments, by name.
-        device: Device of the work.
         rounds: Number of rounds; each times every case once.
         warmup: Number of rounds before, which are not timed.
         calls: Calls of a case per timing, for cases shorter than the clock or the launch queue.
         clock: Clock for CPUs. time.process_time ignores other programs and adds up all threads.
-
-    Returns:
-        A timing for each case.
     """
     device = torch.device(device)
     seconds = {name: [] for name in cases}
@@ -112,8 +102,7 @@ def peak_memory(call: Callable[[], object], device: torch.device | str = 'cpu') 
         result = call()  # kept until the profile ends, so that its release is not recorded
     changes = [
         (event.start_ns(), event.nbytes()) for event in profile.profiler.kineto_results.events()
-        if event.name() == '[memory]'
-    ]
+        if event.name() == '[memory]']
     del result
     held = peak = 0
     for _, change in sorted(changes, key=lambda entry: entry[0]):

@@ -18,25 +18,18 @@ class Sums:
         sums, counts = (before.sums, before.counts) if before else ({}, {})
         return {
             name: (total - sums.get(name, 0.0)) / (self.counts[name] - counts.get(name, 0))
-            for name, total in self.sums.items() if self.counts[name] > counts.get(name, 0)
-        }
+            for name, total in self.sums.items() if self.counts[name] > counts.get(name, 0)}
 
 
 class LossTotals:
-    """Sums of the results of an epoch's training steps.
-
-    Attributes:
-        sums: By name, the sum over this process's steps, float32 on the device. 'loss' covers every step, 'loss/NAME'
-            the steps of a mode or a part of the loss.
-        counts: By name, the number of steps; the same on all processes.
-        skipped: Number of updates skipped because a loss was not finite.
-    """
+    """Sums of the results of an epoch's training steps."""
 
     def __init__(self, device: torch.device):
         self.device = device
+        # Of this process, float32; 'loss' covers every step, 'loss/NAME' the steps of a mode or a part of the loss.
         self.sums: dict[str, torch.Tensor] = {}
-        self.counts: dict[str, int] = {}
-        self.skipped = 0
+        self.counts: dict[str, int] = {}  # steps, the same on all processes
+        self.skipped = 0  # updates, because a loss was not finite
 
     def add(self, result: dict[str, Any]) -> None:
         """Add the result of a step."""

@@ -26,18 +26,14 @@ def start_trackers(run: Run, folder: Path) -> None:
     settings = {
         'tensorboard': dict(purge_step=first),
         'wandb': dict(
-            name=folder.name,
-            id=hashlib.sha1(os.fsencode(folder.resolve())).hexdigest()[:16],
-            resume='allow',
-            dir=str(folder),
-        ),
+            name=folder.name, id=hashlib.sha1(os.fsencode(folder.resolve())).hexdigest()[:16], resume='allow',
+            dir=str(folder)),
     }
     accelerator.project_configuration.set_directories(str(folder))
     accelerator.log_with = filter_trackers(names, str(folder))
     options = {
         key: value if isinstance(value, (int, float, str, bool)) else str(value)
-        for key, value in run.config.to_dict().items()
-    }
+        for key, value in run.config.to_dict().items()}
     accelerator.init_trackers('timm-alignmix', options, settings)
 
 

@@ -23,28 +23,18 @@ class HeadStep:
 
 
 class DenseHead:
-    """Head of a model, applied at every position instead of once after pooling.
+    """Head of a model, applied at every position of the output of module `name` instead of once after pooling.
 
     A BatchNorm in the head normalises positions with the mean and variance of the POOLED batch, as one affine map, and
     leaves its running statistics to the model's own pooled forward. Dropout draws one channel mask per example. Other
     norms and layers after the pooling are applied per position, as [M] defines the dense classifier.
-
-    Attributes:
-        name: Name of the module whose output is pooled.
-        layout: Layout of that output.
-        exact_mean: Whether the mean of dense logits equals the model's logits (the head is affine after pooling).
     """
 
     def __init__(
-            self,
-            model: nn.Module,
-            name: str,
-            layout: Layout,
-            branches: list[list[HeadStep]],
-            positions: dict[tuple[int, ...], int],
-    ) -> None:
+            self, model: nn.Module, name: str, layout: Layout, branches: list[list[HeadStep]],
+            positions: dict[tuple[int, ...], int]) -> None:
         self.name, self.layout = name, layout
-        self.exact_mean = False
+        self.exact_mean = False  # whether the mean of dense logits equals the model's logits (affine after pooling)
         self._model, self._branches, self._positions = model, branches, positions
 
     def positions_at(self, images: torch.Tensor) -> int:
@@ -59,11 +49,9 @@ class DenseHead:
         return feature_map(self._model, self.name, images)
 
     def __call__(self, feature_map: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Dense logits and embeddings of a feature map.
+        """Dense logits logits_BRC and embeddings embed_BDR of a feature map.
 
-        Returns:
-            logits_BRC, the mean over the model's linear heads, and embed_BDR, the inputs of these heads, concatenated
-            along D.
+        The logits are the mean over the model's linear heads, the embeddings their inputs, concatenated along D.
         """
         feat_BRD = self.layout.positions(feature_map).transpose(1, 2)
         logits, embeds = [], []

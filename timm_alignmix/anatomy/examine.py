@@ -247,8 +247,7 @@ class Anatomy:
         exact_mean = self._prove_dense(trial)
         branches = [
             [HeadStep(self.model.get_submodule(self._trace.path_of(step.module)), step.shape) for step in steps]
-            for steps, _ in chains
-        ]
+            for steps, _ in chains]
         head = DenseHead(self.model, name, layout, branches, positions)
         head.exact_mean = exact_mean and not token
         return head
@@ -324,11 +323,7 @@ def _is_same_memory(a: Any, b: torch.Tensor) -> bool:
     return isinstance(a, torch.Tensor) and a.numel() == b.numel() and a.data_ptr() == b.data_ptr()
 
 
-def _input_size(
-        model: nn.Module,
-        cfg: dict[str, Any],
-        img_size: int | tuple[int, int] | None,
-) -> tuple[int, int, int]:
+def _input_size(model: nn.Module, cfg: dict[str, Any], img_size: int | tuple[int, int] | None) -> tuple[int, int, int]:
     channels, *size = cfg.get('input_size') or (3, 224, 224)
     channels = getattr(model, 'in_chans', channels)
     if img_size is None:

@@ -34,18 +34,12 @@ class Layout:
 
 @dataclass(frozen=True)
 class FeatureLayer:
-    """Module whose output alone determines the logits.
-
-    Attributes:
-        name: Name of the module in the model.
-        layout: Layout of its output.
-        num_positions: R at the image size that the model was examined at.
-        before_pool: The output goes straight into average pooling, or its class token into the classifier, so moving
-            features between positions does not reach the logits.
-    """
+    """Module whose output alone determines the logits."""
     name: str
     layout: Layout
-    num_positions: int
+    num_positions: int  # R at the image size that the model was examined at
+    # The output goes straight into average pooling, or its class token into the classifier, so moving features between
+    # positions does not reach the logits.
     before_pool: bool
 
 

@@ -25,29 +25,19 @@ class Call:
 
 
 class Trace:
-    """Forward pass of a copy of the model on two random images.
-
-    Args:
-        model: The model, which is only copied.
-        name: Its name, for errors.
-        input_size: Channels, height, width.
-
-    Attributes:
-        copy: The copy, in eval mode and float32 (float64 for float64 models), without constant parameters.
-        calls: Calls of the modules that ran exactly once, in the order they ended.
-        by_name: These calls by module name.
-        logits: Output of the copy.
+    """Forward pass of a copy of the model on two random images of an input size (channels, height, width).
 
     Raises:
-        UnsupportedModel: The model does not run, or does not return logits.
+        UnsupportedModel: The model does not run, or does not return logits; the message begins with `name`.
     """
 
     def __init__(self, model: nn.Module, name: str, input_size: tuple[int, int, int]) -> None:
-        self.copy = _perturbed_copy(model)
+        self.copy = _perturbed_copy(model)  # in eval mode and float32 (float64 for float64 models)
         param = next(self.copy.parameters())
         generator = torch.Generator().manual_seed(0)
         self._images, self._others = (
             torch.randn(2, *input_size, generator=generator).to(param.device, param.dtype) for _ in range(2))
+        # Calls of the modules that ran exactly once, in the order they ended.
         self.calls, self.logits = self._watch(name, model.num_classes)
         self.by_name = {call.name: call for call in self.calls}
 

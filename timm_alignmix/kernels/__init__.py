@@ -27,11 +27,8 @@ def register() -> None:
 def usable(device: torch.device) -> bool:
     """Check that Triton is installed and not switched off, and the device an NVIDIA GPU, Ampere or later."""
     return (
-        os.environ.get('TIMM_ALIGNMIX_TRITON', '1') != '0'
-        and torch.version.cuda is not None
-        and triton_installed()
-        and torch.cuda.get_device_capability(device) >= (8, 0)
-    )
+        os.environ.get('TIMM_ALIGNMIX_TRITON', '1') != '0' and torch.version.cuda is not None and triton_installed()
+        and torch.cuda.get_device_capability(device) >= (8, 0))
 
 
 @functools.cache

@@ -12,22 +12,8 @@ import triton.language as tl
 
 @triton.jit
 def _cost_kernel(
-        a_ptr,
-        b_ptr,
-        norm_a_ptr,
-        norm_b_ptr,
-        out_ptr,
-        D,
-        R,
-        a_stride_b,
-        a_stride_d,
-        a_stride_r,
-        b_stride_b,
-        b_stride_d,
-        b_stride_r,
-        BLOCK_R: tl.constexpr,
-        BLOCK_D: tl.constexpr,
-):
+        a_ptr, b_ptr, norm_a_ptr, norm_b_ptr, out_ptr, D, R, a_stride_b, a_stride_d, a_stride_r, b_stride_b, b_stride_d,
+        b_stride_r, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
     sample = tl.program_id(2).to(tl.int64)
     i = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     j = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)

@@ -14,13 +14,8 @@ def fits(logits_BRC: torch.Tensor, weights_RNB: torch.Tensor) -> bool:
 
 
 def loss_and_grads(
-        logits_BRC: torch.Tensor,
-        target: torch.Tensor,
-        weights_RNB: torch.Tensor,
-        attention_BR: torch.Tensor | None,
-        smoothing: float,
-        logits_grad: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        logits_BRC: torch.Tensor, target: torch.Tensor, weights_RNB: torch.Tensor, attention_BR: torch.Tensor | None,
+        smoothing: float, logits_grad: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Triton form of the function in functional/losses.py, without the attention's gradient, which is empty.
 
     Targets enter through the second moments P = M^T diag(share) M of the vectors alone: the loss of a position is

@@ -60,12 +60,9 @@ def _dirichlet_kernel(alpha_ptr, seed_ptr, out_ptr, N, M, BLOCK_N: tl.constexpr,
 
 
 def dirichlet_rows(alpha_N: torch.Tensor, m: int, seed: torch.Tensor) -> torch.Tensor:
-    """(N, m) rows of Dir(alpha).
+    """(N, m) rows of Dir(alpha), alpha (N,) float32 and positive, m up to `MAX_ENTRIES`.
 
-    Args:
-        alpha_N: (N,) float32, positive.
-        m: Entries of a row, up to `MAX_ENTRIES`.
-        seed: (1,) int64 on the same device: the host needs not know it.
+    `seed` is (1,) int64 on the same device: the host needs not know it.
     """
     out_NM = alpha_N.new_empty(len(alpha_N), m)
     config = launch_config(m)

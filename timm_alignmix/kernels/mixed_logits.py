@@ -53,23 +53,9 @@ def _as_float16(logits):
 
 @triton.jit
 def _logsumexp_kernel(
-        logits_ptr,
-        weights_ptr,
-        attention_ptr,
-        sums_ptr,
-        lse_ptr,
-        B,
-        R,
-        N,
-        C,
-        stride_b,
-        stride_r,
-        HAS_ATTENTION: tl.constexpr,
-        OPERANDS: tl.constexpr,
-        BLOCK_B: tl.constexpr,
-        BLOCK_N: tl.constexpr,
-        BLOCK_X: tl.constexpr,
-):
+        logits_ptr, weights_ptr, attention_ptr, sums_ptr, lse_ptr, B, R, N, C, stride_b, stride_r,
+        HAS_ATTENTION: tl.constexpr, OPERANDS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr,
+        BLOCK_X: tl.constexpr):
     position = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     b = tl.arange(0, BLOCK_B)
@@ -107,28 +93,9 @@ def _logsumexp_kernel(
 
 @triton.jit
 def _weighted_sum_kernel(
-        logits_ptr,
-        weights_ptr,
-        attention_ptr,
-        sums_ptr,
-        lse_ptr,
-        share_ptr,
-        out_ptr,
-        B,
-        R,
-        N,
-        X,
-        stride_b,
-        stride_r,
-        out_stride_b,
-        out_stride_r,
-        HAS_ATTENTION: tl.constexpr,
-        PAIRS: tl.constexpr,
-        OPERANDS: tl.constexpr,
-        BLOCK_B: tl.constexpr,
-        BLOCK_N: tl.constexpr,
-        BLOCK_X: tl.constexpr,
-):
+        logits_ptr, weights_ptr, attention_ptr, sums_ptr, lse_ptr, share_ptr, out_ptr, B, R, N, X, stride_b, stride_r,
+        out_stride_b, out_stride_r, HAS_ATTENTION: tl.constexpr, PAIRS: tl.constexpr, OPERANDS: tl.constexpr,
+        BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_X: tl.constexpr):
     """out[b, x] = sum_k share_k M^_kb V_kx, where V is softmax(M^ L) over X classes, or M^ itself (PAIRS)."""
     position = tl.program_id(1).to(tl.int64)
     x = tl.program_id(0) * BLOCK_X + tl.arange(0, BLOCK_X)
@@ -179,10 +146,8 @@ def _weighted_sum_kernel(
 
 
 def mixed_logsumexp(
-        logits_BRC: torch.Tensor,
-        weights_RNB: torch.Tensor,
-        attention_BR: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+        logits_BRC: torch.Tensor, weights_RNB: torch.Tensor,
+        attention_BR: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """logsumexp over classes of every mixed example.
 
     Args:
@@ -206,13 +171,8 @@ def mixed_logsumexp(
 
 
 def softmax_sums(
-        logits_BRC: torch.Tensor,
-        weights_RNB: torch.Tensor,
-        attention_BR: torch.Tensor | None,
-        sums_RN: torch.Tensor,
-        lse_RN: torch.Tensor,
-        share_RN: torch.Tensor,
-) -> torch.Tensor:
+        logits_BRC: torch.Tensor, weights_RNB: torch.Tensor, attention_BR: torch.Tensor | None, sums_RN: torch.Tensor,
+        lse_RN: torch.Tensor, share_RN: torch.Tensor) -> torch.Tensor:
     """sum_k share_k M^_kb softmax_c(mixed logits of k) of each position: (B, R, C) float32."""
     B, R, C = logits_BRC.shape
     out_BRC = torch.empty((B, R, C), dtype=torch.float32, device=logits_BRC.device)
@@ -222,12 +182,8 @@ def softmax_sums(
 
 
 def pair_sums(
-        logits_BRC: torch.Tensor,
-        weights_RNB: torch.Tensor,
-        attention_BR: torch.Tensor | None,
-        sums_RN: torch.Tensor,
-        share_RN: torch.Tensor,
-) -> torch.Tensor:
+        logits_BRC: torch.Tensor, weights_RNB: torch.Tensor, attention_BR: torch.Tensor | None, sums_RN: torch.Tensor,
+        share_RN: torch.Tensor) -> torch.Tensor:
     """sum_k share_k M^_kb M^_ki of each position: (R, B, B) float32."""
     B, R, _ = logits_BRC.shape
     out_RBB = torch.empty((R, B, B), dtype=torch.float32, device=logits_BRC.device)

@@ -50,15 +50,8 @@ def _line_potential(shifted):
 
 @triton.jit
 def _potentials_kernel(
-        lines_ptr,
-        first_ptr,
-        R,
-        iterations,
-        max_move,
-        BLOCKS: tl.constexpr,
-        BLOCK_P: tl.constexpr,
-        BLOCK_Q: tl.constexpr,
-):
+        lines_ptr, first_ptr, R, iterations, max_move, BLOCKS: tl.constexpr, BLOCK_P: tl.constexpr,
+        BLOCK_Q: tl.constexpr):
     sample = tl.program_id(0).to(tl.int64)
     sample_ptr = lines_ptr + sample * R * R
     p_block = tl.arange(0, BLOCK_P)

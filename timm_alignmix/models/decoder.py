@@ -16,12 +16,7 @@ __all__ = ['ResidualDecoder']
 
 
 class UpBlock(nn.Module):
-    """Residual block that doubles the resolution: norm, activation, nearest neighbours, two 3x3 convolutions.
-
-    Args:
-        in_chs: Input channels.
-        out_chs: Output channels.
-    """
+    """Residual block that doubles the resolution: norm, activation, nearest neighbours, two 3x3 convolutions."""
 
     def __init__(self, in_chs: int, out_chs: int):
         super().__init__()
@@ -39,12 +34,10 @@ class UpBlock(nn.Module):
 
 
 class ResidualDecoder(nn.Module):
-    """Decoder of vectors into images.
+    """Decoder of vectors of length `dim` into images.
 
     Args:
-        dim: Length of the vectors.
         img_size: Height and width of the images. Halved until the shorter side is 4 to 7, both must be whole.
-        out_chans: Channels of the images.
         width: Channels of the last block; earlier blocks have twice as many each, up to 8 times.
 
     Raises:

@@ -9,15 +9,7 @@ class PooledClassifier(nn.Module):
     """Pooling, dropout and a linear classifier `fc` behind the feature map of a subclass's `forward_features`."""
 
     def create_head(self, num_features: int, num_classes: int, global_pool: str, drop_rate: float, **dd) -> None:
-        """Build the head.
-
-        Args:
-            num_features: Channels of the feature map.
-            num_classes: Classes; 0 for no classifier.
-            global_pool: Pooling, '' for none.
-            drop_rate: Dropout probability before the classifier.
-            **dd: Device and dtype.
-        """
+        """Build the head; `num_classes` 0 is no classifier, `global_pool` '' no pooling, `dd` device and dtype."""
         self.num_features, self.num_classes, self.drop_rate = num_features, num_classes, drop_rate
         self.global_pool, self.fc = create_classifier(num_features, num_classes, pool_type=global_pool, **dd)
         self.head_hidden_size = num_features * self.global_pool.feat_mult()
@@ -27,12 +19,7 @@ class PooledClassifier(nn.Module):
         return 'fc' if name_only else self.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier.
-
-        Args:
-            num_classes: Classes of the new classifier, 0 for none.
-            global_pool: Pooling before it; None keeps the present one.
-        """
+        """Replace the classifier, 0 classes for none; `global_pool` None keeps the present pooling."""
         if global_pool is None:
             global_pool = self.global_pool.pool_type
         self.create_head(self.num_features, num_classes, global_pool, self.drop_rate, **get_device_dtype(self))

@@ -41,15 +41,8 @@ class PreActBlock(nn.Module):
     """
 
     def __init__(
-            self,
-            in_chs: int,
-            out_chs: int,
-            stride: int = 1,
-            skip_preact: bool = False,
-            norm_layer: type[nn.Module] = BatchNormAct2d,
-            device=None,
-            dtype=None,
-    ):
+            self, in_chs: int, out_chs: int, stride: int = 1, skip_preact: bool = False,
+            norm_layer: type[nn.Module] = BatchNormAct2d, device=None, dtype=None):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         self.skip_preact = skip_preact
@@ -147,11 +140,7 @@ class PreActResNet(PooledClassifier):
     def group_matcher(self, coarse: bool = False) -> dict:
         return dict(
             stem=r'^conv1|bn1',
-            blocks=[
-                (r'^layer(\d+)' if coarse else r'^layer(\d+)\.(\d+)', None),
-                (r'^norm', (99999,)),
-            ],
-        )
+            blocks=[(r'^layer(\d+)' if coarse else r'^layer(\d+)\.(\d+)', None), (r'^norm', (99999,))])
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -171,12 +160,7 @@ class PreActResNet(PooledClassifier):
 def _create_preact_resnet(variant: str, pretrained: bool = False, **kwargs) -> PreActResNet:
     depth = len(kwargs.get('layers', (2, 2, 2, 2)))
     return build_model_with_cfg(
-        PreActResNet,
-        variant,
-        pretrained,
-        feature_cfg=dict(out_indices=tuple(range(depth))),
-        **kwargs,
-    )
+        PreActResNet, variant, pretrained, feature_cfg=dict(out_indices=tuple(range(depth))), **kwargs)
 
 
 def _cfg(**kwargs) -> dict:

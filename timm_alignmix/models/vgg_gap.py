@@ -38,16 +38,8 @@ class VggGap(PooledClassifier):
     """
 
     def __init__(
-            self,
-            stages: tuple[tuple[int, int], ...] = VGG16_STAGES,
-            gap_chs: int = 1024,
-            num_classes: int = 1000,
-            in_chans: int = 3,
-            global_pool: str = 'avg',
-            drop_rate: float = 0.,
-            device=None,
-            dtype=None,
-    ):
+            self, stages: tuple[tuple[int, int], ...] = VGG16_STAGES, gap_chs: int = 1024, num_classes: int = 1000,
+            in_chans: int = 3, global_pool: str = 'avg', drop_rate: float = 0., device=None, dtype=None):
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
         self.in_chans = in_chans
@@ -114,10 +106,5 @@ def vgg16_gap(pretrained: bool = False, **kwargs) -> VggGap:
     `pretrained=True` loads the thirteen convolutions of timm's vgg16.tv_in1k and nothing else.
     """
     return build_model_with_cfg(
-        VggGap,
-        'vgg16_gap',
-        pretrained,
-        pretrained_filter_fn=_fill_added_layers,
-        feature_cfg=dict(flatten_sequential=True, out_indices=(0, 1, 2, 3, 4, 5)),
-        **kwargs,
-    )
+        VggGap, 'vgg16_gap', pretrained, pretrained_filter_fn=_fill_added_layers,
+        feature_cfg=dict(flatten_sequential=True, out_indices=(0, 1, 2, 3, 4, 5)), **kwargs)

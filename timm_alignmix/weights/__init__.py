@@ -5,13 +5,5 @@ from .hub import push
 from .registry import install, list_local, register_local, registry_dir
 
 __all__ = [
-    'export',
-    'install',
-    'key_problems',
-    'list_local',
-    'push',
-    'read_config',
-    'register_local',
-    'registry_dir',
-    'verify',
-]
+    'export', 'install', 'key_problems', 'list_local', 'push', 'read_config', 'register_local', 'registry_dir',
+    'verify']

@@ -31,21 +31,11 @@ def _metadata(config: dict[str, Any], name: str) -> str:
     results = None
     if top1 is not None and accuracy['measured_on'] == facts['weights']:
         results = [EvalResult(
-            task_type='image-classification',
-            dataset_type=facts['dataset'],
-            dataset_name=facts['dataset'],
-            metric_type='accuracy',
-            metric_name='top-1 accuracy (%)',
-            metric_value=round(top1, 2),
-        )]
+            task_type='image-classification', dataset_type=facts['dataset'], dataset_name=facts['dataset'],
+            metric_type='accuracy', metric_name='top-1 accuracy (%)', metric_value=round(top1, 2))]
     return ModelCardData(
-        license=config['pretrained_cfg']['license'],
-        library_name='timm',
-        pipeline_tag='image-classification',
-        tags=['image-classification', 'timm', 'timm-alignmix'],
-        eval_results=results,
-        model_name=name,
-    ).to_yaml()
+        license=config['pretrained_cfg']['license'], library_name='timm', pipeline_tag='image-classification',
+        tags=['image-classification', 'timm', 'timm-alignmix'], eval_results=results, model_name=name).to_yaml()
 
 
 def _usage(config: dict[str, Any]) -> list[str]:
@@ -91,11 +81,7 @@ def _accuracy(facts: dict[str, Any]) -> list[str]:
 
 
 def make_card(config: dict[str, Any]) -> str:
-    """Write the README.md of an exported folder: metadata for the hub, facts of the weights, how to load them.
-
-    Args:
-        config: Content of the folder's config.json.
-    """
+    """Write the README.md of an exported folder from its config.json: metadata for the hub, facts, how to load."""
     facts, cfg = config.get('training', {}), config['pretrained_cfg']
     name = '.'.join(part for part in (config['architecture'], cfg.get('tag')) if part)
     lines = ['---', _metadata(config, name), '---', f'# {name}', '', cfg['description'], '']

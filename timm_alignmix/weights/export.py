@@ -18,20 +18,13 @@ from .folder import CARD, CONFIG, WEIGHTS, verify
 # would be the source's, not ours.
 _KEPT = (
     'num_classes', 'input_size', 'fixed_input_size', 'min_input_size', 'pool_size', 'interpolation', 'crop_pct',
-    'crop_mode', 'mean', 'std', 'first_conv', 'classifier',
-)
+    'crop_mode', 'mean', 'std', 'first_conv', 'classifier')
 
 
 def export(
-        model: nn.Module,
-        folder: str | Path,
-        *,
-        dataset: str | None = None,
-        license: str = 'unknown',
-        data_config: dict[str, Any] | None = None,
-        training: dict[str, Any] | None = None,
-        class_names: list[str] | None = None,
-) -> Path:
+        model: nn.Module, folder: str | Path, *, dataset: str | None = None, license: str = 'unknown',
+        data_config: dict[str, Any] | None = None, training: dict[str, Any] | None = None,
+        class_names: list[str] | None = None) -> Path:
     """Write `model.safetensors`, `config.json` and a model card, for `timm.create_model('local-dir:FOLDER')`.
 
     The arguments the network was built with are kept, so timm builds the same one. The files appear in the folder once

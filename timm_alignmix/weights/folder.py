@@ -47,8 +47,7 @@ def key_problems(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch
         'unexpected keys': [key for key in found if key not in expected],
         'other shapes': [
             f'{key} is {tuple(found[key].shape)}, not {tuple(value.shape)}'
-            for key, value in expected.items() if key in found and found[key].shape != value.shape
-        ],
+            for key, value in expected.items() if key in found and found[key].shape != value.shape],
     }
     return '; '.join(
         f'{what}: {", ".join(keys[:5])}' + (f' and {len(keys) - 5} more' if len(keys) > 5 else '')

@@ -7,15 +7,8 @@ from .folder import CARD, CONFIG, WEIGHTS, verify
 
 
 def push(
-        folder: str | Path,
-        repo_id: str,
-        *,
-        private: bool = False,
-        revision: str | None = None,
-        create_pr: bool = False,
-        token: str | None = None,
-        message: str | None = None,
-) -> str:
+        folder: str | Path, repo_id: str, *, private: bool = False, revision: str | None = None,
+        create_pr: bool = False, token: str | None = None, message: str | None = None) -> str:
     """Check an exported folder and upload it, for `timm.create_model('hf-hub:OWNER/NAME', pretrained=True)`.
 
     The model card of the folder replaces the repository's.
@@ -44,11 +37,7 @@ def push(
     api = HfApi(token=token, library_name='timm')
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     commit = api.upload_folder(
-        repo_id=repo_id,
-        folder_path=str(folder),
-        allow_patterns=[WEIGHTS, CONFIG, CARD],
-        revision=revision,
+        repo_id=repo_id, folder_path=str(folder), allow_patterns=[WEIGHTS, CONFIG, CARD], revision=revision,
         create_pr=create_pr,
-        commit_message=message or f'Add {config["pretrained_cfg"].get("tag") or "weights"} of {config["architecture"]}',
-    )
+        commit_message=message or f'Add {config["pretrained_cfg"].get("tag") or "weights"} of {config["architecture"]}')
     return commit.commit_url
