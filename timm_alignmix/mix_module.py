@@ -16,6 +16,14 @@ from .mixes import Mix, create_mix
 from .mixes.base import Draw
 
 
+def is_checkpointed(model: nn.Module, name: str) -> bool:
+    """Check whether timm's gradient checkpointing, of the model or of a stage, runs a module again."""
+    parents = name.split('.')[:-1]
+    return any(
+        getattr(model.get_submodule('.'.join(parents[:depth])), 'grad_checkpointing', False)
+        for depth in range(len(parents) + 1))
+
+
 class Tap:
     """Forward hook on a layer. When armed, it records the layer's output and lets the method replace it.
 
@@ -70,9 +78,19 @@ class MixModule(nn.Module):
         super().__init__()
         if isinstance(mix, Mix) and mix_kwargs:
             raise ValueError(f'mix_kwargs {sorted(mix_kwargs)} need the name of a mix: {mix!r} has its options')
+        if not isinstance(model, nn.Module) or hasattr(model, '_orig_mod') or hasattr(model, 'module'):
+            raise ValueError(
+                f'pass the timm model itself, before DDP or torch.compile wrap it; got {type(model).__name__}')
+        if getattr(model, 'distilled_training', False):
+            raise ValueError(
+                f'{type(model).__name__} returns two outputs in training; call model.set_distilled_training(False)')
         self.mix = copy.deepcopy(mix) if isinstance(mix, Mix) else create_mix(mix, **(mix_kwargs or {}))
+        if self.mix.replaces_features and getattr(model, 'grad_checkpointing', False):
+            raise ValueError(self._recomputed())
         if type(self.mix).bind is not Mix.bind:
             self.mix.bind(Anatomy(model, img_size))
+        if any(is_checkpointed(model, name) for name in self.mix.layers):
+            raise ValueError(self._recomputed())
         # Before the model: timm's clipping takes the last two parameters for the classifier.
         self.extra = self.mix.extra
         self.model = model
@@ -92,19 +110,25 @@ class MixModule(nn.Module):
             RuntimeError: Gradient checkpointing would recompute the layer without the mix.
         """
         if draw['layer'] is not None:
-            if draw['layer'] in self.mix.layers and getattr(self.model, 'grad_checkpointing', False):
-                raise RuntimeError(
-                    f'mix {self.mix.name!r} replaces the features of {draw["layer"]!r}, which gradient checkpointing '
-                    'would recompute without the mix; turn it off, or use mix none, mixup, cutmix, multimix or '
-                    'densemultimix')
+            if draw['layer'] in self.mix.layers and is_checkpointed(self.model, draw['layer']):
+                raise RuntimeError(self._recomputed())
             self.taps[draw['layer']].arm(self.mix, draw)
+
+    def _recomputed(self) -> str:
+        return (
+            'gradient checkpointing would compute the layers again without the features that mix '
+            f'{self.mix.name!r} replaces; turn it off, or use mix none, mixup, cutmix, multimix or densemultimix')
 
     def disarm(self, draw: Draw) -> torch.Tensor | None:
         """Return the model to its own forward; returns the tapped layer's output."""
         return None if draw['layer'] is None else self.taps[draw['layer']].disarm()
 
-    def check_ran(self, draw: Draw, feature_map: torch.Tensor | None) -> None:
-        """Raise RuntimeError if the tapped layer was by-passed and targets would be mixed without features."""
+    def check_ran(self, draw: Draw, output: Any, feature_map: torch.Tensor | None) -> None:
+        """Raise RuntimeError if the tapped layer was by-passed, or the output is not one tensor of logits."""
+        if not isinstance(output, torch.Tensor):
+            raise RuntimeError(
+                f'the model returned a {type(output).__name__} in training, and one tensor of logits is needed; call '
+                'model.set_distilled_training(False), or turn its auxiliary outputs off')
         if draw['layer'] is not None and feature_map is None:
             raise RuntimeError(
                 f'module {draw["layer"]!r} was not called in this forward pass, so nothing was mixed; gradient '
@@ -135,7 +159,7 @@ class MixModule(nn.Module):
             output = self.model(images)
         finally:
             feature_map = self.disarm(draw)
-        self.check_ran(draw, feature_map)
+        self.check_ran(draw, output, feature_map)
         output = self.mix.output(output, draw)
         loss = self.mix.loss(output, feature_map, target, draw, smoothing)
         return dict(output=output) if loss is None else dict(output=output, loss=loss)

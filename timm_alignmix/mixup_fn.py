@@ -3,8 +3,10 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+from torch.utils.data import get_worker_info
 
-from .functional import soft_target
+from .anatomy import count_classes
+from .functional import check_values, soft_target
 from .mix_module import MixModule
 from .mixes import Mix
 from .step_random import StepRandom
@@ -21,12 +23,10 @@ class MixupFn:
             num_classes: int | None = None,
             label_smoothing: float = 0.0,
             seed: int = 0,
-            rank: int = 0,
+            rank: int | None = None,
             img_size: int | tuple[int, int] | None = None,
     ) -> None:
-        if not isinstance(model, nn.Module) or hasattr(model, '_orig_mod') or hasattr(model, 'module'):
-            raise ValueError(
-                f'pass the timm model itself, before DDP or torch.compile wrap it; got {type(model).__name__}')
+        self._random = StepRandom(seed, rank)
         self._module = MixModule(model, mix, mix_kwargs, img_size)
         self.mix = self._module.mix
         if self.mix.extra is not None:
@@ -34,16 +34,15 @@ class MixupFn:
             raise ValueError(
                 f'mix {self.mix.name!r} trains layers of its own, which a mixup function has no place for; use '
                 'timm_alignmix.MixTask')
-        self.num_classes = model.num_classes if num_classes is None else num_classes
-        self.label_smoothing, self.seed, self.rank = label_smoothing, seed, rank
-        self.step = 0
+        self.num_classes = count_classes(model) if num_classes is None else num_classes
+        self.label_smoothing = label_smoothing
+        self.step, self._checked = 0, False
         self.mixup_enabled = True
         self.mode: str | None = None
         self.lam: torch.Tensor | None = None
-        self._random = StepRandom(seed, rank)
         self._pending: tuple[Any, ...] | None = None
         self._handles = [
-            model.register_forward_pre_hook(self._before_forward),
+            model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             model.register_forward_hook(self._after_forward),
         ]
 
@@ -60,13 +59,21 @@ class MixupFn:
             depend on its attention. Pass on this very tensor; a copy taken before the forward holds NaN.
 
         Raises:
-            RuntimeError: The step before was not followed by a training forward of the model.
-            ValueError: Targets of the wrong shape.
+            RuntimeError: The step before was not followed by a training forward of the model, or the call is in a
+                worker of a data loader.
+            ValueError: Targets of the wrong shape or, in the first step, with wrong values.
         """
+        if get_worker_info() is not None:
+            raise RuntimeError(
+                'mixup_fn was called in a worker of a data loader, whose copy draws the same in each worker and epoch; '
+                'call it in the training loop, on the batch')
         if self._pending is not None:
             raise RuntimeError(
                 'mixup_fn was called again before the model ran a training forward on what it returned; call model(x) '
                 'in train mode once after each call, or disarm() to drop a step')
+        if not self._checked:
+            check_values(target, self.num_classes, sum_to_one=self.mix.closed_form)
+            self._checked = True
         clean = soft_target(target, self.num_classes, self.label_smoothing)
         if not self.mixup_enabled:
             self.mode, self.lam = 'clean', None
@@ -92,15 +99,24 @@ class MixupFn:
         for handle in self._handles:
             handle.remove()
 
-    def _before_forward(self, model: nn.Module, inputs: tuple) -> None:
+    def state_dict(self) -> dict[str, int]:
+        """State for checkpoints: step and seed of the draws."""
+        return dict(step=self.step, seed=self._random.seed)
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue the draws of a checkpoint."""
+        self.step, self._random.seed = state['step'], state['seed']
+
+    def _before_forward(self, model: nn.Module, inputs: tuple, kwargs: dict[str, Any]) -> None:
         if self._pending is None or not model.training:
             return
         draw, shape, *_ = self._pending
-        if inputs[0].shape != shape:
+        images = next(iter((*inputs, *kwargs.values())))
+        if images.shape != shape:
             self._pending = None
             raise RuntimeError(
                 f'mixup_fn returned images of shape {tuple(shape)}, the model was called with '
-                f'{tuple(inputs[0].shape)}; call it with what mixup_fn returned')
+                f'{tuple(images.shape)}; call it with what mixup_fn returned')
         self._module.arm(draw)
 
     def _after_forward(self, model: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor | None:
@@ -109,7 +125,7 @@ class MixupFn:
         draw, _, target, soft = self._pending
         self._pending = None
         feature_map = self._module.disarm(draw)
-        self._module.check_ran(draw, feature_map)
+        self._module.check_ran(draw, output, feature_map)
         output, rows = self.mix.rows(self.mix.output(output, draw), feature_map, target, draw, self.label_smoothing)
         with torch.no_grad():
             soft.copy_(rows)
@@ -122,7 +138,7 @@ def create_mixup(
         num_classes: int | None = None,
         label_smoothing: float = 0.0,
         seed: int = 0,
-        rank: int = 0,
+        rank: int | None = None,
         img_size: int | tuple[int, int] | None = None,
         **options: Any,
 ) -> MixupFn:
@@ -138,12 +154,13 @@ def create_mixup(
         num_classes: Number of classes; None takes the model's.
         label_smoothing: timm's convention; the loss must not smooth again.
         seed: Seed of the draws; each is a function of (seed, step, rank).
-        rank: Rank of this process.
+        rank: Rank of this process; None asks torch.distributed.
         img_size: Size of the images; None takes the size the model was built for.
         **options: Options of the method.
 
     Returns:
-        A callable with timm's switch `mixup_enabled`, and `mode` and `lam` of the last step.
+        A callable with timm's switch `mixup_enabled`, `mode` and `lam` of the last step, and `state_dict` and
+        `load_state_dict`, with which a resumed run continues its draws.
 
     Raises:
         ValueError: Unknown method or option; a model that the method cannot mix exactly, or that is wrapped; a method

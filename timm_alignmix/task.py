@@ -3,11 +3,12 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.loss import AsymmetricLossSingleLabel, JsdCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.task import ClassificationTask
 from timm.utils import unwrap_model
 
-from .functional import check_target, soft_target, soft_target_cross_entropy
+from .anatomy import count_classes
+from .functional import check_target, check_values, soft_target, soft_target_cross_entropy
 from .mix_module import MixModule
 from .mixes import Mix
 from .step_random import StepRandom
@@ -25,11 +26,12 @@ class MixTask(ClassificationTask):
         mix: Name of a method (see :func:`timm_alignmix.list_mixes`) or a method.
         mix_kwargs: Options of a method given by name.
         criterion: Loss of (logits, soft targets). Softmax cross-entropy, in timm's or torch's classes, is recognised
-            with its label smoothing and computed in float32 or better; any other is called as it is (mix 'none' passes
-            the targets on as they are).
+            with its label smoothing and computed in float32 or better. Any other is called as it is: by mix 'none'
+            with the targets as they are, by the others with mixed rows, to which `smoothing` of the criterion is
+            applied if the targets are classes, as in timm.data.Mixup.
         criterion_kwargs: Arguments of timm.loss.create_classification_loss, instead of a criterion.
         seed: Seed of the draws; each is a function of (seed, step, rank).
-        rank: Rank of this process. Ranks draw differently, but for the mode.
+        rank: Rank of this process; None asks torch.distributed. Ranks draw differently, but for the mode.
         img_size: Size of the images; None takes the size the model was built for.
         device: Device for task tensors.
         dtype: Dtype for task tensors.
@@ -37,7 +39,8 @@ class MixTask(ClassificationTask):
 
     Raises:
         ValueError: Unknown method or option; a model that the method cannot mix exactly; a criterion other than softmax
-            cross-entropy for methods with a loss in closed form (multimix, densemultimix, alignmix_ae).
+            cross-entropy for methods with a loss in closed form (multimix, densemultimix, alignmix_ae), or one that
+            mixing contradicts.
 
     Example:
         >>> import timm, torch
@@ -56,7 +59,7 @@ class MixTask(ClassificationTask):
             criterion: nn.Module | Any | None = None,
             criterion_kwargs: dict[str, Any] | None = None,
             seed: int = 0,
-            rank: int = 0,
+            rank: int | None = None,
             img_size: int | tuple[int, int] | None = None,
             device: torch.device | None = None,
             dtype: torch.dtype | None = None,
@@ -64,17 +67,24 @@ class MixTask(ClassificationTask):
     ) -> None:
         super().__init__(
             model, criterion=criterion, criterion_kwargs=criterion_kwargs, device=device, dtype=dtype, verbose=verbose)
-        self.num_classes = model.num_classes
+        self._random = StepRandom(seed, rank)
         self.trainable_module = MixModule(model, mix, mix_kwargs, img_size)
+        self.num_classes = count_classes(model)
         self.mix = self.trainable_module.mix
         self.smoothing = _cross_entropy_smoothing(self.criterion)
+        if self.mix.name != 'none' and _takes_classes_only(self.criterion):
+            self.remove_hooks()
+            raise ValueError(
+                f'mix {self.mix.name!r} makes soft targets, which {type(self.criterion).__name__} does not take (with '
+                'ignore_index, or at all); use another criterion and leave ignored examples out of the batch, or use '
+                'mix none')
         if self.smoothing is None and self.mix.closed_form:
+            self.remove_hooks()
             raise ValueError(
                 f'mix {self.mix.name!r} computes softmax cross-entropy in closed form, criterion '
                 f'{type(self.criterion).__name__} cannot replace it; leave criterion out, or use mix none, mixup, '
                 'cutmix, manifold or alignmix')
-        self.seed, self.rank, self.step = seed, rank, 0
-        self._random = StepRandom(seed, rank)
+        self.step, self._checked = 0, False
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> dict[str, Any]:
         """Run one step: draw, mix, run the model, compute the loss. In eval mode the loss is clean.
@@ -88,14 +98,22 @@ class MixTask(ClassificationTask):
             layer; 'mode', the mode drawn; 'lam', the weight of each example against its partner, () or (B,), or None.
 
         Raises:
-            ValueError: Targets of the wrong shape, or that do not sum to 1.
+            ValueError: Targets of the wrong shape; in the first step, classes that do not exist or, for softmax
+                cross-entropy, rows that do not sum to 1.
             RuntimeError: Gradient checkpointing by-passes the mixed layer.
         """
         if not self.trainable_module.training:
             output = self.trainable_module(input)
             return dict(loss=self._loss(output, target, None), output=output, mode='clean', lam=None)
         if self.smoothing is not None or self.mix.name != 'none':
+            if not isinstance(input, torch.Tensor):
+                raise ValueError(
+                    f'images must be one tensor, got {type(input).__name__}; timm.task.ClassificationTask trains '
+                    'without mixing on any input of the model')
             check_target(target, len(input), self.num_classes)
+            if not self._checked:  # once: it waits for the device
+                check_values(target, self.num_classes, sum_to_one=self.smoothing is not None)
+                self._checked = True
         draw = self.mix.draw(input, self._random.at(self.step, input.device))
         self.step += 1
         result = self.trainable_module(self.mix.images(input, draw), target, draw, self.smoothing or 0.0)
@@ -107,7 +125,8 @@ class MixTask(ClassificationTask):
         mixed = draw is not None and draw['mode'] != 'clean'
         if self.smoothing is None:
             if mixed:
-                target = self.mix.target(soft_target(target, self.num_classes), draw)
+                smoothing = _smoothing_of_classes(self.criterion) if target.ndim == 1 else 0.0
+                target = self.mix.target(soft_target(target, self.num_classes, smoothing), draw)
             return self.criterion(output, target)
         # Float64 models are trained in float64 throughout; anything less has float32 targets.
         dtype = torch.promote_types(output.dtype, torch.float32)
@@ -126,6 +145,28 @@ class MixTask(ClassificationTask):
         resolved = super().get_eval_model(module=module, ema=ema)
         inner = unwrap_model(resolved) if resolved is not None else None
         return inner.model if isinstance(inner, MixModule) else resolved
+
+    def remove_hooks(self) -> None:
+        """Remove the hooks from the model and its EMA copy and so end mixing, for torch.jit.script or pickle."""
+        for ema in (False, True)[:1 + self.has_ema()]:
+            unwrap_model(self.get_trainable_module(ema=ema)).remove_hooks()
+
+    @property
+    def seed(self) -> int:
+        """Seed of the draws."""
+        return self._random.seed
+
+    def get_extra_state(self) -> torch.Tensor:
+        """Step and seed of the draws, for frameworks that save `state_dict()` of the task."""
+        return torch.tensor([self.step, self.seed])  # a tensor, since some file formats hold nothing else
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        """Continue the draws of a checkpoint."""
+        self.step, self._random.seed = state.tolist()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        state_dict.setdefault(f'{prefix}_extra_state', self.get_extra_state())  # files without it begin anew
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
         """State for checkpoints: step and seed of the draws, and the weights of the method's own layers, if any."""
@@ -151,8 +192,7 @@ class MixTask(ClassificationTask):
                 extra.load_state_dict(self._extra(False).state_dict())
             return
         if not ema:
-            self.step, self.seed = state['step'], state['seed']
-            self._random = StepRandom(self.seed, self.rank)
+            self.step, self._random.seed = state['step'], state['seed']
         if extra is None:
             return
         if 'extra' not in state:
@@ -171,6 +211,21 @@ def _cross_entropy_smoothing(criterion: Any) -> float | None:
         return criterion.smoothing
     if isinstance(criterion, SoftTargetCrossEntropy):
         return 0.0
-    if isinstance(criterion, nn.CrossEntropyLoss) and criterion.weight is None and criterion.reduction == 'mean':
-        return criterion.label_smoothing
-    return None
+    plain = isinstance(criterion, nn.CrossEntropyLoss) and criterion.weight is None and criterion.reduction == 'mean'
+    return criterion.label_smoothing if plain and not _ignores(criterion) else None
+
+
+def _smoothing_of_classes(criterion: Any) -> float:
+    """Label smoothing that a criterion applies to classes only, and so not to mixed rows."""
+    if isinstance(criterion, nn.CrossEntropyLoss) or getattr(criterion, 'smooth_dense', False):
+        return 0.0
+    return getattr(criterion, 'smoothing', None) or getattr(criterion, 'label_smoothing', None) or 0.0
+
+
+def _takes_classes_only(criterion: Any) -> bool:
+    return isinstance(criterion, (AsymmetricLossSingleLabel, JsdCrossEntropy)) or _ignores(criterion)
+
+
+def _ignores(criterion: Any) -> bool:
+    """Check for an ignore_index of its own; the default of -100 is no class of a data set."""
+    return getattr(criterion, 'ignore_index', -100) != -100

@@ -5,7 +5,7 @@
 
 timm ships train.py in its repository only, so its path is the first argument. The script is imported, --mix and
 --mix-kwargs are added to its flags (and to its args.yaml and --config files), and its ClassificationTask is replaced by
-timm_alignmix.MixTask. Data, optimizer, schedule, EMA, checkpoints and logs are train.py's own.
+timm_alignmix.MixTask, but for --mix none. Data, optimizer, schedule, EMA, checkpoints and logs are train.py's own.
 """
 import importlib.metadata
 import importlib.util
@@ -13,15 +13,30 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import timm
 from timm.data import resolve_data_config
 from timm.utils import ParseKwargs
 
 from . import MixTask, create_mix
+from .mixes import canonical
+from .step_random import StepRandom
 
 # Names that are used of train.py. timm 1.0.31's own tests use them too.
 NAMES_USED = ('parser', '_parse_args', 'ClassificationTask', 'main')
+
+# Flags of timm's own mixing.
+MIXING = (
+    'mixup', 'cutmix', 'cutmix_minmax', 'mixup_prob', 'mixup_switch_prob', 'mixup_mode', 'mixup_off_epoch')
+
+# Flags that no method goes with, and why.
+REFUSED = dict(
+    kd_model_name='trains with a distillation task, which --mix cannot replace',
+    naflex_loader='loads sequences of patches, which --mix cannot mix',
+    jsd_loss='compares augmented copies of an image and takes no soft targets',
+    torchscript='makes a model that takes no hooks, with which --mix works',
+)
 
 
 def load_train_script(path: Path) -> ModuleType:
@@ -65,18 +80,36 @@ def check_timm_is_the_installed_one() -> None:
             'run the command from another folder.')
 
 
-def check_args(args: Namespace) -> None:
-    """Raise ValueError for flags that contradict --mix, and for methods and options that do not exist."""
-    create_mix(args.mix, **args.mix_kwargs)
-    if getattr(args, 'kd_model_name', None):
-        raise ValueError('--kd-model-name trains with a distillation task, which --mix cannot replace: drop one.')
+def check_args(args: Namespace, defaults: dict[str, Any]) -> None:
+    """Raise ValueError for flags that contradict --mix, and for methods and options that do not exist.
+
+    Args:
+        args: Values of the flags.
+        defaults: Defaults of timm's mixing flags, before a --config file changed them.
+    """
+    mix = create_mix(args.mix, **args.mix_kwargs)
+    if mix.name == 'none':
+        return
+    StepRandom(args.seed)  # refuses negative ones
+    for name, why in REFUSED.items():
+        if getattr(args, name, None):
+            raise ValueError(f'--{name.replace("_", "-")} {why}: drop one.')
+    loss = 'bce' if getattr(args, 'bce_loss', False) else getattr(args, 'loss', None) or 'ce'
+    if loss in ('jsd', 'asl') or mix.closed_form and loss != 'ce':
+        raise ValueError(
+            f'--mix {args.mix} cannot train with the {loss} loss: drop one, or take --mix mixup, cutmix, manifold or '
+            'alignmix with the bce loss.')
+    if mix.replaces_features and getattr(args, 'grad_checkpointing', False):
+        raise ValueError(
+            f'--grad-checkpointing would compute layers again without the features that --mix {args.mix} replaces: '
+            'drop one.')
     task = getattr(args, 'task', 'classification')
     if task != 'classification':
         raise ValueError(f'--mix needs --task classification, got --task {task}.')
-    own_mixing = [
-        f'--{name.replace("_", "-")}' for name in ('mixup', 'cutmix', 'cutmix_minmax') if getattr(args, name, None)]
-    if own_mixing and args.mix.lower() != 'none':
-        raise ValueError(f"--mix {args.mix} and timm's {', '.join(own_mixing)} would both mix the images: drop one.")
+    given = [name for name, default in defaults.items() if getattr(args, name, default) != default]
+    if given:
+        flags = ', '.join(f'--{name.replace("_", "-")}' for name in given)
+        raise ValueError(f"--mix {args.mix} takes the place of timm's mixing: drop it or {flags}.")
 
 
 def install(train: ModuleType) -> None:
@@ -90,15 +123,19 @@ def install(train: ModuleType) -> None:
     group.add_argument(
         '--mix-kwargs', default={}, nargs='*', action=ParseKwargs, metavar='KEY=VALUE', help='options of the method')
     parse_args = train._parse_args
+    defaults = {name: train.parser.get_default(name) for name in MIXING}
+    timms_task = train.ClassificationTask
 
     def parse_args_and_install_task():
         args, args_text = parse_args()
         try:
-            check_args(args)
+            check_args(args, defaults)
         except ValueError as e:
             train.parser.error(str(e))
 
         def create_task(model, **kwargs):
+            if canonical(args.mix) == 'none':
+                return timms_task(model, **kwargs)
             # Read here and not above: train.py finds its rank and makes its model after parsing its flags.
             img_size = resolve_data_config(vars(args), model=model)['input_size'][-2:]
             return MixTask(

@@ -160,7 +160,7 @@ def create_task(
     if config.channels_last:
         model.to(memory_format=torch.channels_last)
     bce = dict(loss_type='bce', bce_sum=config.bce_sum, bce_target_thresh=config.bce_target_thresh)
-    task = timm_alignmix.MixTask(
+    return timm_alignmix.MixTask(
         model,
         mix=config.mix,
         mix_kwargs=config.mix_kwargs,
@@ -171,11 +171,6 @@ def create_task(
         device=device,
         verbose=rank == 0,
     )
-    if config.grad_checkpointing and task.mix.layers:
-        raise ValueError(
-            f'--grad-checkpointing would compute {", ".join(task.mix.layers)} again without the features that '
-            f'--mix {config.mix} mixed there; leave it out')
-    return task
 
 
 def _load_initial(model: nn.Module, path: str) -> None:

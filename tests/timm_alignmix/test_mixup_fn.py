@@ -2,6 +2,7 @@
 import pytest
 import timm
 import torch
+import torchvision
 from timm.loss import SoftTargetCrossEntropy
 
 from timm_alignmix import MixTask, create_mixup, dense_model_kwargs
@@ -116,6 +117,57 @@ def test_wrapped_models_are_refused_and_hooks_come_off():
     mixup_fn = create_mixup('densemultimix', model)
     mixup_fn.remove_hooks()
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_the_model_may_be_called_by_keyword():
+    images, y = batch()
+    model = tiny()
+    x, _ = create_mixup('multimix', model, prob=1.0, n=9)(images, y)
+    assert model(x=x).shape == (9, 5)
+
+
+def test_models_that_are_not_timms():
+    images, y = batch()
+    model = torchvision.models.resnet18(num_classes=5).double()
+    for name, options in (('mixup', {}), ('alignmix', {}), ('alignmix', dict(num_classes=5))):
+        with pytest.raises(ValueError, match=r"ResNet is not a timm model.*create_mixup\('mixup', model, num_c"):
+            create_mixup(name, model, **options)
+    x, target = create_mixup('cutmix', model, num_classes=5)(images, y)
+    assert SoftTargetCrossEntropy()(model(x), target).isfinite()
+
+    class TimmWrapperForImageClassification(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.timm_model = tiny()
+
+    with pytest.raises(ValueError, match='TimmWrapperForImageClassification .* pass its .timm_model'):
+        create_mixup('alignmix', TimmWrapperForImageClassification())
+
+
+def test_workers_of_a_data_loader_are_refused():
+    mixup_fn = create_mixup('mixup', tiny())
+    loader = torch.utils.data.DataLoader(
+        [(image, label.item()) for image, label in zip(*batch(), strict=True)], batch_size=4, num_workers=1,
+        collate_fn=lambda samples: mixup_fn(*torch.utils.data.default_collate(samples)))
+    with pytest.raises(RuntimeError, match='call it in the training loop'):
+        next(iter(loader))
+
+
+def test_a_resumed_function_continues_its_draws():
+    images, y = batch()
+    first, resumed = create_mixup('mixup', tiny(), seed=3), create_mixup('mixup', tiny())
+    first(images, y)
+    resumed.load_state_dict(first.state_dict())
+    for a, b in zip(first(images, y), resumed(images, y), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_rows_must_sum_to_one_for_closed_forms_alone():
+    images, _ = batch()
+    rows = torch.ones(4, 5)
+    with pytest.raises(ValueError, match='sum to 1'):
+        create_mixup('multimix', tiny())(images, rows)
+    torch.testing.assert_close(create_mixup('mixup', tiny())(images, rows)[1], rows)
 
 
 def test_option_errors_come_through():

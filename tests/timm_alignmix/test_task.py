@@ -1,5 +1,8 @@
 """MixTask as a timm task: criterion, EMA, compile, optimizer groups, checkpoints, DDP."""
+import copy
+import io
 import os
+import pickle
 
 import pytest
 import timm
@@ -8,7 +11,14 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.data.mixup import mixup_target
+from timm.loss import (
+    BinaryCrossEntropy,
+    JsdCrossEntropy,
+    LabelSmoothingCrossEntropy,
+    PolyCrossEntropy,
+    SoftTargetCrossEntropy,
+)
 from timm.optim import create_optimizer_v2
 from timm.task import ClassificationTask
 
@@ -57,6 +67,50 @@ def test_other_criterion_gets_soft_targets_or_is_refused():
             MixTask(tiny(), mix, criterion_kwargs=dict(loss_type='bce'), verbose=False)
     with pytest.raises(ValueError, match='not both'):
         MixTask(tiny(), 'mixup', criterion=SoftTargetCrossEntropy(), criterion_kwargs=dict(smoothing=0.1))
+
+
+@pytest.mark.parametrize('smoothing', [0.0, 0.4])
+@pytest.mark.parametrize('mix', ['mixup', 'cutmix', 'manifold'])
+@pytest.mark.parametrize('criterion', [BinaryCrossEntropy, PolyCrossEntropy])
+def test_mixed_classes_are_smoothed_once_as_by_timms_mixup(criterion, mix, smoothing):
+    images, y = batch()
+    task = MixTask(tiny(), mix, FEATURE.get(mix), criterion=criterion(smoothing=smoothing), verbose=False)
+    result = task(images, y)
+    perm = task.mix.draw(images, task._random.at(0, images.device))['perm']
+    y1, y2 = (mixup_target(labels, 5, smoothing=smoothing) for labels in (y, y[perm]))
+    target = result['lam'] * y1 + (1 - result['lam']) * y2
+    torch.testing.assert_close(result['loss'], criterion(smoothing=0.0)(result['output'], target))
+
+
+def test_a_criterion_that_smooths_soft_targets_itself_is_left_to_it():
+    images, y = batch()
+    weight = torch.arange(1.0, 6.0)
+    for criterion in (
+            nn.CrossEntropyLoss(weight, label_smoothing=0.4), BinaryCrossEntropy(smoothing=0.4, smooth_dense=True)):
+        losses = [
+            MixTask(tiny(), 'mixup', criterion=criterion, verbose=False)(images, target)['loss']
+            for target in (y, F.one_hot(y, 5).float())
+        ]
+        torch.testing.assert_close(*losses)
+
+
+@pytest.mark.parametrize('mix', ['none', 'mixup', 'cutmix', 'manifold', 'alignmix'])
+def test_any_rows_train_with_another_criterion(mix):
+    images, _ = batch()
+    rows = torch.tensor([[0, 1, 1, 0, 1.0]]).repeat(4, 1)  # the same in all rows, so mixed ones too
+    result = MixTask(tiny(), mix, criterion=BinaryCrossEntropy(), verbose=False)(images, rows)
+    torch.testing.assert_close(result['loss'], F.binary_cross_entropy_with_logits(result['output'], rows))
+
+
+def test_values_of_targets_are_checked_in_the_first_step_alone():
+    """The check waits for the device, so it is the same on all of them and done once."""
+    images, y = batch()
+    task = MixTask(tiny(), 'mixup', verbose=False)
+    for wrong, message in ((torch.ones(4, 5), 'sum to 1'), (y + 4, 'classes 0 to 4, got 4 to 7')):
+        with pytest.raises(ValueError, match=message):
+            task(images, wrong)
+    task(images, y)
+    assert task(images, torch.ones(4, 5))['loss'].isfinite()
 
 
 def test_targets_that_do_not_sum_to_one_are_refused():
@@ -177,13 +231,111 @@ def test_gradient_checkpointing_is_never_silently_unmixed():
     assert task(images, y)['loss'].isfinite()
 
 
+def test_checkpointing_of_stages_is_refused_inside_of_them_and_exact_at_their_ends():
+    images, y = batch()
+
+    def gradients(checkpointing, at=1):
+        model = tiny('test_convnext')
+        model.set_grad_checkpointing(checkpointing)
+        MixTask(model, 'alignmix', dict(mode_probs=(0, 1, 0), align_at=at), verbose=False)(images, y)['loss'].backward()
+        return [p.grad for p in model.parameters()]
+
+    torch.testing.assert_close(gradients(True), gradients(False))
+    with pytest.raises(ValueError, match='gradient checkpointing would compute the layers again'):
+        gradients(True, 'stages.1.blocks.0')
+
+
+@pytest.mark.filterwarnings('ignore:.*torch.jit.script')
 def test_removed_hooks_and_by_passed_layers_raise():
     images, y = batch()
-    task = MixTask(tiny(), 'alignmix', FEATURE['alignmix'], verbose=False)
-    task.trainable_module.remove_hooks()
-    assert not any(module._forward_hooks for module in task.get_eval_model().modules())
+    model = tiny()
+    task = MixTask(model, 'alignmix', FEATURE['alignmix'], verbose=False)
+    task.setup_ema()
+    task.remove_hooks()
+    assert not any(module._forward_hooks for module in task.modules())
     with pytest.raises(RuntimeError, match='nothing was mixed'):
         task(images, y)
+    # What is left is timm's alone.
+    assert b'timm_alignmix' not in pickle.dumps(model) + pickle.dumps(copy.deepcopy(model))
+    torch.testing.assert_close(torch.jit.script(model.eval())(images), model(images))
+
+
+def test_early_refusals():
+    images, y = batch()
+    headless, distilled = timm.create_model('test_resnet', num_classes=0), tiny('levit_128s')
+    distilled.set_distilled_training(True)
+    checkpointed = tiny()
+    checkpointed.set_grad_checkpointing()
+    wrapper = nn.Module()
+    wrapper.timm_model = tiny()
+    ignoring, asl = nn.CrossEntropyLoss(ignore_index=255), dict(loss_type='asl')
+    for model, mix, options, message in (
+            (headless, 'mixup', {}, 'has no classifier'),
+            (distilled, 'mixup', {}, r'two outputs in training; call model.set_distilled_training\(False\)'),
+            (checkpointed, 'alignmix', {}, 'gradient checkpointing would compute the layers again'),
+            (wrapper, 'alignmix', {}, 'is not a timm model but holds one: pass its .timm_model'),
+            (nn.Linear(3, 5), 'mixup', {}, r'is not a timm model .*create_mixup'),
+            (nn.DataParallel(tiny()), 'mixup', {}, 'before DDP or torch.compile'),
+            (tiny(), 'manifold', dict(mix_kwargs=dict(layers=[])), 'nothing to mix'),
+            (tiny(), 'mixup', dict(seed=-1), 'seed must be 0'),
+            (tiny(), 'mixup', dict(criterion=ignoring), 'CrossEntropyLoss does not take'),
+            (tiny(), 'cutmix', dict(criterion=JsdCrossEntropy()), 'JsdCrossEntropy does not take'),
+            (tiny(), 'cutmix', dict(criterion_kwargs=asl), 'AsymmetricLossSingleLabel does not take'),
+    ):
+        with pytest.raises(ValueError, match=message):
+            MixTask(model, mix, verbose=False, **options)
+        assert not any(module._forward_hooks for module in model.modules())
+    assert MixTask(tiny(), 'none', criterion=ignoring, verbose=False)(images, y * 0 + 255)['loss'].isnan()
+
+    task = MixTask(tiny('levit_128s'), 'mixup', verbose=False)
+    task.trainable_module.model.set_distilled_training(True)
+    with pytest.raises(RuntimeError, match='returned a tuple in training'):
+        task(*batch(size=224))
+    with pytest.raises(ValueError, match='images must be one tensor, got dict'):
+        MixTask(tiny(), 'none', verbose=False)(dict(patches=images), y)
+
+
+def test_ranks_come_from_torch_distributed(monkeypatch):
+    images, y = batch()
+
+    def lam(found, **kwargs):
+        task = MixTask(tiny(), 'mixup', verbose=False, **kwargs)
+        monkeypatch.setattr(dist, 'is_initialized', lambda: found is not None)
+        monkeypatch.setattr(dist, 'get_rank', lambda: found)
+        return task(images, y)['lam']
+
+    assert lam(None) == lam(0) == lam(3, rank=0)
+    assert lam(0) != lam(1) == lam(0, rank=1)
+
+
+class Wrapper(nn.Module):
+    """A module that holds a task, as a LightningModule does."""
+
+    def __init__(self, seed):
+        super().__init__()
+        self.task = MixTask(tiny(), 'alignmix', seed=seed, verbose=False)
+
+
+def test_any_framework_that_saves_modules_resumes_the_draws():
+    images, y = batch()
+    first = Wrapper(seed=3)
+    for _ in range(2):
+        first.task(images, y)
+    file = io.BytesIO()
+    torch.save(first.state_dict(), file)
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
+    resumed = Wrapper(seed=0)
+    resumed.load_state_dict(state)
+    for _ in range(3):
+        a, b = first.task(images, y), resumed.task(images, y)
+        assert a['mode'] == b['mode'] and torch.equal(a['loss'], b['loss'])
+    # Files from before, without the step, load and begin anew; checkpoints in timm's form have the model's keys.
+    assert isinstance(state.pop('task._extra_state'), torch.Tensor)
+    old = Wrapper(seed=5)
+    old.load_state_dict(state)
+    assert (old.task.step, old.task.seed) == (0, 5)
+    assert list(old.task.get_checkpoint_state()['state_dict']) == list(tiny().state_dict())
 
 
 def test_a_mix_object_is_copied_and_options_go_with_names():
@@ -217,7 +369,7 @@ def _rank(rank, world, path):
         model = tiny(name)
         size = 64 if name == 'test_resnet' else 224
         options = FEATURE.get(mix, dict(dim=16, width=4))
-        task = MixTask(model, mix, options, rank=rank, img_size=size, verbose=False).prepare_distributed()
+        task = MixTask(model, mix, options, img_size=size, verbose=False).prepare_distributed()
         optimizer = torch.optim.SGD(task.get_trainable_module().parameters(), lr=0.01)
         images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(rank))
         modes = []

@@ -34,6 +34,12 @@ parser.add_argument('--smoothing', type=float, default=0.1)
 parser.add_argument('--mixup', type=float, default=0.)
 parser.add_argument('--cutmix', type=float, default=0.)
 parser.add_argument('--cutmix-minmax', type=float, nargs='+', default=None)
+for flag in ('--naflex-loader', '--grad-checkpointing', '--jsd-loss', '--torchscript', '--bce-loss'):
+    parser.add_argument(flag, action='store_true')
+parser.add_argument('--mixup-prob', type=float, default=1.)
+parser.add_argument('--mixup-switch-prob', type=float, default=0.5)
+parser.add_argument('--mixup-mode', default='batch')
+parser.add_argument('--mixup-off-epoch', type=int, default=0)
 parser.add_argument('--kd-model-name')
 parser.add_argument('--task', default='classification')
 parser.add_argument('--output', default='.')
@@ -115,7 +121,10 @@ def test_without_a_method_it_is_timms_task(script):
     subprocess.run([sys.executable, '-I', script, '--output', script.parent, '--img-size', '64'], check=True)
     alone = json.loads((script.parent / 'run.json').read_text())
     assert alone['task'] == 'ClassificationTask'
-    torch.testing.assert_close(run(script)['losses'], alone['losses'])
+    # Its own task, so what --mix refuses is timm's affair here.
+    ran = run(script, '--naflex-loader', '--jsd-loss', '--torchscript', '--mixup-off-epoch', '3')
+    assert ran['task'] == 'ClassificationTask'
+    torch.testing.assert_close(ran['losses'], alone['losses'])
 
 
 def test_the_draws_depend_on_the_seed(script):
@@ -125,12 +134,16 @@ def test_the_draws_depend_on_the_seed(script):
     assert run(script, *flags, '2')['losses'] != first
 
 
-def test_flags_from_a_config_file(script):
+def test_flags_from_a_config_file(script, capsys):
     config = script.parent / 'recipe.yaml'
     config.write_text(yaml.safe_dump(dict(mix='alignmix', mix_kwargs=dict(iterations=3))))
     run(script, '--config', str(config))
     args = yaml.safe_load((script.parent / 'args.yaml').read_text())
     assert args['mix'] == 'alignmix' and args['mix_kwargs'] == {'iterations': 3}
+    config.write_text(yaml.safe_dump(dict(mix='alignmix', mixup_off_epoch=3)))
+    with pytest.raises(SystemExit):
+        run(script, '--config', str(config))
+    assert 'drop it or --mixup-off-epoch' in capsys.readouterr().err
 
 
 @pytest.mark.filterwarnings('ignore:.*alignment is .nearly. a no-op')
@@ -145,7 +158,15 @@ def test_the_split_is_checked_at_the_size_of_the_images(script):
 @pytest.mark.parametrize('flags, message', [
     (('--mix', 'nomix'), 'alignmix.*densemultimix'),
     (('--mix', 'multimix', '--mix-kwargs', 'nope=1'), 'nope.*alpha'),
-    (('--mix', 'mixup', '--cutmix', '1.0'), "--mix mixup and timm's --cutmix would both mix"),
+    (('--mix', 'mixup', '--cutmix', '1.0'), "--mix mixup takes the place of timm's mixing: drop it or --cutmix"),
+    *((('--mix', 'alignmix', f'--mixup-{name}', value), f'drop it or --mixup-{name}') for name, value in (
+        ('prob', '0.5'), ('switch-prob', '0.3'), ('mode', 'elem'), ('off-epoch', '3'))),
+    (('--mix', 'mixup', '--naflex-loader'), '--naflex-loader loads sequences of patches.*: drop one'),
+    (('--mix', 'mixup', '--jsd-loss'), '--jsd-loss compares'),
+    (('--mix', 'mixup', '--torchscript'), '--torchscript makes a model that takes no hooks'),
+    (('--mix', 'multimix', '--bce-loss'), '--mix multimix cannot train with the bce loss'),
+    (('--mix', 'alignmix', '--grad-checkpointing'), '--grad-checkpointing would compute layers again'),
+    (('--mix', 'mixup', '--seed', '-1'), 'seed must be 0'),
     (('--mix', 'mixup', '--mixup', '0.8', '--cutmix-minmax', '0.2', '0.8'), '--mixup, --cutmix-minmax'),
     (('--mix', 'mixup', '--kd-model-name', 'resnet50'), '--kd-model-name'),
     (('--mix', 'mixup', '--task', 'multilabel'), 'needs --task classification, got --task multilabel'),

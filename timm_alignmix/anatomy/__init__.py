@@ -1,7 +1,10 @@
 """Structure of timm models, which no other part of the package knows."""
 from .dense_head import DenseHead
-from .examine import Anatomy, dense_model_kwargs
+from .examine import Anatomy, count_classes, dense_model_kwargs
 from .layers import FeatureLayer, Layout, feature_map
 from .trace import UnsupportedModel
 
-__all__ = ['Anatomy', 'DenseHead', 'FeatureLayer', 'Layout', 'UnsupportedModel', 'dense_model_kwargs', 'feature_map']
+__all__ = [
+    'Anatomy', 'DenseHead', 'FeatureLayer', 'Layout', 'UnsupportedModel', 'count_classes', 'dense_model_kwargs',
+    'feature_map',
+]

@@ -36,9 +36,7 @@ class Anatomy:
         self.model = model
         cfg = getattr(model, 'pretrained_cfg', None) or {}
         self.name = cfg.get('architecture') or type(model).__name__
-        if not getattr(model, 'num_classes', 0):
-            raise UnsupportedModel(f'{self.name} has no classifier (num_classes=0); create it with num_classes > 0')
-        self.num_classes = model.num_classes
+        self.num_classes = count_classes(model)
         self.input_size = _input_size(model, cfg, img_size)
         self._trace = Trace(model, self.name, self.input_size)
 
@@ -331,6 +329,24 @@ def _input_size(model: nn.Module, cfg: dict[str, Any], img_size: int | tuple[int
     if isinstance(img_size, int):
         img_size = (img_size, img_size)
     return channels, *img_size
+
+
+def count_classes(model: nn.Module) -> int:
+    """Number of classes of a timm model.
+
+    Raises:
+        UnsupportedModel: It is no timm model, or has no classifier.
+    """
+    name = type(model).__name__
+    if hasattr(model, 'timm_model'):
+        raise UnsupportedModel(f'{name} is not a timm model but holds one: pass its .timm_model')
+    if not hasattr(model, 'num_classes'):
+        raise UnsupportedModel(
+            f"{name} is not a timm model (it has no num_classes): timm_alignmix.create_mixup('mixup', model, "
+            "num_classes=...), or 'cutmix', mixes the images of any model")
+    if not model.num_classes:
+        raise UnsupportedModel(f'{name} has no classifier (num_classes=0); create it with num_classes > 0')
+    return model.num_classes
 
 
 def dense_model_kwargs(model_name: str) -> dict[str, Any]:

@@ -39,7 +39,7 @@ def multimix_loss(
         Scalar loss, float32 (float64 for float64 logits). Differentiable once, with respect to `logits_BC`.
 
     Raises:
-        ValueError: Shapes do not fit, or targets do not sum to 1.
+        ValueError: Shapes do not fit.
 
     Example:
         >>> import torch
@@ -81,7 +81,7 @@ def dense_multimix_loss(
         Scalar loss, float32 (float64 for float64 logits). Differentiable once.
 
     Raises:
-        ValueError: Shapes do not fit, or targets do not sum to 1.
+        ValueError: Shapes do not fit.
 
     Example:
         >>> import torch
@@ -132,7 +132,7 @@ def dense_multimix_rows(
         mean over rows of -sum_c target log softmax(logits).
 
     Raises:
-        ValueError: Targets of the wrong shape, or that do not sum to 1.
+        ValueError: Targets of the wrong shape.
 
     Example:
         >>> import torch

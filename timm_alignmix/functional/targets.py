@@ -49,8 +49,8 @@ def check_target(target: torch.Tensor, batch: int, num_classes: int) -> None:
         num_classes: C.
 
     Raises:
-        ValueError: Another shape or dtype, or rows that do not sum to 1. The sums are checked on CPUs only: elsewhere
-            the check would wait for the device.
+        ValueError: Another shape or dtype. Values are not looked at, which would wait for the device: see
+            :func:`check_values`.
 
     Example:
         >>> import torch
@@ -65,10 +65,35 @@ def check_target(target: torch.Tensor, batch: int, num_classes: int) -> None:
         raise ValueError(
             f'target must be ({batch},) integers or ({batch}, {num_classes}) probabilities, '
             f'got {tuple(target.shape)} of {target.dtype}')
-    if soft and target.device.type == 'cpu' and not torch.compiler.is_compiling():
+
+
+def check_values(target: torch.Tensor, num_classes: int, sum_to_one: bool = True) -> None:
+    """Check the values of targets, which waits for the device: for the first step of a run.
+
+    Args:
+        target: Targets that :func:`check_target` accepts.
+        num_classes: C.
+        sum_to_one: Rows must be probabilities, as softmax cross-entropy needs them.
+
+    Raises:
+        ValueError: A class outside of 0 to C - 1, or rows that do not sum to 1.
+
+    Example:
+        >>> import torch
+        >>> check_values(torch.tensor([1, 255]), num_classes=2)
+        Traceback (most recent call last):
+        ValueError: target must hold classes 0 to 1, got 1 to 255; leave other examples out of the batch
+    """
+    if target.ndim == 1:
+        low, high = (int(x) for x in target.aminmax())
+        if low < 0 or high >= num_classes:
+            raise ValueError(
+                f'target must hold classes 0 to {num_classes - 1}, got {low} to {high}; leave other examples out of '
+                'the batch')
+    elif sum_to_one:
         off = (target.float().sum(dim=1) - 1).abs().max()
         # bf16 probabilities of 1000 classes sum to 1 within about 2**-8.
-        if off > 0.01:
+        if not off <= 0.01:
             raise ValueError(
                 f'targets must be probabilities that sum to 1, a row is off by {off:.3g}: the loss is softmax '
                 'cross-entropy; multi-label targets need another criterion and mix none, mixup, cutmix, manifold or '

@@ -23,6 +23,7 @@ class Mix:
     Attributes:
         name: Name in the registry.
         closed_form: The loss is softmax cross-entropy by construction, and no other criterion fits.
+        replaces_features: The method replaces the output of an inner layer, as its options are.
         options: Options the method was created with, for logs.
         layers: Feature layers to tap, by name, set by :meth:`bind`.
         head: Dense head, for methods that need one, set by :meth:`bind`.
@@ -43,6 +44,7 @@ class Mix:
     """
     name = ''
     closed_form = False
+    replaces_features = False
 
     def __init__(self) -> None:
         self.options: dict[str, Any] = {}
