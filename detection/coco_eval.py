@@ -36,10 +36,8 @@ def coco_ground_truth(records: Sequence[Record], class_names: Sequence[str]) -> 
 
 
 def coco_results(
-        detections: Sequence[dict[str, np.ndarray]],
-        image_ids: Sequence[int | str] | None = None,
-        category_ids: Mapping[int, int] | None = None,
-) -> list[dict]:
+        detections: Sequence[dict[str, np.ndarray]], image_ids: Sequence[int | str] | None = None,
+        category_ids: Mapping[int, int] | None = None) -> list[dict]:
     """Convert detections to entries of a COCO results file.
 
     Args:

@@ -47,12 +47,7 @@ def read_annotations(
     return clean(train, True, keep_difficult), clean(val, False)
 
 
-def read_validation(
-        dataset: str,
-        data_dir: str,
-        split: str | None,
-        class_names: Sequence[str],
-) -> Annotations:
+def read_validation(dataset: str, data_dir: str, split: str | None, class_names: Sequence[str]) -> Annotations:
     """Read only the validation split; see :func:`read_annotations`."""
     read, find = _format(dataset, data_dir)
     return clean(read(data_dir, split or find(Path(data_dir))[1], class_names), False)
@@ -170,18 +165,9 @@ class DetectionLoader:
     """
 
     def __init__(
-            self,
-            dataset: DetectionDataset,
-            batch_size: int,
-            training: bool,
-            workers: int = 0,
-            device: torch.device | str = 'cpu',
-            seed: int = 0,
-            rank: int = 0,
-            world_size: int = 1,
-            pin_mem: bool = False,
-            aspect_ratio_group_factor: int = 0,
-    ):
+            self, dataset: DetectionDataset, batch_size: int, training: bool, workers: int = 0,
+            device: torch.device | str = 'cpu', seed: int = 0, rank: int = 0, world_size: int = 1,
+            pin_mem: bool = False, aspect_ratio_group_factor: int = 0):
         self.dataset, self.device = dataset, device
         shared = dict(num_workers=workers, collate_fn=_collate, pin_memory=pin_mem, worker_init_fn=end_with_parent)
         if training:

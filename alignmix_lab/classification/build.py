@@ -132,14 +132,8 @@ def create_data(
 
 
 def create_task(
-        config: TrainConfig,
-        arguments: dict[str, Any],
-        input_size: tuple[int, int, int],
-        num_classes: int,
-        device: torch.device,
-        rank: int = 0,
-        world_size: int = 1,
-) -> timm_alignmix.MixTask:
+        config: TrainConfig, arguments: dict[str, Any], input_size: tuple[int, int, int], num_classes: int,
+        device: torch.device, rank: int = 0, world_size: int = 1) -> timm_alignmix.MixTask:
     """Create the model on the run's device, inside its training task."""
     if config.initial_checkpoint and not os.path.isfile(config.initial_checkpoint):
         raise ValueError(f'--initial-checkpoint {config.initial_checkpoint}: no such file')

@@ -170,10 +170,7 @@ def open_split_source(
         batch_size=o.batch_size, seed=o.seed)
 
 
-def open_divided(
-        o: LoaderOptions,
-        class_to_idx: dict[str, int] | None = None,
-) -> tuple[ImageSource, ImageSource]:
+def open_divided(o: LoaderOptions, class_to_idx: dict[str, int] | None = None) -> tuple[ImageSource, ImageSource]:
     """Open the training images in the two parts of --val-share; see :meth:`ImageSource.divide`."""
     source = open_split_source(replace(o, val_share=0.0), o.train_split, False, class_to_idx)
     try:

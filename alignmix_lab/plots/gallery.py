@@ -15,11 +15,8 @@ _TITLES = {'mixup': 'input mixup', 'cutmix': 'CutMix'}
 
 
 def gallery(
-        pixels: torch.Tensor,
-        names: Sequence[str] = ('first', 'second'),
-        lams: Sequence[float] = LAMS,
-        centre: tuple[float, float] = (0.5, 0.5),
-) -> Figure:
+        pixels: torch.Tensor, names: Sequence[str] = ('first', 'second'), lams: Sequence[float] = LAMS,
+        centre: tuple[float, float] = (0.5, 0.5)) -> Figure:
     """Draw the result of each input mix for two images, with its target.
 
     Args:

@@ -277,13 +277,8 @@ def target_logits(logits_RBC: torch.Tensor, target: torch.Tensor, smoothing: flo
 
 
 def _mixed_softmax(
-        logits_RBC: torch.Tensor,
-        mixed_RNB: torch.Tensor,
-        shared_RNB: torch.Tensor,
-        chunk_size: int,
-        want_sums: bool,
-        want_means: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        logits_RBC: torch.Tensor, mixed_RNB: torch.Tensor, shared_RNB: torch.Tensor, chunk_size: int, want_sums: bool,
+        want_means: bool) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Sums over the mixed logits S = M^ L of each position that the loss and its gradients need.
 
     Passes over (R, N, C) are most of the cost: chunks share one buffer, exponentials are taken in place, and the
@@ -348,15 +343,8 @@ def subtract_target_gradient(
 
 
 def _attention_gradient(
-        dots_RBB: torch.Tensor,
-        weights_RNB: torch.Tensor,
-        mixed_RNB: torch.Tensor,
-        share_RN: torch.Tensor,
-        total_R1: torch.Tensor,
-        lse_RN: torch.Tensor,
-        means_RNB: torch.Tensor,
-        losses_R: torch.Tensor,
-) -> torch.Tensor:
+        dots_RBB: torch.Tensor, weights_RNB: torch.Tensor, mixed_RNB: torch.Tensor, share_RN: torch.Tensor,
+        total_R1: torch.Tensor, lse_RN: torch.Tensor, means_RNB: torch.Tensor, losses_R: torch.Tensor) -> torch.Tensor:
     """Gradient of each position's loss with respect to attention, (R, B).
 
     With u = M before normalisation: d(loss)/du_kb = (CE_k - loss + g_kb - g_k . m_k) / sum(s), g_k = d(CE_k)/d(m_k).

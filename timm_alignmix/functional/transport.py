@@ -182,11 +182,7 @@ def final_softmax(kernel_BRR: torch.Tensor, first: torch.Tensor, last: int) -> t
 
 
 def _neg_logsumexp(
-        kernel_BRR: torch.Tensor,
-        potential: torch.Tensor,
-        dim: int,
-        buffer_BRR: torch.Tensor,
-) -> torch.Tensor:
+        kernel_BRR: torch.Tensor, potential: torch.Tensor, dim: int, buffer_BRR: torch.Tensor) -> torch.Tensor:
     torch.add(kernel_BRR, potential, out=buffer_BRR)
     peak = buffer_BRR.amax(dim=dim, keepdim=True)
     exp = _exp_(buffer_BRR.sub_(peak).clamp_min_(_FLOOR[buffer_BRR.dtype]))

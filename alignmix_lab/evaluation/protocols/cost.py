@@ -46,16 +46,9 @@ class TrainingStep:
     """
 
     def __init__(
-            self,
-            model: nn.Module,
-            mix: str | Mix,
-            images: torch.Tensor,
-            target: torch.Tensor,
-            mix_kwargs: dict[str, Any] | None = None,
-            amp_dtype: torch.dtype | None = None,
-            compile: bool = False,
-            cycle: int = CYCLE,
-    ) -> None:
+            self, model: nn.Module, mix: str | Mix, images: torch.Tensor, target: torch.Tensor,
+            mix_kwargs: dict[str, Any] | None = None, amp_dtype: torch.dtype | None = None, compile: bool = False,
+            cycle: int = CYCLE) -> None:
         self.images, self.target, self.amp_dtype = images, target, amp_dtype
         self.task = MixTask(model.train(), mix, mix_kwargs, img_size=tuple(images.shape[2:]), verbose=False)
         if compile:
