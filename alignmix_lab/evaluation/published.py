@@ -222,7 +222,7 @@ def method_order(name: str) -> tuple[int, str]:
 
 
 def differences(figure: Figure, dataset: str, network: str, epochs: int | None) -> dict[str, str]:
-    """Return, of 'data', 'network' and 'epochs', those that differ from the published setting, with both sides in words.
+    """Return, of 'data', 'network' and 'epochs', those that differ from the published setting; both sides in words.
 
     The names are those of :func:`dataset_name` and :func:`network_name`; epochs are None where they are not known.
     """

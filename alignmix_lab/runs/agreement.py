@@ -23,7 +23,7 @@ class StopRequested(Exception):
 
 
 class StopSignals:
-    """Records the first signal as `received`; by default SIGTERM and SIGUSR1, which announce the end of a cluster's job."""
+    """Records the first signal as `received`; by default those with which clusters announce the end of a job."""
 
     def __init__(self, numbers: Iterable[signal.Signals] = (signal.SIGTERM, signal.SIGUSR1)) -> None:
         self.numbers = numbers
