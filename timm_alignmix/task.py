@@ -72,7 +72,8 @@ class MixTask(ClassificationTask):
         self.num_classes = count_classes(model)
         self.mix = self.trainable_module.mix
         self.smoothing = _cross_entropy_smoothing(self.criterion)
-        if self.mix.name != 'none' and _takes_classes_only(self.criterion):
+        classes_only = isinstance(self.criterion, (AsymmetricLossSingleLabel, JsdCrossEntropy))
+        if self.mix.name != 'none' and (classes_only or _ignores(self.criterion)):
             self.remove_hooks()
             raise ValueError(
                 f'mix {self.mix.name!r} makes soft targets, which {type(self.criterion).__name__} does not take (with '
@@ -148,8 +149,9 @@ class MixTask(ClassificationTask):
 
     def remove_hooks(self) -> None:
         """Remove the hooks from the model and its EMA copy and so end mixing, for torch.jit.script or pickle."""
-        for ema in (False, True)[:1 + self.has_ema()]:
-            unwrap_model(self.get_trainable_module(ema=ema)).remove_hooks()
+        for module in self.modules():
+            if isinstance(module, MixModule):
+                module.remove_hooks()
 
     @property
     def seed(self) -> int:
@@ -220,10 +222,6 @@ def _smoothing_of_classes(criterion: Any) -> float:
     if isinstance(criterion, nn.CrossEntropyLoss) or getattr(criterion, 'smooth_dense', False):
         return 0.0
     return getattr(criterion, 'smoothing', None) or getattr(criterion, 'label_smoothing', None) or 0.0
-
-
-def _takes_classes_only(criterion: Any) -> bool:
-    return isinstance(criterion, (AsymmetricLossSingleLabel, JsdCrossEntropy)) or _ignores(criterion)
 
 
 def _ignores(criterion: Any) -> bool:

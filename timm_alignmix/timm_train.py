@@ -26,10 +26,8 @@ from .step_random import StepRandom
 # Names that are used of train.py. timm 1.0.31's own tests use them too.
 NAMES_USED = ('parser', '_parse_args', 'ClassificationTask', 'main')
 
-# Flags of timm's own mixing.
-MIXING = (
-    'mixup', 'cutmix', 'cutmix_minmax', 'mixup_prob', 'mixup_switch_prob', 'mixup_mode', 'mixup_off_epoch')
-
+# timm's own mixing.
+MIXING = ('mixup', 'cutmix', 'cutmix_minmax', 'mixup_prob', 'mixup_switch_prob', 'mixup_mode', 'mixup_off_epoch')
 # Flags that no method goes with, and why.
 REFUSED = dict(
     kd_model_name='trains with a distillation task, which --mix cannot replace',
@@ -124,7 +122,6 @@ def install(train: ModuleType) -> None:
         '--mix-kwargs', default={}, nargs='*', action=ParseKwargs, metavar='KEY=VALUE', help='options of the method')
     parse_args = train._parse_args
     defaults = {name: train.parser.get_default(name) for name in MIXING}
-    timms_task = train.ClassificationTask
 
     def parse_args_and_install_task():
         args, args_text = parse_args()
@@ -134,14 +131,13 @@ def install(train: ModuleType) -> None:
             train.parser.error(str(e))
 
         def create_task(model, **kwargs):
-            if canonical(args.mix) == 'none':
-                return timms_task(model, **kwargs)
             # Read here and not above: train.py finds its rank and makes its model after parsing its flags.
             img_size = resolve_data_config(vars(args), model=model)['input_size'][-2:]
             return MixTask(
                 model, args.mix, args.mix_kwargs, seed=args.seed, rank=args.rank, img_size=img_size, **kwargs)
 
-        train.ClassificationTask = create_task
+        if canonical(args.mix) != 'none':
+            train.ClassificationTask = create_task
         return args, args_text
 
     train._parse_args = parse_args_and_install_task

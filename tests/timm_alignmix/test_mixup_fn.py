@@ -1,4 +1,6 @@
 """The function form against the task form, and its arming."""
+import pickle
+
 import pytest
 import timm
 import torch
@@ -117,6 +119,7 @@ def test_wrapped_models_are_refused_and_hooks_come_off():
     mixup_fn = create_mixup('densemultimix', model)
     mixup_fn.remove_hooks()
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert b'timm_alignmix' not in pickle.dumps(model)
 
 
 def test_the_model_may_be_called_by_keyword():

@@ -6,7 +6,7 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 
-from timm_alignmix import weights
+from timm_alignmix import MixTask, weights
 from timm_alignmix.weights.export import make_tag
 
 CODE = """
@@ -129,3 +129,13 @@ def test_card_says_when_our_package_is_needed(cnn, own_network, fresh):
 ])
 def test_tag(facts, tag):
     assert make_tag(facts) == tag
+
+
+def test_hooks_of_a_training_task_do_not_matter(tmp_path):
+    model = timm.create_model('test_resnet', num_classes=5)
+    plain = weights.export(model, tmp_path / 'plain', training=dict(mix='alignmix'))
+    task = MixTask(model, 'alignmix', verbose=False)
+    hooked = weights.export(model, tmp_path / 'hooked', training=dict(mix='alignmix'))
+    for name in ('model.safetensors', 'config.json'):
+        assert (hooked / name).read_bytes() == (plain / name).read_bytes()
+    assert any(module._forward_hooks for module in task.modules())  # it trains on
