@@ -143,7 +143,7 @@ class TrainConfig(RunConfig, TrainDataOptions):
         for name, value in self.mix_kwargs.items():
             kind = parameters[name].annotation
             kinds = {get_origin(part) or part for part in (get_args(kind) if isinstance(kind, UnionType) else [kind])}
-            kinds |= {int} if float in kinds else {list} if tuple in kinds else set()
+            kinds |= {other for given, other in ((float, int), (tuple, list)) if given in kinds}
             is_known = kinds.isdisjoint({Any, inspect.Parameter.empty})
             if is_known and not (isinstance(value, tuple(kinds)) and (bool in kinds or not isinstance(value, bool))):
                 raise ValueError(f'--mix-kwargs {name} takes {inspect.formatannotation(kind)}, got {value!r}')

@@ -59,7 +59,8 @@ def create_accelerator(
             f'{accelerator.num_processes}, {accelerator.distributed_type}). On CPUs launch with '
             f'ACCELERATE_USE_CPU=1 accelerate launch --multi_gpu --num_processes {launched}')
     # For several processes accelerate launch sets the address, but without --multi_gpu it starts only one.
-    if _LAUNCHED in os.environ and 'MASTER_ADDR' in os.environ and accelerator.num_processes == launched == 1:
+    reduced = {_LAUNCHED, 'MASTER_ADDR'} <= os.environ.keys() and 'WORLD_SIZE' not in os.environ
+    if reduced and accelerator.num_processes == 1:
         raise ValueError(
             'accelerate launch was asked for several processes (it set MASTER_ADDR) but started one. Launch with '
             'accelerate launch --multi_gpu --num_processes N, on CPUs without --cpu and with ACCELERATE_USE_CPU=1 '

@@ -41,10 +41,10 @@ def open_run(run: Run, name: str) -> CheckpointSaver:
     if run.accelerator.is_main_process:
         _logger.info(run.describe())
         if missed := run.missed_decays():
-            name = '--decay-milestones' if config.sched == 'multistep' else '--decay-epochs'
+            option = '--decay-milestones' if config.sched == 'multistep' else '--decay-epochs'
             _logger.warning(
-                f'The learning rate will not decay at {name} {" ".join(map(str, missed))}: the run has '
-                f'{run.num_epochs} epochs; pass {name} that fit --epochs {config.epochs}')
+                f'The learning rate will not decay at {option} {" ".join(map(str, missed))}: the run has '
+                f'{run.num_epochs} epochs; pass {option} that fit --epochs {config.epochs}')
     if config.dry_run:
         return saver
 

@@ -91,8 +91,8 @@ def test_a_missing_yaml_file_is_refused(refusal, tmp_path):
 
 def test_mix_kwargs_of_a_recipe_read_numbers_as_flags_do(script, tmp_path):
     path = tmp_path / 'recipe.yaml'
-    path.write_text('data_dir: x\nmix: alignmix\nmix_kwargs: {eps: 1e-2}\n')
-    assert script.parse_config(['-c', str(path)]).mix_kwargs == {'eps': 0.01}
+    path.write_text('data_dir: x\nmix: multimix\nmix_kwargs: {alpha: [1e-1, 2], m: 3}\n')
+    assert script.parse_config(['-c', str(path)]).mix_kwargs == {'alpha': [0.1, 2], 'm': 3}
 
 
 def test_mix_kwargs_read_numbers_tuples_and_names(script):
