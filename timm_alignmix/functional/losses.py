@@ -20,6 +20,10 @@ from .targets import check_target, soft_target
 # Elements of one chunk of mixed logits: within a CPU's cache, and enough to fill a GPU.
 _CHUNK_ELEMENTS = {'cpu': 2 ** 20, 'cuda': 2 ** 25}
 
+# Gradients wait for the backward pass in the type of the logits, entries being about 1 / (B R). The factor, exact in
+# any type, keeps them within float16's range before a loss scaler's factor reaches them.
+GRAD_SCALE = 2 ** 12
+
 
 def multimix_loss(
         logits_BC: torch.Tensor,
@@ -171,9 +175,10 @@ class _DenseMultiMixLoss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss):
-        # Scaled in float32 and then cast, so that a loss scaler protects half-precision logits.
+        # A vector of one element, unlike a scalar, makes the product float32; only then it is cast.
+        factor = (grad_loss / GRAD_SCALE).view(1)
         grads = [
-            (grad * grad_loss).to(dtype) if wanted else None
+            (grad * factor).to(dtype) if wanted else None
             for grad, dtype, wanted in zip(ctx.saved_tensors, ctx.dtypes, ctx.wants, strict=True)
         ]
         return grads[0], None, None, grads[1], None, None
@@ -189,12 +194,15 @@ def loss_and_grads(
         logits_grad: bool,
         attention_grad: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Loss, d(loss)/d(logits) and d(loss)/d(attention). A gradient that is not wanted is an empty tensor."""
+    """Loss, d(loss)/d(logits) in their type and d(loss)/d(attention), both times `GRAD_SCALE`.
+
+    A gradient that is not wanted is an empty tensor.
+    """
     dtype = at_least_fp32(logits_BRC).dtype
     B, R, C = logits_BRC.shape
     N = weights_RNB.shape[1]
     losses_R = logits_BRC.new_zeros(R, dtype=dtype)
-    grad_BRC = logits_BRC.new_empty((B, R, C) if logits_grad else (0,), dtype=dtype)
+    grad_BRC = logits_BRC.new_empty((B, R, C) if logits_grad else (0,))
     grad_BR = logits_BRC.new_empty((B, R) if attention_grad else (0,), dtype=dtype)
     scale = 1 / R
     if attention_BR is not None:
@@ -219,10 +227,10 @@ def loss_and_grads(
             if attention_grad:
                 grad_BR[:, here] = _attention_gradient(
                     dots_RBB, weights_rNB, mixed_RNB, share_RN, total_R1, lse_RN, means_RNB, losses_R[here],
-                ).mul_(scale).t()
+                ).mul_(GRAD_SCALE * scale).t()
             if logits_grad:
                 grad_RBC = subtract_target_gradient(sums_RBC, pairs_RBB, target, smoothing)
-                torch.mul(grad_RBC.transpose(0, 1), scale, out=grad_BRC[:, here])
+                grad_BRC[:, here] = grad_RBC.mul_(GRAD_SCALE * scale).transpose(0, 1)
     return losses_R.sum() * scale, grad_BRC, grad_BR
 
 
@@ -237,7 +245,7 @@ def _(logits_BRC, target, weights_RNB, attention_BR, smoothing, chunk_size, logi
     dtype = logits_BRC.dtype if logits_BRC.dtype == torch.float64 else torch.float32
     return (
         logits_BRC.new_empty((), dtype=dtype),
-        logits_BRC.new_empty((B, R, C) if logits_grad else (0,), dtype=dtype),
+        logits_BRC.new_empty((B, R, C) if logits_grad else (0,)),
         logits_BRC.new_empty((B, R) if attention_grad else (0,), dtype=dtype),
     )
 
@@ -271,8 +279,10 @@ def target_logits(logits_RBC: torch.Tensor, target: torch.Tensor, smoothing: flo
         dots_RBB = logits_RBC @ target.t()
     else:
         dots_RBB = logits_RBC.index_select(2, target)
+    dots_RBB = at_least_fp32(dots_RBB)
     if smoothing:
-        dots_RBB = dots_RBB * (1 - smoothing) + logits_RBC.mean(dim=2, keepdim=True) * smoothing
+        mean_RB1 = logits_RBC.mean(dim=2, keepdim=True, dtype=dots_RBB.dtype)
+        dots_RBB = dots_RBB * (1 - smoothing) + mean_RB1 * smoothing
     return dots_RBB
 
 

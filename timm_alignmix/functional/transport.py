@@ -286,17 +286,23 @@ def align_to(
     """
     if final_marginal not in ('kept', 'moved'):
         raise ValueError(f"final_marginal must be 'kept' or 'moved', got {final_marginal!r}")
-    plan_BRR = sinkhorn_plan(
-        transport_cost(kept_BDR, moved_BDR),
-        eps=eps,
-        iterations=iterations,
-        final_marginal='rows' if final_marginal == 'kept' else 'columns',
-        tolerance=tolerance,
-    )
+    side = 'rows' if final_marginal == 'kept' else 'columns'
+    return _move(moved_BDR, sinkhorn_plan(transport_cost(kept_BDR, moved_BDR), eps, iterations, side, tolerance))
+
+
+def _move(feat_BDR: torch.Tensor, plan_BRR: torch.Tensor) -> torch.Tensor:
+    """Features of the plan's columns at the positions of its rows, in the memory layout and dtype of the features.
+
+    The product runs in autocast's type where autocast is on: a float32 residual stream is no reason for a float32
+    product.
+    """
     # Matrix R of the paper, the number of positions times P: rows sum to 1, which keeps the scale of features.
-    rows_BRR = (plan_BRR * plan_BRR.shape[1]).to(moved_BDR.dtype)
-    with torch.autocast(moved_BDR.device.type, enabled=False):
-        return torch.matmul(moved_BDR, rows_BRR.transpose(1, 2))
+    rows_BRR = (plan_BRR * plan_BRR.shape[1]).to(feat_BDR.dtype)
+    if feat_BDR.stride(1) == 1:  # channels innermost: token and channels-last layouts
+        moved_BDR = torch.matmul(rows_BRR, feat_BDR.transpose(1, 2)).transpose(1, 2)
+    else:
+        moved_BDR = torch.matmul(feat_BDR, rows_BRR.transpose(1, 2))
+    return moved_BDR.to(feat_BDR.dtype)
 
 
 def align(
@@ -329,11 +335,10 @@ def align(
         >>> align(torch.tensor([[[0.0, 5.0, 9.0]]]), torch.tensor([[[10.0, 6.0, 1.0]]]))
         (tensor([[[ 1.,  6., 10.]]]), tensor([[[9., 5., 0.]]]))
     """
-    sides = {'kept': ('kept', 'kept'), 'columns': ('moved', 'kept'), 'rows': ('kept', 'moved')}
-    if final_marginal not in sides:
-        raise ValueError(f'final_marginal must be one of {sorted(sides)}, got {final_marginal!r}')
-    side_a, side_b = sides[final_marginal]
-    return (
-        align_to(feat_a_BDR, feat_b_BDR, eps, iterations, side_a, tolerance),
-        align_to(feat_b_BDR, feat_a_BDR, eps, iterations, side_b, tolerance),
-    )
+    if final_marginal not in ('kept', 'columns', 'rows'):
+        raise ValueError(f"final_marginal must be 'kept', 'columns' or 'rows', got {final_marginal!r}")
+    cost_BRR = transport_cost(feat_a_BDR, feat_b_BDR)
+    side_a, side_b = ('rows', 'columns') if final_marginal == 'kept' else (final_marginal,) * 2
+    plan_a_BRR = sinkhorn_plan(cost_BRR, eps, iterations, side_a, tolerance)
+    plan_b_BRR = plan_a_BRR if side_b == side_a else sinkhorn_plan(cost_BRR, eps, iterations, side_b, tolerance)
+    return _move(feat_b_BDR, plan_a_BRR), _move(feat_a_BDR, plan_b_BRR.transpose(1, 2))

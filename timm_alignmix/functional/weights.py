@@ -58,14 +58,15 @@ def convex_weights(
     options = dict(generator=generator, device=device)
     rows = (n,) if positions is None else (positions, n)
     alpha_rows = torch.rand(*rows, dtype=dtype, **options).mul_(high - low).add_(low)
-    weights = DIRICHLET_ROWS.get(device.type, dirichlet_rows)(alpha_rows.flatten(), m, generator).view(*rows, m)
+    draw_rows = _dirichlet_rows_cpu if device.type == 'cpu' else _dirichlet_rows
+    weights = draw_rows(alpha_rows.flatten(), m, generator).view(*rows, m)
     if m == batch:
         return weights
     chosen = torch.rand(*rows, batch, **options).topk(m, dim=-1).indices
     return weights.new_zeros(*rows, batch).scatter_(-1, chosen, weights)
 
 
-def dirichlet_rows(alpha_N: torch.Tensor, m: int, generator: torch.Generator | None) -> torch.Tensor:
+def _dirichlet_rows(alpha_N: torch.Tensor, m: int, generator: torch.Generator | None) -> torch.Tensor:
     """(N, m) rows of Dir(alpha), on any device."""
     # The one sampler of torch that takes a generator; torch.distributions.Dirichlet draws from the global state.
     gamma_NM = torch._standard_gamma(alpha_N.unsqueeze(1).expand(-1, m).contiguous(), generator=generator)
@@ -101,7 +102,3 @@ def _dirichlet_rows_cpu(alpha_N: torch.Tensor, m: int, generator: torch.Generato
         gamma.clamp_(min=torch.finfo(gamma.dtype).tiny)  # a row of zeros would have no direction
         torch.div(gamma.t(), gamma.sum(dim=0).unsqueeze(1), out=result_NM[start:start + block])
     return result_NM
-
-
-# By type of device; timm_alignmix.kernels adds a form for GPUs. A generator cannot be an argument of a custom operator.
-DIRICHLET_ROWS = {'cpu': _dirichlet_rows_cpu}

@@ -1,8 +1,7 @@
 """Triton forms of the hot functions of timm_alignmix.functional for NVIDIA GPUs.
 
-The custom operators of functional/, and its table of draws, choose them by device, dtype and size. All else runs in
-PyTorch, also where Triton is not installed or TIMM_ALIGNMIX_TRITON=0 is set. Triton is imported when the first of them
-runs.
+The custom operators of functional/ choose them by device, dtype and size. All else runs in PyTorch, also where Triton
+is not installed or TIMM_ALIGNMIX_TRITON=0 is set. Triton is imported when the first of them runs.
 """
 import functools
 import importlib.util
@@ -10,7 +9,7 @@ import os
 
 import torch
 
-from ..functional import losses, transport, weights
+from ..functional import losses, transport
 from ..functional._precision import full_precision
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -21,7 +20,6 @@ def register() -> None:
     transport.transport_cost_op.register_kernel('cuda', cost_matrix)
     transport.sinkhorn_plan_op.register_kernel('cuda', plan_matrix)
     losses.dense_loss_op.register_kernel('cuda', loss_and_grads)
-    weights.DIRICHLET_ROWS['cuda'] = dirichlet_rows
 
 
 def usable(device: torch.device) -> bool:
@@ -67,14 +65,3 @@ def loss_and_grads(logits_BRC, target, weights_RNB, attention_BR, smoothing, chu
                 return dense_loss.loss_and_grads(logits_BRC, target, weights_RNB, attention_BR, smoothing, logits_grad)
     return losses.loss_and_grads(
         logits_BRC, target, weights_RNB, attention_BR, smoothing, chunk_size, logits_grad, attention_grad)
-
-
-def dirichlet_rows(alpha_N: torch.Tensor, m: int, generator: torch.Generator | None) -> torch.Tensor:
-    """Rows of Dir(alpha); Triton in float32. The two forms draw different numbers from a generator."""
-    if alpha_N.dtype == torch.float32 and usable(alpha_N.device):
-        from . import dirichlet
-        if m <= dirichlet.MAX_ENTRIES:
-            with torch.cuda.device(alpha_N.device):
-                seed = torch.randint(2 ** 63 - 1, (1,), generator=generator, device=alpha_N.device)
-                return dirichlet.dirichlet_rows(alpha_N, m, seed)
-    return weights.dirichlet_rows(alpha_N, m, generator)

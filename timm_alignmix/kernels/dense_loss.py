@@ -4,7 +4,7 @@ Shape suffixes: B batch, C classes, N generated examples, R positions.
 """
 import torch
 
-from ..functional.losses import attended_positions, subtract_target_gradient, target_logits
+from ..functional.losses import GRAD_SCALE, attended_positions, subtract_target_gradient, target_logits
 from .mixed_logits import MAX_BATCH, MAX_EXAMPLES, mixed_logsumexp, pair_sums, softmax_sums
 
 
@@ -37,13 +37,13 @@ def loss_and_grads(
     pairs_RBB = pair_sums(logits_BRC, weights_RNB, attention_BR, sums_RN, share_RN)
 
     target = target.float() if target.is_floating_point() else target.long()
-    # Labels only pick logits, in any dtype; products and means need float32.
-    exact = smoothing == 0 and not target.is_floating_point()
-    dots_RBB = target_logits((logits_BRC if exact else logits_BRC.float()).transpose(0, 1), target, smoothing)
+    # Labels only pick logits, in any dtype; products need float32.
+    dots_RBB = target_logits(
+        (logits_BRC.float() if target.is_floating_point() else logits_BRC).transpose(0, 1), target, smoothing)
     loss = (share_RN * lse_RN).sum() - (dots_RBB * pairs_RBB).sum()
     empty = pairs_RBB.new_empty(0)
     if not logits_grad:
         return loss, empty, empty.clone()
     grad_BRC = softmax_sums(logits_BRC, weights_RNB, attention_BR, sums_RN, lse_RN, share_RN)
     subtract_target_gradient(grad_BRC.transpose(0, 1), pairs_RBB, target, smoothing)
-    return loss, grad_BRC, empty
+    return loss, grad_BRC.mul_(GRAD_SCALE).to(logits_BRC.dtype), empty

@@ -5,17 +5,11 @@ logsumexp_c(M^ L) tile by tile with an online softmax, the other computes the ti
 M^T diag(share) softmax(M^ L). Neither M^ nor M^ L, (R, N, C) in all, is ever stored: a program reads the vectors as
 they were drawn and applies attention and normalisation itself.
 
-Precision: sums are in float32. Operands of the products, the same in both kernels, else a softmax of large logits would
-not sum to 1:
-
-* 'float32': float32 logits, as three TF32 products, float32 in effect;
-* 'split': half-precision logits are exact, and the vectors M^ go in as two of their type (16 bits of bfloat16, 22 of
-  float16);
-* 'half': one product, the vectors rounded to float16 (11 bits). The roundings have no bias and the loss is an average:
-  over `MANY` examples and more its error is float32's, and the gradient's, averaged over N, is below the rounding that
-  it gets when it is returned in half precision.
-
-The gradient of half-precision logits multiplies softmax and vectors in float16, 11 bits each.
+Precision: sums are in float32. Float32 logits are multiplied as three TF32 products, float32 in effect. Half-precision
+logits are exact in float16, and the vectors M^ are rounded to it, 11 bits: no coarser than the logits themselves. These
+roundings have no bias, so they all but vanish from the loss, an average over examples. Both kernels round alike, else a
+softmax of large logits would not sum to 1. The gradient of half-precision logits multiplies softmax and vectors in
+float16.
 
 Shape suffixes: B batch, C classes, N generated examples, R positions.
 """
@@ -26,8 +20,6 @@ import triton.language as tl
 # A program holds vectors over the whole batch, and float16 copies of share * N.
 MAX_BATCH = {torch.float32: 128, torch.bfloat16: 256, torch.float16: 256}
 MAX_EXAMPLES = 2 ** 15
-# Examples, over all positions, from which on one product is enough for half-precision logits.
-MANY = 2 ** 15
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
 
@@ -53,37 +45,46 @@ def _as_float16(logits):
 
 @triton.jit
 def _logsumexp_kernel(
-        logits_ptr, weights_ptr, attention_ptr, sums_ptr, lse_ptr, B, R, N, C, stride_b, stride_r,
-        HAS_ATTENTION: tl.constexpr, OPERANDS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr,
-        BLOCK_X: tl.constexpr):
+        logits_ptr,
+        weights_ptr,
+        attention_ptr,
+        sums_ptr,
+        lse_ptr,
+        B,
+        R,
+        N,
+        C,
+        stride_b,
+        stride_r,
+        HAS_ATTENTION: tl.constexpr,
+        BLOCK_B: tl.constexpr,
+        BLOCK_N: tl.constexpr,
+        BLOCK_X: tl.constexpr,
+):
     position = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     b = tl.arange(0, BLOCK_B)
+    rows_ptr = logits_ptr + position * stride_r + b.to(tl.int64) * stride_b  # B * R * C may exceed 2^31
     vectors = _mixing_weights(weights_ptr, attention_ptr, position, n, b, N, B, R, HAS_ATTENTION)
     if HAS_ATTENTION:
         sums = tl.sum(vectors, axis=1)
         vectors *= (1.0 / tl.where(sums > 0, sums, 1.0))[:, None]
         tl.store(sums_ptr + position * N + n, sums, mask=n < N)
     dtype: tl.constexpr = logits_ptr.dtype.element_ty
-    to_log2: tl.constexpr = 16 * _LOG2_E if OPERANDS == 'half' and dtype == tl.bfloat16 else _LOG2_E
-    if OPERANDS == 'half':
-        high = vectors.to(tl.float16)
-    elif OPERANDS == 'split':
-        high = vectors.to(dtype)
-        low = (vectors - high.to(tl.float32)).to(dtype)
+    to_log2: tl.constexpr = 16 * _LOG2_E if dtype == tl.bfloat16 else _LOG2_E
+    if dtype != tl.float32:
+        vectors = vectors.to(tl.float16)
     peak = tl.full([BLOCK_N], float('-inf'), dtype=tl.float32)
     total = tl.zeros([BLOCK_N], dtype=tl.float32)
     for start in range(0, C, BLOCK_X):
         c = start + tl.arange(0, BLOCK_X)
         logits = tl.load(
-            logits_ptr + b[:, None] * stride_b + position * stride_r + c[None, :],
+            rows_ptr[:, None] + c[None, :],
             mask=(b[:, None] < B) & (c[None, :] < C), other=0.0)
-        if OPERANDS == 'float32':
+        if dtype == tl.float32:
             mixed = tl.dot(vectors, logits, input_precision='tf32x3')
-        elif OPERANDS == 'split':
-            mixed = tl.dot(low, logits, tl.dot(high, logits))
         else:
-            mixed = tl.dot(high, _as_float16(logits))
+            mixed = tl.dot(vectors, _as_float16(logits))
         mixed = tl.where(c[None, :] < C, mixed * to_log2, float('-inf'))
         new_peak = tl.maximum(peak, tl.max(mixed, axis=1))
         total = total * tl.exp2(peak - new_peak) + tl.sum(tl.exp2(mixed - new_peak[:, None]), axis=1)
@@ -93,20 +94,39 @@ def _logsumexp_kernel(
 
 @triton.jit
 def _weighted_sum_kernel(
-        logits_ptr, weights_ptr, attention_ptr, sums_ptr, lse_ptr, share_ptr, out_ptr, B, R, N, X, stride_b, stride_r,
-        out_stride_b, out_stride_r, HAS_ATTENTION: tl.constexpr, PAIRS: tl.constexpr, OPERANDS: tl.constexpr,
-        BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_X: tl.constexpr):
+        logits_ptr,
+        weights_ptr,
+        attention_ptr,
+        sums_ptr,
+        lse_ptr,
+        share_ptr,
+        out_ptr,
+        B,
+        R,
+        N,
+        X,
+        stride_b,
+        stride_r,
+        out_stride_b,
+        out_stride_r,
+        HAS_ATTENTION: tl.constexpr,
+        PAIRS: tl.constexpr,
+        BLOCK_B: tl.constexpr,
+        BLOCK_N: tl.constexpr,
+        BLOCK_X: tl.constexpr,
+):
     """out[b, x] = sum_k share_k M^_kb V_kx, where V is softmax(M^ L) over X classes, or M^ itself (PAIRS)."""
     position = tl.program_id(1).to(tl.int64)
     x = tl.program_id(0) * BLOCK_X + tl.arange(0, BLOCK_X)
     b = tl.arange(0, BLOCK_B)
+    rows_ptr = logits_ptr + position * stride_r + b.to(tl.int64) * stride_b  # B * R * C may exceed 2^31
     dtype: tl.constexpr = logits_ptr.dtype.element_ty
-    to_log2: tl.constexpr = 16 * _LOG2_E if OPERANDS == 'half' and dtype == tl.bfloat16 else _LOG2_E
+    to_log2: tl.constexpr = 16 * _LOG2_E if dtype == tl.bfloat16 else _LOG2_E
     if not PAIRS:
         logits = tl.load(
-            logits_ptr + b[None, :] * stride_b + position * stride_r + x[:, None],
+            rows_ptr[None, :] + x[:, None],
             mask=(b[None, :] < B) & (x[:, None] < X), other=0.0)
-        if OPERANDS == 'half':
+        if dtype != tl.float32:
             logits = _as_float16(logits)
     out = tl.zeros([BLOCK_X, BLOCK_B], dtype=tl.float32)
     for start in range(0, N, BLOCK_N):
@@ -124,30 +144,28 @@ def _weighted_sum_kernel(
             values = tl.trans(values)
         else:
             lse = tl.load(lse_ptr + position * N + n, mask=n < N, other=0.0)
-            if OPERANDS == 'float32':
+            if dtype == tl.float32:
                 mixed = tl.dot(logits, tl.trans(vectors), input_precision='tf32x3')
-            elif OPERANDS == 'split':
-                high = vectors.to(dtype)
-                low = (vectors - high.to(tl.float32)).to(dtype)
-                mixed = tl.dot(logits, tl.trans(low), tl.dot(logits, tl.trans(high)))
             else:
                 mixed = tl.dot(logits, tl.trans(vectors.to(tl.float16)))
             values = tl.exp2(mixed * to_log2 - (lse * _LOG2_E)[None, :])
-        if OPERANDS == 'float32':
+        if dtype == tl.float32:
             out = tl.dot(values, vectors * share[:, None], out, input_precision='tf32x3')
         else:
             # Times N: a share is about 1 / N, below what float16 can hold.
             out = tl.dot(values.to(tl.float16), (vectors * (share * N)[:, None]).to(tl.float16), out)
-    if OPERANDS != 'float32':
+    if dtype != tl.float32:
         out *= 1.0 / N
     tl.store(
-        out_ptr + b[None, :] * out_stride_b + position * out_stride_r + x[:, None], out,
+        out_ptr + b[None, :].to(tl.int64) * out_stride_b + position * out_stride_r + x[:, None], out,
         mask=(b[None, :] < B) & (x[:, None] < X))
 
 
 def mixed_logsumexp(
-        logits_BRC: torch.Tensor, weights_RNB: torch.Tensor,
-        attention_BR: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        logits_BRC: torch.Tensor,
+        weights_RNB: torch.Tensor,
+        attention_BR: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """logsumexp over classes of every mixed example.
 
     Args:
@@ -162,17 +180,21 @@ def mixed_logsumexp(
     N = weights_RNB.shape[1]
     lse_RN = torch.empty((R, N), dtype=torch.float32, device=logits_BRC.device)
     sums_RN = torch.empty_like(lse_RN) if attention_BR is not None else torch.ones_like(lse_RN)
-    operands = choose_operands(logits_BRC.dtype, R * N)
-    config = launch_config(B, operands, total=False, hopper=_hopper(logits_BRC.device))
+    config = launch_config(B, logits_BRC.dtype, total=False, hopper=_hopper(logits_BRC.device))
     _logsumexp_kernel[(triton.cdiv(N, config['BLOCK_N']), R)](
         logits_BRC, weights_RNB, attention_BR, sums_RN, lse_RN, B, R, N, C, *logits_BRC.stride()[:2],
-        HAS_ATTENTION=attention_BR is not None, OPERANDS=operands, **config)
+        HAS_ATTENTION=attention_BR is not None, **config)
     return lse_RN, sums_RN
 
 
 def softmax_sums(
-        logits_BRC: torch.Tensor, weights_RNB: torch.Tensor, attention_BR: torch.Tensor | None, sums_RN: torch.Tensor,
-        lse_RN: torch.Tensor, share_RN: torch.Tensor) -> torch.Tensor:
+        logits_BRC: torch.Tensor,
+        weights_RNB: torch.Tensor,
+        attention_BR: torch.Tensor | None,
+        sums_RN: torch.Tensor,
+        lse_RN: torch.Tensor,
+        share_RN: torch.Tensor,
+) -> torch.Tensor:
     """sum_k share_k M^_kb softmax_c(mixed logits of k) of each position: (B, R, C) float32."""
     B, R, C = logits_BRC.shape
     out_BRC = torch.empty((B, R, C), dtype=torch.float32, device=logits_BRC.device)
@@ -182,8 +204,12 @@ def softmax_sums(
 
 
 def pair_sums(
-        logits_BRC: torch.Tensor, weights_RNB: torch.Tensor, attention_BR: torch.Tensor | None, sums_RN: torch.Tensor,
-        share_RN: torch.Tensor) -> torch.Tensor:
+        logits_BRC: torch.Tensor,
+        weights_RNB: torch.Tensor,
+        attention_BR: torch.Tensor | None,
+        sums_RN: torch.Tensor,
+        share_RN: torch.Tensor,
+) -> torch.Tensor:
     """sum_k share_k M^_kb M^_ki of each position: (R, B, B) float32."""
     B, R, _ = logits_BRC.shape
     out_RBB = torch.empty((R, B, B), dtype=torch.float32, device=logits_BRC.device)
@@ -195,38 +221,27 @@ def pair_sums(
 def _launch_sum(logits_BRC, weights_RNB, attention_BR, sums_RN, lse_RN, share_RN, out, out_strides, pairs):
     B, R, _ = logits_BRC.shape
     N, X = weights_RNB.shape[1], out.shape[2]
-    operands = choose_operands(logits_BRC.dtype, R * N)
-    if pairs and operands == 'split':
-        operands = 'float32'
-    config = launch_config(B, operands, total=True, hopper=_hopper(logits_BRC.device))
+    config = launch_config(B, logits_BRC.dtype, total=True, hopper=_hopper(logits_BRC.device))
     _weighted_sum_kernel[(triton.cdiv(X, config['BLOCK_X']), R)](
         logits_BRC, weights_RNB, attention_BR, sums_RN, lse_RN, share_RN, out, B, R, N, X,
-        *logits_BRC.stride()[:2], *out_strides, HAS_ATTENTION=attention_BR is not None, PAIRS=pairs, OPERANDS=operands,
-        **config)
+        *logits_BRC.stride()[:2], *out_strides, HAS_ATTENTION=attention_BR is not None, PAIRS=pairs, **config)
 
 
-def choose_operands(dtype: torch.dtype, examples: int) -> str:
-    """How logits of a type are multiplied with the vectors of so many examples in all: see the module."""
-    if dtype == torch.float32:
-        return 'float32'
-    return 'half' if examples >= MANY else 'split'
-
-
-def launch_config(B: int, operands: str, total: bool, hopper: bool) -> dict[str, int]:
+def launch_config(B: int, dtype: torch.dtype, total: bool, hopper: bool) -> dict[str, int]:
     """Block shapes and warps, those that ptxas fits into registers (`total`: the second kernel).
 
     A program holds vectors over the whole batch. Hopper's own matrix instructions take blocks of 64 rows at least:
     vectors in the first kernel, classes in the second.
     """
     block_b = max(16, triton.next_power_of_2(B))
-    small, half = block_b <= 128, operands == 'half'
-    if operands == 'float32':
+    small = block_b <= 128
+    if dtype == torch.float32:
         block_n, block_x = 16, 32
     elif total:
-        block_n = 32 if small or half else 16
+        block_n = 32
         block_x = 128 if small else 64 if hopper else 32
     else:
-        block_n = 128 if small and half else 64 if small or hopper else 32
+        block_n = 128 if small else 64 if hopper else 32
         block_x = 128 if small else 64
     return dict(
         BLOCK_B=block_b, BLOCK_N=block_n, BLOCK_X=block_x, num_warps=4 if block_b <= 32 else 8, num_stages=1)

@@ -7,15 +7,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from timm_alignmix.functional import align, sinkhorn_plan, transport, transport_cost
+from timm_alignmix.functional import _precision, align, align_to, sinkhorn_plan, transport, transport_cost
 
 from . import textbook
 from .memory import largest_allocation
 
 EXACT = {'rtol': 1e-10, 'atol': 1e-13}
 SIDES = ('rows', 'columns')
-MATMUL_BACKENDS = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+MATMUL_BACKENDS = _precision._MATMUL  # none before torch 2.9
 
 
 @pytest.fixture
@@ -103,7 +104,7 @@ def test_cost_ignores_the_float32_matmul_precision(precision, device, matmul_pre
     assert torch.get_float32_matmul_precision() == precision
 
 
-@pytest.mark.parametrize('backend', MATMUL_BACKENDS, ids=('cuda', 'mkldnn'))
+@pytest.mark.parametrize('backend', MATMUL_BACKENDS)
 def test_precision_set_through_the_per_backend_switches(backend, matmul_precision):
     """torch.backends.*.matmul.fp32_precision is the newer way to ask for TF32; the older getter then raises."""
     a_BDR = features(2, 64, 9, dtype=torch.float32)
@@ -410,6 +411,65 @@ def test_kept_order_gives_convex_combinations():
         assert (aligned_BDR.amin(2) >= source_BDR.amin(2) - slack).all()
 
 
+@pytest.mark.parametrize('final_marginal, plans', (('kept', 2), ('columns', 1), ('rows', 1)))
+def test_plans_are_computed_once(final_marginal, plans, monkeypatch):
+    computed = []
+    monkeypatch.setattr(
+        transport, 'sinkhorn_plan_op', lambda *args: computed.append(args) or transport.plan_matrix(*args))
+    align(features(), features(seed=1), final_marginal=final_marginal)
+    assert len(computed) == plans
+
+
+@pytest.mark.parametrize('final_marginal', ('kept', 'moved'))
+def test_align_keeps_the_memory_layout(final_marginal):
+    """The same values and gradients, with channels innermost where the features have them so."""
+    a_BDR, b_BDR = features(), features(seed=1).requires_grad_()
+    a_last, b_last = (x.detach().transpose(1, 2).contiguous().transpose(1, 2) for x in (a_BDR, b_BDR))
+    upstream = features(seed=2)
+    plain = align_to(a_BDR, b_BDR, final_marginal=final_marginal)
+    last = align_to(a_last, b_last.requires_grad_(), final_marginal=final_marginal)
+    torch.testing.assert_close(last, plain, **EXACT)
+    assert last.stride() == b_last.stride() and plain.stride() == b_BDR.stride()
+    grad, = torch.autograd.grad(plain, b_BDR, upstream)
+    grad_last, = torch.autograd.grad(last, b_last, upstream)
+    torch.testing.assert_close(grad_last, grad, **EXACT)
+    assert grad_last.stride() == b_last.stride() and grad.stride() == b_BDR.stride()
+
+
+class Products(TorchDispatchMode):
+    """Types of batched products."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.bmm.default:
+            self.dtypes.append(args[0].dtype)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize('channels_last', (False, True))
+def test_autocast_sets_the_type_of_the_product_alone(channels_last):
+    """Float32 features under autocast, as in a ViT's residual stream: the plan keeps float32's accuracy."""
+    a_BDR, b_BDR = (features(2, 16, 9, seed, dtype=torch.float32) for seed in (0, 1))
+    if channels_last:
+        a_BDR, b_BDR = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (a_BDR, b_BDR))
+    b_BDR.requires_grad_()
+    upstream = features(2, 16, 9, 2, dtype=torch.float32)
+    with Products() as products:
+        with torch.autocast('cpu', torch.bfloat16):
+            aligned_BDR = align_to(a_BDR, b_BDR)
+        grad_BDR, = torch.autograd.grad(aligned_BDR, b_BDR, upstream)
+    assert products.dtypes == [torch.bfloat16] * 2  # forward and backward
+    assert aligned_BDR.dtype == grad_BDR.dtype == torch.float32
+    plan_BRR, _ = plans_of(a_BDR, b_BDR, 'kept')
+    expected_BDR, _ = textbook.align(a_BDR.double(), b_BDR.double(), plan_BRR, plan_BRR)
+    expected_grad_BDR = upstream.double() @ (9 * plan_BRR)
+    for got, want in ((aligned_BDR, expected_BDR), (grad_BDR, expected_grad_BDR)):
+        assert (got - want).abs().max() <= 2 ** -7 * want.abs().max()
+
+
 @pytest.mark.parametrize('final_marginal', SIDES)
 def test_one_plan_serves_both_sides(final_marginal):
     """Not so for 'kept': there both constant channels stay, here the side that is not exact shows."""
@@ -441,7 +501,8 @@ def test_alignment_cancels_in_global_average_pooling(dtype, tolerance, iteration
 @pytest.mark.parametrize('autocast', (False, True))
 @pytest.mark.parametrize('dtype, tolerance', ((torch.float32, 1e-5), (torch.bfloat16, 2**-7), (torch.float16, 2**-10)))
 def test_align_in_every_precision(dtype, tolerance, autocast):
-    """As accurate as the inputs' own precision holds, with autocast or without."""
+    """As accurate as the type of the product holds: the inputs' own, or autocast's."""
+    tolerance = 2 ** -7 if autocast else tolerance
     a_BDR, b_BDR = (features(2, 16, 9, seed).to(dtype) for seed in (0, 1))
     expected = textbook.align(a_BDR.double(), b_BDR.double(), *plans_of(a_BDR, b_BDR, 'kept'))
     with torch.autocast('cpu', torch.bfloat16, enabled=autocast):

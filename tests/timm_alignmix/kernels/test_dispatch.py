@@ -6,15 +6,7 @@ import pytest
 import torch
 
 from timm_alignmix import kernels
-from timm_alignmix.functional import (
-    convex_weights,
-    dense_multimix_loss,
-    losses,
-    sinkhorn_plan,
-    transport,
-    transport_cost,
-    weights,
-)
+from timm_alignmix.functional import dense_multimix_loss, losses, sinkhorn_plan, transport, transport_cost
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')
 
@@ -58,10 +50,6 @@ def test_what_the_kernels_do_not_cover_runs_in_pytorch():
         arguments = (logits, target, weights_RNB, torch.rand(3, 2), 0.1, 1, True, attention_grad)
         for got, want in zip(kernels.loss_and_grads(*arguments), losses.loss_and_grads(*arguments), strict=True):
             assert torch.equal(got, want)
-    alpha_N = torch.rand(5, dtype=torch.float64)
-    for form in (kernels, weights):
-        drawn = form.dirichlet_rows(alpha_N, 3, torch.Generator().manual_seed(0))
-        assert torch.equal(drawn, weights.dirichlet_rows(alpha_N, 3, torch.Generator().manual_seed(0)))
 
 
 @pytest.mark.gpu
@@ -74,14 +62,12 @@ def test_operators_take_the_kernels_on_a_gpu(monkeypatch):
     logits_BRC = torch.randn(16, 4, 30, generator=generator).cuda()
     weights_RNB = torch.rand(4, 64, 16, generator=generator).softmax(2).cuda()
     target = torch.arange(16).cuda()
-    generator = torch.Generator('cuda')
 
     def compute():
-        sums_RN = convex_weights(50, 16, generator=generator.manual_seed(0), positions=4).sum(2)
         cost_BRR = transport_cost(feat_BDR, feat_BDR.flip(0))
         logits = logits_BRC.clone().requires_grad_()
         loss = dense_multimix_loss(logits, target, weights_RNB)
-        return sums_RN, cost_BRR, sinkhorn_plan(cost_BRR), loss, torch.autograd.grad(loss, logits)[0]
+        return cost_BRR, sinkhorn_plan(cost_BRR), loss, torch.autograd.grad(loss, logits)[0]
 
     compute()  # compiles
     torch.cuda.set_sync_debug_mode('error')
@@ -90,5 +76,5 @@ def test_operators_take_the_kernels_on_a_gpu(monkeypatch):
     finally:
         torch.cuda.set_sync_debug_mode('default')
     monkeypatch.setenv('TIMM_ALIGNMIX_TRITON', '0')
-    for got, want, tolerance in zip(fast, compute(), (1e-6, 1e-5, 1e-2, 1e-5, 1e-5), strict=True):
+    for got, want, tolerance in zip(fast, compute(), (1e-5, 1e-2, 1e-5, 1e-5), strict=True):
         assert (got - want).abs().max() <= tolerance * want.abs().max()

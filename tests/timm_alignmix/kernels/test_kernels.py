@@ -1,12 +1,10 @@
 """Triton kernels against float64 forms and POT: on a GPU, or interpreted (see test_interpreter.py)."""
-import itertools
 import warnings
 
 import numpy as np
 import ot
 import pytest
 import torch
-from scipy import stats
 
 from timm_alignmix.functional import convex_weights, losses, transport
 
@@ -78,78 +76,6 @@ def test_cost_of_half_precision_features(kernel_device, B, D, R, dtype):
     assert ((cost_BRR - exact).abs() / norms).max() < 16 * 2 ** -24
 
 
-# --------------------------------------------------------------------------------------------------------------- draws
-
-
-def philox_words(seed, *counter):
-    """Four 32-bit words of Philox 4x32-10 (Salmon et al., 2011) for arrays of counters, as int64."""
-    c0, c1, c2, c3 = (np.asarray(c, dtype=np.uint64) for c in np.broadcast_arrays(*counter))
-    low, key = np.uint64(2 ** 32 - 1), [np.uint64(seed % 2 ** 32), np.uint64(seed >> 32)]
-    for _ in range(10):
-        a, b = np.uint64(0xD2511F53) * c0, np.uint64(0xCD9E8D57) * c2
-        c0, c1, c2, c3 = (b >> np.uint64(32)) ^ c1 ^ key[0], b & low, (a >> np.uint64(32)) ^ c3 ^ key[1], a & low
-        key = [(k + np.uint64(step)) & low for k, step in zip(key, (0x9E3779B9, 0xBB67AE85), strict=True)]
-    return [c.astype(np.int64) for c in (c0, c1, c2, c3)]
-
-
-def uniform(word):
-    """In (0, 1), from a word read as a signed integer whose negative half is folded."""
-    folded = np.where(word < 2 ** 31, word, 2 ** 32 - 1 - word)
-    return np.maximum(folded / 2 ** 31, 2.3e-10)
-
-
-def dirichlet_rows_float64(alpha_N, m, seed):
-    """What the kernel is meant to draw: two proposals of Marsaglia and Tsang from four words, again where both fail."""
-    alpha = alpha_N[:, None]
-    d = alpha + 1 - 1 / 3
-    gamma = np.full((len(alpha_N), m), np.nan)
-    for attempt in itertools.count():
-        if not np.isnan(gamma).any():
-            return gamma / gamma.sum(1, keepdims=True)
-        words = philox_words(seed, np.arange(len(alpha_N))[:, None], np.arange(m), attempt, 0)
-        radius = np.sqrt(-2 * np.log(np.maximum(uniform(words[0]), 1e-7)))
-        for normal, word in ((radius * np.cos(2 * np.pi * uniform(words[1])), words[2]),
-                             (radius * np.sin(2 * np.pi * uniform(words[1])), words[3])):
-            v = np.maximum(1 + normal / np.sqrt(9 * d), 1e-12) ** 3
-            t = np.minimum(np.exp(normal ** 2 / 2 + d - d * v + d * np.log(v)), 1)
-            value = d * v * (uniform(word) / t) ** (1 / alpha)
-            gamma = np.where(np.isnan(gamma) & (uniform(word) <= t), value, gamma)
-
-
-def test_philox_words():
-    """The known answers that its authors publish."""
-    assert [hex(w) for w in philox_words(0, 0, 0, 0, 0)] == ['0x6627e8d5', '0xe169c58d', '0xbc57ac4c', '0x9b00dbd8']
-    ones = 2 ** 32 - 1
-    assert [hex(w) for w in philox_words(2 ** 64 - 1, ones, ones, ones, ones)] == [
-        '0x408f276d', '0x41c83b0e', '0xa20bc7c6', '0x6d5451fd']
-
-
-@pytest.mark.parametrize('alpha', (0.5, 2.0, 20.0))
-def test_the_law_of_what_is_meant_to_be_drawn(alpha):
-    N, m = 400_000, 4
-    rows = dirichlet_rows_float64(np.full(N, alpha), m, 7)
-    for i in range(m):
-        assert stats.kstest(rows[:, i], stats.beta(alpha, (m - 1) * alpha).cdf).pvalue > 1e-3
-    assert stats.kstest(rows[:, 0] + rows[:, 1], stats.beta(2 * alpha, (m - 2) * alpha).cdf).pvalue > 1e-3
-    squares = (rows ** 2).sum(1)
-    assert abs(squares.mean() - (alpha + 1) / (m * alpha + 1)) < 4 * squares.std() / N ** 0.5
-    assert stats.spearmanr(rows[1:, 0], rows[:-1, 0]).pvalue > 1e-3
-
-
-@pytest.mark.parametrize('N, m', ((6000, 3), (100, 70), (5, 1)))
-def test_dirichlet_rows(kernel_device, N, m):
-    """The kernel draws what it is meant to, each row with its own alpha; blocks that are not full."""
-    from timm_alignmix.kernels.dirichlet import dirichlet_rows
-
-    alpha_N, seed = np.random.default_rng(0).uniform(0.3, 2, N), 2 ** 61 + 5
-    rows = dirichlet_rows(
-        torch.from_numpy(alpha_N).float().to(kernel_device), m, torch.tensor([seed], device=kernel_device)).cpu()
-    assert rows.shape == (N, m) and (rows > 0).all() and ((rows.sum(1) - 1).abs() < 1e-6).all()
-    expected = dirichlet_rows_float64(alpha_N.astype(np.float32).astype(np.float64), m, seed)
-    equal = np.isclose(rows.numpy(), expected, rtol=1e-3, atol=1e-6).all(1)
-    assert equal.mean() > 0.998  # a proposal at its limit may be taken in one precision and not in the other
-
-
 # ---------------------------------------------------------------------------------------------------------- dense loss
 
 
@@ -177,8 +103,14 @@ def textbook(logits_BRC, target_BC, weights_RNB, attention_BR):
     return loss, torch.autograd.grad(loss, logits_BRC)[0]
 
 
-# Sums of float32; half-precision logits meet vectors of 16 or 22 bits, and products of 11 bits in the gradient.
-TOLERANCES = {torch.float32: (2e-6, 2e-6), torch.float16: (2e-6, 2 ** -11), torch.bfloat16: (1e-5, 2 ** -11)}
+def gradient_error(grad, expected):
+    """Largest error relative to the largest entry; gradients come times a constant, in the type of the logits."""
+    return ((grad.cpu().double() / losses.GRAD_SCALE - expected).abs().max() / expected.abs().max()).item()
+
+
+# Sums of float32; half-precision logits meet vectors of 11 bits, whose errors have only 210 examples to average over.
+# Gradients are rounded to the type of the logits.
+TOLERANCES = {torch.float32: (2e-6, 2e-6), torch.float16: (2e-5, 2 ** -10), torch.bfloat16: (2e-5, 2 ** -8)}
 
 
 @pytest.mark.parametrize('dtype', TOLERANCES)
@@ -207,18 +139,17 @@ def test_dense_loss_and_gradient(kernel_device, dtype, kind, smoothing, attended
     expected, expected_grad = textbook(
         logits_BRC, losses.soft_target(target, C, smoothing, torch.float64), weights_RNB, attention_BR)
     loss_tolerance, grad_tolerance = TOLERANCES[dtype]
-    assert loss.dtype == grad.dtype == torch.float32 and empty.numel() == 0
+    assert loss.dtype == torch.float32 and grad.dtype == dtype and empty.numel() == 0
     assert loss.item() == pytest.approx(expected.item(), rel=loss_tolerance)
-    assert (grad.cpu() - expected_grad).abs().max() <= grad_tolerance * expected_grad.abs().max()
+    assert gradient_error(grad, expected_grad) <= grad_tolerance
 
 
 @pytest.mark.parametrize('dtype', HALF)
 def test_dense_loss_of_many_examples(kernel_device, dtype):
-    """One product in place of two, at the sizes where it is chosen: errors average out, so bounds are tighter."""
-    from timm_alignmix.kernels import dense_loss, mixed_logits
+    """Errors of half precision average out over examples, so bounds are tighter."""
+    from timm_alignmix.kernels import dense_loss
 
     B, R, N, C = 32, 33, 1000, 40
-    assert mixed_logits.choose_operands(dtype, R * N) == 'half'
     logits_BRC, weights_RNB, attention_BR = dense_case(B, R, N, C)
     logits_BRC = logits_BRC.to(dtype)
     target = torch.randint(C, (B,))
@@ -226,7 +157,7 @@ def test_dense_loss_of_many_examples(kernel_device, dtype):
         *(t.to(kernel_device) for t in (logits_BRC, target, weights_RNB, attention_BR)), 0.0, True)
     expected, expected_grad = textbook(logits_BRC, losses.soft_target(target, C), weights_RNB, attention_BR)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
-    assert (grad.cpu() - expected_grad).abs().max() <= 2 ** -12 * expected_grad.abs().max()
+    assert gradient_error(grad, expected_grad) <= (2 ** -10 if dtype == torch.float16 else 2 ** -8)
 
 
 def test_dense_loss_of_one_position_and_strided_logits(kernel_device):
@@ -241,18 +172,16 @@ def test_dense_loss_of_one_position_and_strided_logits(kernel_device):
         loss, grad, _ = dense_loss.loss_and_grads(
             view.to(kernel_device), target.to(kernel_device), weights_RNB.to(kernel_device), None, 0.0, True)
         assert loss.item() == pytest.approx(expected.item(), rel=2e-6)
-        torch.testing.assert_close(grad.cpu(), expected_grad.float(), rtol=1e-4, atol=1e-7)
+        assert gradient_error(grad, expected_grad) <= 2e-6
     loss, grad, _ = dense_loss.loss_and_grads(
         logits_BRC.to(kernel_device), target.to(kernel_device), weights_RNB.to(kernel_device), None, 0.0, False)
     assert loss.item() == pytest.approx(expected.item(), rel=2e-6) and grad.numel() == 0
 
 
-@pytest.mark.parametrize('many', (2 ** 15, 1))
 @pytest.mark.parametrize('dtype', HALF)
-def test_dense_loss_survives_huge_logits_and_no_attention(kernel_device, dtype, many, monkeypatch):
-    from timm_alignmix.kernels import dense_loss, mixed_logits
+def test_dense_loss_survives_huge_logits_and_no_attention(kernel_device, dtype):
+    from timm_alignmix.kernels import dense_loss
 
-    monkeypatch.setattr(mixed_logits, 'MANY', many)
     logits_BRC = torch.zeros(3, 2, 5, dtype=dtype)
     logits_BRC[:, :, 0] = 57344
     target, weights_RNB = torch.tensor([0, 1, 2]), torch.full((2, 4, 3), 1 / 3)
@@ -262,3 +191,26 @@ def test_dense_loss_survives_huge_logits_and_no_attention(kernel_device, dtype, 
             *(None if t is None else t.to(kernel_device) for t in arguments), 0.0, True)
         assert loss.item() == pytest.approx(0 if attention_BR is not None else 57344 * 2 / 3, rel=1e-3)
         assert grad.isfinite().all() and (attention_BR is None or not grad.any())
+
+
+@pytest.mark.parametrize('dtype', (torch.float16, torch.float32))
+def test_offsets_beyond_32_bits(kernel_device, dtype):
+    """256 examples of 576 positions and 21,841 classes are 3.2e9 logits; here three examples lie as far apart.
+
+    The memory between them is never touched, so an operating system that hands it out on first use needs none.
+    """
+    from timm_alignmix.kernels import dense_loss
+
+    stride = 2 ** 30 + 64
+    if kernel_device.type == 'cuda' and torch.cuda.mem_get_info()[0] < 12 * stride:
+        pytest.skip('needs 12 GiB of GPU memory')
+    logits_BRC, weights_RNB, _ = dense_case(3, 2, 20, 10)
+    logits_BRC, target = logits_BRC.to(dtype), torch.tensor([4, 0, 9])
+    far_BRC = torch.empty(2 * stride + 20, dtype=dtype, device=kernel_device).as_strided((3, 2, 10), (stride, 10, 1))
+    far_BRC.copy_(logits_BRC)
+    expected, expected_grad = textbook(logits_BRC, losses.soft_target(target, 10), weights_RNB, None)
+    loss, grad, _ = dense_loss.loss_and_grads(
+        far_BRC, target.to(kernel_device), weights_RNB.to(kernel_device), None, 0.0, True)
+    loss_tolerance, grad_tolerance = TOLERANCES[dtype]
+    assert loss.item() == pytest.approx(expected.item(), rel=10 * loss_tolerance)
+    assert gradient_error(grad, expected_grad) <= grad_tolerance

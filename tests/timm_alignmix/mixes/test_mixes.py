@@ -192,6 +192,34 @@ def test_class_token_is_mixed_and_not_aligned():
     torch.testing.assert_close(seen[0][:, 0], lam * token + (1 - lam) * token[draw['perm']])
 
 
+def copies_in_a_step(model, images, mode):
+    """Copies that PyTorch's operators make of tensors in one step, those inside of operators included."""
+    task = MixTask(model, 'alignmix', dict(mode_probs={mode: 1}), img_size=images.shape[-1], verbose=False)
+    layer, = task.mix.layers
+    strides = []
+
+    def keep(module, args, output):
+        strides.append(output.stride())
+
+    before = model.get_submodule(layer).register_forward_hook(keep, prepend=True)
+    after = model.get_submodule(layer).register_forward_hook(keep)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        task(images, torch.arange(len(images)) % 5)['loss'].backward()
+    before.remove(), after.remove()
+    assert strides[0] == strides[1]
+    return sum(event.name == 'aten::clone' for event in profile.events())
+
+
+@pytest.mark.parametrize('name', ['test_vit', 'test_convnext', 'test_resnet'])
+def test_alignment_keeps_the_memory_layout_of_the_network(name):
+    """Tokens, and maps with channels last: another layout would spread, and later layers copy what they get."""
+    options = dict(img_size=64, class_token=False, global_pool='avg') if name == 'test_vit' else {}
+    model = timm.create_model(name, num_classes=5, **options).to(memory_format=torch.channels_last)
+    images = batch(dtype=torch.float32)[0].to(memory_format=torch.channels_last)
+    counts = {mode: copies_in_a_step(model.train(), images, mode) for mode in ('input', 'feat', 'feat_prime')}
+    assert counts['feat'] <= counts['input'] and counts['feat_prime'] <= counts['input']
+
+
 def test_multimix_in_the_textbook_form():
     model, (images, y) = tiny(), batch()
     task = MixTask(model, 'multimix', dict(prob=1.0, n=9), criterion_kwargs=dict(smoothing=0.1), verbose=False)
