@@ -125,7 +125,7 @@ def _describe_resolutions(run: Run) -> list[str]:
 
 
 @dataclass
-class StepCost:
+class StepEstimate:
     """Estimated cost of a training step for one process, in bytes."""
     parameters: int  # the weights in float32, and also the gradients
     optimizer: int | None  # its state; None if it cannot step without values
@@ -134,7 +134,7 @@ class StepCost:
     flops: float  # operations of a forward pass on one image; a multiply-add counts as two
 
 
-def step_cost(run: Run) -> StepCost:
+def step_cost(run: Run) -> StepEstimate:
     """Measure a step of the plain model on the meta device, at the run's batch size and largest image size.
 
     The optimizer makes a step, so call this last.
@@ -160,7 +160,7 @@ def step_cost(run: Run) -> StepCost:
             F.cross_entropy(model(images), target)
     parameters = [p for p in model.parameters() if p.requires_grad]
     average = [*model.parameters(), *model.buffers()] if config.model_ema and not config.model_ema_force_cpu else []
-    return StepCost(
+    return StepEstimate(
         parameters=_bytes(parameters), optimizer=_optimizer_bytes(run.optimizer, parameters), average=_bytes(average),
         activations=sum(storage.nbytes() for storage in saved.values()),
         flops=counter.get_total_flops() / config.batch_size)
@@ -181,7 +181,7 @@ def _optimizer_bytes(optimizer: torch.optim.Optimizer, parameters: list[torch.nn
                    if isinstance(value, torch.Tensor)])
 
 
-def describe_cost(run: Run, cost: StepCost) -> list[str]:
+def describe_cost(run: Run, cost: StepEstimate) -> list[str]:
     """Describe memory and compute, and how they were estimated."""
     config = run.config
     parts = {'parameters': cost.parameters, 'gradients': cost.parameters, 'optimizer': cost.optimizer}

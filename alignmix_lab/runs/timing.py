@@ -3,6 +3,7 @@
 Clocks drift and machines are shared, so absolute times mean little. Each round times every case once, in rotating
 order, and cases are compared by their ratio within a round.
 """
+import os
 import platform
 import time
 from collections.abc import Callable
@@ -98,6 +99,7 @@ def peak_memory(call: Callable[[], object], device: torch.device | str = 'cpu') 
         call()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
+    os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # else its first start reports the missing GPU as an error
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         result = call()  # kept until the profile ends, so that its release is not recorded
     changes = [

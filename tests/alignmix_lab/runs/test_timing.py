@@ -1,4 +1,7 @@
 """Interleaved timing and peak memory, on clocks and allocations that are known."""
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -46,3 +49,9 @@ def test_peak_memory_counts_what_is_held_at_once(device):
 
 def test_hardware_names_versions():
     assert torch.__version__ in hardware('cpu')
+
+
+def test_the_profiler_says_nothing():
+    code = 'import torch; from alignmix_lab.runs.timing import peak_memory; print(peak_memory(lambda: torch.ones(10)))'
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ('40\n', '')
