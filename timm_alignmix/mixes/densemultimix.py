@@ -26,8 +26,8 @@ class DenseMultiMix(HullMix):
         alpha: Concentration of the Dirichlet distribution: a pair for U[low, high], or a fixed number.
         prob: Probability of mixing embeddings; otherwise input mixup.
         attention: 'gap', 'cam' or 'none', see :func:`timm_alignmix.functional.attention_map`.
-        normalize: 'relu' (and l1) or 'softmax'. None takes 'relu' for maps and 'softmax' for tokens, whose features have
-            both signs: ReLU would spread attention over nearly all of them.
+        normalize: 'relu' (and l1) or 'softmax'. None takes 'relu' for maps, 'softmax' for tokens: their features have
+            both signs, and ReLU would spread attention over nearly all of them.
         attention_grad: Let gradients pass through the attention.
         input_alpha: lam ~ Beta(input_alpha, input_alpha) of the input-mixup steps.
         per_example: One lam for each example of input-mixup steps instead of one for the batch.
