@@ -2,9 +2,9 @@
 arXiv 2311.05538 [M].
 
 Equations (9)-(14): MultiMix at every position of the last feature map, each with its own interpolation vectors,
-weighted by attention. The paper leaves open: the attention (u = GAP(z) and h = ReLU with l1 norm here), whether
-gradients pass through it (not here: it is a confidence), the reduction over positions (the mean over those with any
-attention here), and alpha of the input-mixup half (2.0 here). Inference is that of the plain model.
+weighted by attention. The paper leaves open: the attention (u = GAP(z) here; h = ReLU with l1 norm on maps, softmax on
+tokens), whether gradients pass through it (not here: it is a confidence), the reduction over positions (the mean over
+those with any attention here), and alpha of the input-mixup half (2.0 here). Inference is that of the plain model.
 """
 import torch
 
@@ -26,7 +26,8 @@ class DenseMultiMix(HullMix):
         alpha: Concentration of the Dirichlet distribution: a pair for U[low, high], or a fixed number.
         prob: Probability of mixing embeddings; otherwise input mixup.
         attention: 'gap', 'cam' or 'none', see :func:`timm_alignmix.functional.attention_map`.
-        normalize: 'relu' (and l1) or 'softmax', which suits tokens: their features have both signs.
+        normalize: 'relu' (and l1) or 'softmax'. None takes 'relu' for maps, 'softmax' for tokens: their features have
+            both signs, and ReLU would spread attention over nearly all of them.
         attention_grad: Let gradients pass through the attention.
         input_alpha: lam ~ Beta(input_alpha, input_alpha) of the input-mixup steps.
         per_example: One lam for each example of input-mixup steps instead of one for the batch.
@@ -48,14 +49,14 @@ class DenseMultiMix(HullMix):
             alpha: float | tuple[float, float] = (0.5, 2.0),
             prob: float = 0.5,
             attention: str = 'gap',
-            normalize: str = 'relu',
+            normalize: str | None = None,
             attention_grad: bool = False,
             input_alpha: float = 2.0,
             per_example: bool = False,
             allow_class_token: bool = False,
     ) -> None:
         super().__init__(n, m, alpha, prob, input_alpha, per_example, mode='dense')
-        if attention not in ('gap', 'cam', 'none') or normalize not in ('relu', 'softmax'):
+        if attention not in ('gap', 'cam', 'none') or normalize not in (None, 'relu', 'softmax'):
             raise ValueError(
                 "attention must be 'gap', 'cam' or 'none' and normalize 'relu' or 'softmax', "
                 f'got attention={attention!r}, normalize={normalize!r}')
@@ -75,9 +76,10 @@ class DenseMultiMix(HullMix):
 
     def _dense(self, feature_map, target):
         logits_BRC, embed_BDR = self.head(feature_map)
+        normalize = self.normalize or ('softmax' if self.head.layout.kind == 'NLC' else 'relu')
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.attention_grad):
             attention_BR = attention_map(
-                embed_BDR, self.attention, self.normalize,
+                embed_BDR, self.attention, normalize,
                 weight=self.head.weight() if self.attention == 'cam' else None, labels=target)
         return logits_BRC, attention_BR
 

@@ -338,6 +338,22 @@ def test_losses_compute_in_float32_at_least(dtype, grad_tol, autocast):
         assert error <= grad_tol * exact.grad.abs().max()
 
 
+@pytest.mark.parametrize('dtype', (torch.float32, torch.bfloat16, torch.float16))
+def test_gradients_wait_in_the_type_of_the_logits(dtype):
+    """Half the memory between forward and backward; a loss scaler still saves what float16 could not hold."""
+    (Z, W, b), target, weights_RNB, _ = dense_case(B=8, C=40, R=50, seed=22)
+    logits_BRC = classify(Z, W, b).detach().to(dtype)
+    logits_BRC[:, :, 1:3] -= 9  # gradients of about 1e-8
+    exact = logits_BRC.double().requires_grad_()
+    dense_multimix_loss(exact, target % 3, weights_RNB).backward()
+    logits_BRC.requires_grad_()
+    loss = dense_multimix_loss(logits_BRC, target % 3, weights_RNB)
+    assert loss.grad_fn.saved_tensors[0].dtype == dtype
+    (2 ** 12 * loss).backward()
+    torch.testing.assert_close(
+        logits_BRC.grad.double() / 2 ** 12, exact.grad, rtol=3 * torch.finfo(dtype).eps, atol=1e-10)
+
+
 @pytest.mark.parametrize('spread', (59.0, 61.0, 500.0))
 @pytest.mark.parametrize('offset', (0.0, -300.0))
 def test_losses_do_not_depend_on_how_peaks_are_taken(spread, offset):

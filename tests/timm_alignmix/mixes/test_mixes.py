@@ -262,6 +262,18 @@ def test_densemultimix_in_the_textbook_form(attention, normalize):
         torch.testing.assert_close(p.grad, grad, rtol=1e-7, atol=1e-10)
 
 
+@pytest.mark.parametrize('name,expected', [('test_resnet', 'relu'), ('test_vit', 'softmax')])
+def test_attention_is_normalised_by_the_layout(name, expected):
+    options = dict(img_size=64, class_token=False, global_pool='avg', fc_norm=False) if name == 'test_vit' else {}
+    torch.manual_seed(0)
+    model, (images, y) = timm.create_model(name, num_classes=5, **options).double().eval(), batch()
+    losses = {}
+    for normalize in (None, 'relu', 'softmax'):
+        mix_kwargs = dict(prob=1.0, n=9, normalize=normalize)
+        losses[normalize] = MixTask(model, 'densemultimix', mix_kwargs, img_size=64, verbose=False)(images, y)['loss']
+    assert losses.pop(None) == losses.pop(expected) != losses.popitem()[1]
+
+
 def test_multimix_at_an_earlier_layer():
     model, (images, y) = tiny(), batch()
     task = MixTask(model, 'multimix', dict(prob=1.0, n=9, mix_at='layer2'), verbose=False)

@@ -148,5 +148,5 @@ def test_grad_checkpointing_changes_no_gradient():
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
         loss = model(x).square().sum()
-    assert len(saved) < 20  # only what enters the blocks and the head
+    assert len(saved) < 25  # 13, with torch 2.5 21, instead of 155: only what enters the blocks and the head
     torch.testing.assert_close(torch.autograd.grad(loss, model.conv1.weight)[0], plain)

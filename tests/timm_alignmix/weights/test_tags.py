@@ -36,6 +36,7 @@ default = timm.create_model('test_vit').state_dict().keys()
 deit = get_arch_pretrained_cfgs('deit_tiny_patch16_224')
 
 warnings.simplefilter('error')
+warnings.simplefilter('ignore', ResourceWarning)  # torch 2.5 gives one
 import timm_alignmix
 new = {{'test_resnet.none_photos', 'test_vit.densemultimix_photos', 'preactresnet18.alignmix_photos'}}
 new.add('vgg16_gap.tv_in1k')  # a network of the package's own
