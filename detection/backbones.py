@@ -240,12 +240,8 @@ class SimpleFeaturePyramid(nn.Module):
         # Rounded up, as a padded convolution does: 19 positions become 10.
         layers += [nn.MaxPool2d(2, ceil_mode=True) for _ in range(-doublings)]
         return nn.Sequential(
-            *layers,
-            nn.Conv2d(chs, out_channels, 1, bias=False),
-            LayerNorm2d(out_channels),
-            nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False),
-            LayerNorm2d(out_channels),
-        )
+            *layers, nn.Conv2d(chs, out_channels, 1, bias=False), LayerNorm2d(out_channels),
+            nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False), LayerNorm2d(out_channels))
 
     def forward(self, maps: dict[str, torch.Tensor]) -> OrderedDict[str, torch.Tensor]:
         """Levels '0', '1', ... of the single map in `maps`, in the form of torchvision's feature pyramid."""
@@ -296,20 +292,11 @@ def create_backbone(
     if frozen_stages is None:
         frozen_stages = int(weights is not None and not net.plain)
     net.report = BackboneReport(
-        arch=source.arch,
-        weights=source.weights,
-        kwargs={**source.kwargs, **arguments},
-        image_mean=tuple(image_mean or source.mean),
-        image_std=tuple(image_std or source.std),
-        image_size=arguments.get('img_size'),
-        strides=net.strides,
-        channels=net.channels,
-        loaded=len(keys & given),
-        resized=tuple(key for key in resized if key in keys),
-        dropped=tuple(sorted(given - keys)),
-        freeze_bn=freeze_bn,
-        frozen_stages=frozen_stages,
-    )
+        arch=source.arch, weights=source.weights, kwargs={**source.kwargs, **arguments},
+        image_mean=tuple(image_mean or source.mean), image_std=tuple(image_std or source.std),
+        image_size=arguments.get('img_size'), strides=net.strides, channels=net.channels, loaded=len(keys & given),
+        resized=tuple(key for key in resized if key in keys), dropped=tuple(sorted(given - keys)), freeze_bn=freeze_bn,
+        frozen_stages=frozen_stages)
     if weights is None and source.model.pretrained_cfg.get('file'):
         _logger.warning(f'{backbone} has weights, but weights=None starts from random ones; pass weights={backbone!r}')
     _logger.info(f'Backbone {net.report}')
@@ -358,5 +345,4 @@ def layer_decay_groups(detector: nn.Module, layer_decay: float, weight_decay: fl
     return [
         *param_groups_layer_decay(body, weight_decay, excluded, layer_decay=layer_decay),
         {'params': [p for p in rest if p.ndim > 1], 'weight_decay': weight_decay, 'lr_scale': 1.0},
-        {'params': [p for p in rest if p.ndim <= 1], 'weight_decay': 0.0, 'lr_scale': 1.0},
-    ]
+        {'params': [p for p in rest if p.ndim <= 1], 'weight_decay': 0.0, 'lr_scale': 1.0}]

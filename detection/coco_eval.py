@@ -20,19 +20,12 @@ def coco_ground_truth(records: Sequence[Record], class_names: Sequence[str]) -> 
         for box, label, skip, area in zip(
                 record.boxes, record.labels, record.crowd | record.difficult, record.areas, strict=True):
             annotations.append(dict(
-                id=len(annotations) + 1,
-                image_id=index,
-                category_id=int(label),
-                bbox=[*box[:2].tolist(), *(box[2:] - box[:2]).tolist()],
-                area=float(area),
-                iscrowd=int(skip),
-            ))
+                id=len(annotations) + 1, image_id=index, category_id=int(label),
+                bbox=[*box[:2].tolist(), *(box[2:] - box[:2]).tolist()], area=float(area), iscrowd=int(skip)))
     return dict(
         info={},
         images=[dict(id=index, width=record.width, height=record.height) for index, record in enumerate(records)],
-        annotations=annotations,
-        categories=[dict(id=label, name=name) for label, name in enumerate(class_names, 1)],
-    )
+        annotations=annotations, categories=[dict(id=label, name=name) for label, name in enumerate(class_names, 1)])
 
 
 def coco_results(

@@ -30,29 +30,16 @@ def create_detector(config: DetectConfig, class_names: list[str]) -> tuple[nn.Mo
     )
     frozen = {name: value for name in ('freeze_bn', 'frozen_stages') if (value := getattr(config, name)) is not None}
     model = BUILDERS[config.detector](
-        config.backbone,
-        len(class_names) + 1,
-        weights=config.weights,
-        grad_checkpointing=config.grad_checkpointing,
-        backbone_kwargs=config.backbone_kwargs,
-        **frozen,
-        **arguments,
-        **config.model_kwargs,
-    )
+        config.backbone, len(class_names) + 1, weights=config.weights, grad_checkpointing=config.grad_checkpointing,
+        backbone_kwargs=config.backbone_kwargs, **frozen, **arguments, **config.model_kwargs)
     report = model.backbone_report
     description = dict(
         detector=config.detector,
         backbone=report.arch,
         class_names=list(class_names),
         arguments=dict(
-            **arguments,
-            **config.model_kwargs,
-            freeze_bn=report.freeze_bn,
-            frozen_stages=report.frozen_stages,
-            image_mean=report.image_mean,
-            image_std=report.image_std,
-            backbone_kwargs=report.kwargs,
-        ),
+            **arguments, **config.model_kwargs, freeze_bn=report.freeze_bn, frozen_stages=report.frozen_stages,
+            image_mean=report.image_mean, image_std=report.image_std, backbone_kwargs=report.kwargs),
     )
     return model, description
 

@@ -13,19 +13,8 @@ from .mixup_fn import create_mixup
 from .version import __version__
 
 __all__ = [
-    'Anatomy',
-    'Mix',
-    'MixTask',
-    'UnsupportedModel',
-    '__version__',
-    'create_mix',
-    'create_mixup',
-    'dense_model_kwargs',
-    'list_mixes',
-    'models',
-    'register_mix',
-    'weights',
-]
+    'Anatomy', 'Mix', 'MixTask', 'UnsupportedModel', '__version__', 'create_mix', 'create_mixup', 'dense_model_kwargs',
+    'list_mixes', 'models', 'register_mix', 'weights']
 
 if os.environ.get('TIMM_ALIGNMIX_NO_LOCAL_WEIGHTS', '0') in ('', '0'):
     weights.register_local()

@@ -47,14 +47,8 @@ def model_arguments(config: TrainConfig) -> dict[str, Any]:
         if extra:
             _logger.info(f'{config.model} is built with {extra}: dense mixing trains the classifier on every position')
     arguments = dict(
-        in_chans=config.in_chans,
-        drop_rate=config.drop,
-        drop_path_rate=config.drop_path,
-        drop_block_rate=config.drop_block,
-        global_pool=config.gp,
-        bn_momentum=config.bn_momentum,
-        bn_eps=config.bn_eps,
-    )
+        in_chans=config.in_chans, drop_rate=config.drop, drop_path_rate=config.drop_path,
+        drop_block_rate=config.drop_block, global_pool=config.gp, bn_momentum=config.bn_momentum, bn_eps=config.bn_eps)
     arguments = {
         **extra, **{key: value for key, value in arguments.items() if value is not None}, **config.model_kwargs}
     return {**_needed_img_size(config, arguments), **arguments}
@@ -155,16 +149,9 @@ def create_task(
         model.to(memory_format=torch.channels_last)
     bce = dict(loss_type='bce', bce_sum=config.bce_sum, bce_target_thresh=config.bce_target_thresh)
     return timm_alignmix.MixTask(
-        model,
-        mix=config.mix,
-        mix_kwargs=config.mix_kwargs,
-        criterion_kwargs=dict(smoothing=config.smoothing, **(bce if config.bce_loss else {})),
-        seed=config.seed,
-        rank=rank,
-        img_size=input_size[-2:],
-        device=device,
-        verbose=rank == 0,
-    )
+        model, mix=config.mix, mix_kwargs=config.mix_kwargs,
+        criterion_kwargs=dict(smoothing=config.smoothing, **(bce if config.bce_loss else {})), seed=config.seed,
+        rank=rank, img_size=input_size[-2:], device=device, verbose=rank == 0)
 
 
 def _load_initial(model: nn.Module, path: str) -> None:

@@ -7,17 +7,5 @@ from .result import Column, Result
 from .runner import evaluate, resolve
 
 __all__ = [
-    'Column',
-    'EvalConfig',
-    'Evaluation',
-    'NotApplicable',
-    'Protocol',
-    'Result',
-    'evaluate',
-    'get_protocol',
-    'list_protocols',
-    'options_class',
-    'protocols',
-    'register_protocol',
-    'resolve',
-]
+    'Column', 'EvalConfig', 'Evaluation', 'NotApplicable', 'Protocol', 'Result', 'evaluate', 'get_protocol',
+    'list_protocols', 'options_class', 'protocols', 'register_protocol', 'resolve']

@@ -18,13 +18,5 @@ from .images import find_images, open_autoencoder, open_network, read_images
 from .morph import morph
 
 __all__ = [
-    'alignment',
-    'attention',
-    'find_images',
-    'gallery',
-    'hull',
-    'morph',
-    'open_autoencoder',
-    'open_network',
-    'read_images',
-]
+    'alignment', 'attention', 'find_images', 'gallery', 'hull', 'morph', 'open_autoencoder', 'open_network',
+    'read_images']

@@ -6,5 +6,4 @@ from .trace import UnsupportedModel
 
 __all__ = [
     'Anatomy', 'DenseHead', 'FeatureLayer', 'Layout', 'UnsupportedModel', 'count_classes', 'dense_model_kwargs',
-    'feature_map',
-]
+    'feature_map']

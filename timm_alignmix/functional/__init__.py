@@ -10,17 +10,6 @@ from .transport import align, align_to, sinkhorn_plan, transport_cost
 from .weights import convex_weights
 
 __all__ = [
-    'align',
-    'align_to',
-    'attention_map',
-    'check_target',
-    'check_values',
-    'convex_weights',
-    'dense_multimix_loss',
-    'dense_multimix_rows',
-    'multimix_loss',
-    'sinkhorn_plan',
-    'soft_target',
-    'soft_target_cross_entropy',
-    'transport_cost',
-]
+    'align', 'align_to', 'attention_map', 'check_target', 'check_values', 'convex_weights', 'dense_multimix_loss',
+    'dense_multimix_rows', 'multimix_loss', 'sinkhorn_plan', 'soft_target', 'soft_target_cross_entropy',
+    'transport_cost']

@@ -45,22 +45,8 @@ def _as_float16(logits):
 
 @triton.jit
 def _logsumexp_kernel(
-        logits_ptr,
-        weights_ptr,
-        attention_ptr,
-        sums_ptr,
-        lse_ptr,
-        B,
-        R,
-        N,
-        C,
-        stride_b,
-        stride_r,
-        HAS_ATTENTION: tl.constexpr,
-        BLOCK_B: tl.constexpr,
-        BLOCK_N: tl.constexpr,
-        BLOCK_X: tl.constexpr,
-):
+        logits_ptr, weights_ptr, attention_ptr, sums_ptr, lse_ptr, B, R, N, C, stride_b, stride_r,
+        HAS_ATTENTION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_X: tl.constexpr):
     position = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     b = tl.arange(0, BLOCK_B)
@@ -94,27 +80,9 @@ def _logsumexp_kernel(
 
 @triton.jit
 def _weighted_sum_kernel(
-        logits_ptr,
-        weights_ptr,
-        attention_ptr,
-        sums_ptr,
-        lse_ptr,
-        share_ptr,
-        out_ptr,
-        B,
-        R,
-        N,
-        X,
-        stride_b,
-        stride_r,
-        out_stride_b,
-        out_stride_r,
-        HAS_ATTENTION: tl.constexpr,
-        PAIRS: tl.constexpr,
-        BLOCK_B: tl.constexpr,
-        BLOCK_N: tl.constexpr,
-        BLOCK_X: tl.constexpr,
-):
+        logits_ptr, weights_ptr, attention_ptr, sums_ptr, lse_ptr, share_ptr, out_ptr, B, R, N, X, stride_b, stride_r,
+        out_stride_b, out_stride_r, HAS_ATTENTION: tl.constexpr, PAIRS: tl.constexpr, BLOCK_B: tl.constexpr,
+        BLOCK_N: tl.constexpr, BLOCK_X: tl.constexpr):
     """out[b, x] = sum_k share_k M^_kb V_kx, where V is softmax(M^ L) over X classes, or M^ itself (PAIRS)."""
     position = tl.program_id(1).to(tl.int64)
     x = tl.program_id(0) * BLOCK_X + tl.arange(0, BLOCK_X)

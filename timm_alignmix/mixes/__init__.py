@@ -12,19 +12,7 @@ from .none import NoMix
 from .registry import canonical, create_mix, list_mixes, register_mix
 
 __all__ = [
-    'AlignMix',
-    'AlignMixAE',
-    'CutMix',
-    'DenseMultiMix',
-    'ManifoldMixup',
-    'Mix',
-    'Mixup',
-    'MultiMix',
-    'NoMix',
-    'canonical',
-    'create_mix',
-    'list_mixes',
-    'register_mix',
-]
+    'AlignMix', 'AlignMixAE', 'CutMix', 'DenseMultiMix', 'ManifoldMixup', 'Mix', 'Mixup', 'MultiMix', 'NoMix',
+    'canonical', 'create_mix', 'list_mixes', 'register_mix']
 
 kernels.register()
