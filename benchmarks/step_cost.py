@@ -57,10 +57,10 @@ def measure(name: str, batch: int, args: argparse.Namespace) -> list[dict[str, A
     base = timings['none', None]
     memory = {}
     for mix, step in steps.items():
-        step.free_gradients()
+        step.optimizer.zero_grad()
         modes = probs.get(mix, {None: 1})
         memory[mix] = max(peak_memory(partial(step.step, mode), args.device) for mode in modes) + step.state_bytes()
-        step.free_gradients()
+        step.optimizer.zero_grad()
     results = [dict(mix='none', seconds=base, modes={}, memory=memory['none'], base=memory['none'])]
     for mix, modes in probs.items():
         mean = Timing([
