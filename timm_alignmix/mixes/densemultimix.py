@@ -65,6 +65,7 @@ class DenseMultiMix(HullMix):
 
     def bind(self, anatomy: Anatomy) -> None:
         self.head = anatomy.dense_head(self.allow_class_token)
+        self.normalize = self.normalize or ('softmax' if self.head.layout.kind == 'NLC' else 'relu')
 
     def draw(self, images: torch.Tensor, rng: StepRandom) -> Draw:
         mode = draw_mode(self.probs, rng)
@@ -76,10 +77,9 @@ class DenseMultiMix(HullMix):
 
     def _dense(self, feature_map, target):
         logits_BRC, embed_BDR = self.head(feature_map)
-        normalize = self.normalize or ('softmax' if self.head.layout.kind == 'NLC' else 'relu')
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.attention_grad):
             attention_BR = attention_map(
-                embed_BDR, self.attention, normalize,
+                embed_BDR, self.attention, self.normalize,
                 weight=self.head.weight() if self.attention == 'cam' else None, labels=target)
         return logits_BRC, attention_BR
 

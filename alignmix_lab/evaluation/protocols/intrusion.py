@@ -93,10 +93,10 @@ def mix_embeddings(
     mix = module.mix
     module.arm(draw)
     try:
-        module.model(mix.images(images, draw))
+        output = module.model(mix.images(images, draw))
     finally:
         feature_map = module.disarm(draw)
-    module.check_ran(draw, feature_map)
+    module.check_ran(draw, output, feature_map)
     embed_BD = tap.take()
     eye_BB = torch.eye(len(images), device=images.device)
     if draw['mode'] == 'dense':
