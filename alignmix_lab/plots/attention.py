@@ -38,7 +38,8 @@ def attention(
             for form in _FORMS}
     B, R = len(pixels), embed_BDR.shape[2]
     height = x.shape[2] if head.layout.kind == 'NCHW' else round((R * pixels.shape[2] / pixels.shape[3]) ** 0.5)
-    shares_BR = position_shares(maps['gap', 'relu'], n, torch.Generator().manual_seed(seed))
+    default = 'gap', 'softmax' if head.layout.kind == 'NLC' else 'relu'  # of densemultimix
+    shares_BR = position_shares(maps[default], n, torch.Generator().manual_seed(seed))
 
     title = f'Attention over {R} positions; uniform attention would be {100 / R:.1f} %'
     fig, axes = figure(B, len(_FORMS) + 2, size=(1.5, 1.72), title=title)
@@ -46,7 +47,7 @@ def attention(
         name = class_names[int(labels[i])] if class_names else f'as class {int(labels[i])}'
         show(row[0], pixels[i], name)
         for ax, ((by, normalize), maps_BR) in zip(row[1:-1], maps.items(), strict=True):
-            title = f'{by.upper()}, {normalize}' + (' (default)' if (by, normalize) == _FORMS[0] else '')
+            title = f'{by.upper()}, {normalize}' + (' (default)' if (by, normalize) == default else '')
             _map(ax, pixels[i], maps_BR[i].view(height, -1), title if i == 0 else '')
         title = f'share in mixed\nexamples (mean {100 / B:.0f} %)' if i == 0 else ''
         _map(row[-1], pixels[i], shares_BR[i].view(height, -1), title, least=True)

@@ -1,6 +1,7 @@
 """Files that are written whole, and the lock of a run's folder."""
 import multiprocessing
 import os
+import time
 from datetime import datetime
 
 import pytest
@@ -22,8 +23,11 @@ def test_a_second_run_in_a_folder_is_refused_while_the_first_lives(make_config, 
     for resume in ('', 'auto'):
         with pytest.raises(ValueError, match='another process is training in .*run; .* another --experiment'):
             prepare(make_config(tmp_path, resume=resume))
-    child = multiprocessing.get_context('fork').Process(target=multiprocessing.Event().wait, args=(60,))
+    context = multiprocessing.get_context('fork')
+    started = context.Event()
+    child = context.Process(target=lambda: (started.set(), time.sleep(60)))
     child.start()  # a loader's process that outlives the run
+    assert started.wait(30)
     run.lock.close()
     try:
         with (saver.folder / '.lock').open('a') as file:
