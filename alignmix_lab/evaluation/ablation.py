@@ -16,7 +16,6 @@ from matplotlib.figure import Figure
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils import setup_default_logging
 
-import timm_alignmix
 from alignmix_lab.classification.config import TrainConfig, resolve_config
 from alignmix_lab.runs.files import write_whole
 from alignmix_lab.runs.jobs import Job, describe_jobs, run_jobs
@@ -197,7 +196,6 @@ def make_job(options: AblationOptions, cell: Cell, seed: int) -> Job:
     base = resolve_config(flags, options.recipe)
     flags |= {name: {**getattr(base, name), **entries} for name, entries in nested.items()}
     cell.config = config = resolve_config(flags, options.recipe)
-    timm_alignmix.create_mix(config.mix, **config.mix_kwargs)  # refuses options that the method does not have
     folder = Path(options.runs or f'{options.output}/runs') / run_name(cell, seed)
     args = folder / 'args.yaml'
     changed = changed_options(config, yaml.safe_load(args.read_text(encoding='utf-8'))) if args.is_file() else []
