@@ -15,8 +15,7 @@ Published code differs in details; the variants here:
   * `stem_stride` is 1 as in AlignMixup's code, also at TinyImageNet's 64 px (8x8 features). Manifold mixup and
     PuzzleMix use 2 there (4x4 features, a quarter of the work). Figures of the two kinds are not comparable.
   * WRN-16-8 is its paper's. In AlignMixup's code the convolutions have a bias, a block strides in its second
-    convolution instead of its first, and the shortcut convolves x itself, not relu(bn1(x)). With biases of zero and
-    both places changed back, the logits of the two agree to 7e-9.
+    convolution instead of its first, and the shortcut convolves x itself, not relu(bn1(x)).
 """
 import torch
 import torch.nn as nn
