@@ -125,7 +125,7 @@ def ablate(options: AblationOptions, command: str) -> dict[str, str]:
         return {}
     if options.queue:
         commands = [shlex.join(job.command) + '\n' for job in jobs.values() if not job.finished]
-        Path(options.queue).write_text(''.join(commands), encoding='utf-8')
+        write_whole(Path(options.queue), ''.join(commands))
         _logger.info(f'{options.queue}: {len(commands)} commands, to be run in {Path.cwd()}; after them --collect')
         return {}
     failed = {} if options.collect else run_jobs([*jobs.values()], options.jobs, options.progress)

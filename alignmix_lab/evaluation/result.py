@@ -147,17 +147,17 @@ def write_result(folder: Path, name: str, help: str, result: Result, facts: dict
 
     `facts` are what else the JSON file holds; `environment`, `command` and `data` are also shown on the page.
     """
-    files: dict[str, bytes] = {}
+    files: dict[str, str | bytes] = {}
     for suffix, figure in result.figures.items():
         files[f'{name}-{suffix}.png' if suffix else f'{name}.png'] = as_png(figure)
     pictures = list(files)
-    files[f'{name}.csv'] = as_csv(result).encode()
-    files[f'{name}.md'] = markdown(f'{name}: {help.rstrip(".")}', result, facts, pictures).encode()
+    files[f'{name}.csv'] = as_csv(result)
+    files[f'{name}.md'] = markdown(f'{name}: {help.rstrip(".")}', result, facts, pictures)
     content = plain({
         'protocol': name, **facts, 'columns': {key: asdict(column) for key, column in result.columns.items()},
         'rows': result.rows, 'notes': result.notes, 'details': result.details, 'pictures': pictures})
     # The JSON file is what says that a result is there: it comes last.
-    files[f'{name}.json'] = (json.dumps(content, indent=1) + '\n').encode()
+    files[f'{name}.json'] = json.dumps(content, indent=1) + '\n'
     for file, data in files.items():
         write_whole(folder / file, data)
     return [folder / file for file in files]
