@@ -136,6 +136,8 @@ def ffcv_loader(info: BetonInfo, o: LoaderOptions, train: bool) -> DeviceLoader:
     if o.val_share:
         raise ValueError(
             f'--val-share {o.val_share}: {info.path} is divided already; leave it out, or use the original images')
+    if train and o.train_samples:
+        raise ValueError(f'--train-samples {o.train_samples} needs the original images; use --loader timm')
     from .ffcv.loader import FFCVBatches
     return DeviceLoader(FFCVBatches(info, o, train), o, train)
 
@@ -151,6 +153,8 @@ def _timm_loaders(o: LoaderOptions) -> Loaders:
     else:
         train = open_split_source(o, o.train_split, True)
         val = open_split_source(o, o.val_split, False, train.class_to_idx)
+    if o.train_samples:
+        train = train.first(o.train_samples)
     where, labels = o.dataset or o.data_dir, [max(source.labels) for source in (train, val) if source.labels]
     largest = max(labels, default=None)
     found = max(len(train.class_names or []), 0 if largest is None else largest + 1) or None

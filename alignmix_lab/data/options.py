@@ -39,6 +39,9 @@ class TrainDataOptions(SourceOptions):
 
     train_split: str = _data('train', 'training split')
     val_split: str = _data('validation', 'validation split')
+    train_samples: int | None = _data(
+        None, 'train on the first so many images of each class only, to study small training sets (timm loader)', int,
+        low=1)
 
     no_aug: bool = _aug(False, 'turn off training augmentation', bool)
     scale: list[float] = _aug([0.08, 1.0], 'area range of the random resized crop', float, nargs=2, low=0)

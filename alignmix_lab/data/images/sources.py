@@ -87,13 +87,7 @@ class ImageSource:
         Raises:
             ValueError: The images are read in sequence, or are too few.
         """
-        if self.is_stream:
-            raise ValueError(
-                f'--val-share {share}: {self.title} is read in sequence; it needs a --val-split of its own')
-        labels = self.labels or getattr(self.dataset, 'targets', None)
-        by_class = defaultdict(list)
-        for place, index in enumerate(self.indices):
-            by_class[int(self.read(place)[1] if labels is None else labels[place])].append(index)
+        by_class = self._by_class(f'--val-share {share}', 'it needs a --val-split of its own')
         chosen = set()
         for label, members in by_class.items():
             count = min(max(round(share * len(members)), 1), len(members) - 1)
@@ -102,10 +96,29 @@ class ImageSource:
             chosen.update(members[place] for place in shuffled(len(members), seed, label)[:count])
         if not chosen:
             raise ValueError(f'--val-share {share}: {self.title} has one image per class, none for validation')
-        parts = [index for index in self.indices if index not in chosen], sorted(chosen)
-        return tuple(
-            ImageSource(self.dataset, self.title, self.class_names, self.class_to_idx, self.skipped, part)
-            for part in parts)
+        return self._part([index for index in self.indices if index not in chosen]), self._part(sorted(chosen))
+
+    def first(self, count: int) -> 'ImageSource':
+        """Keep the first images of each class, `count` or as many as there are.
+
+        Raises:
+            ValueError: The images are read in sequence.
+        """
+        by_class = self._by_class(f'--train-samples {count}', 'leave it out')
+        return self._part(sorted(index for members in by_class.values() for index in members[:count]))
+
+    def _by_class(self, flag: str, remedy: str) -> dict[int, list[int]]:
+        """Indices of each label, in their order."""
+        if self.is_stream:
+            raise ValueError(f'{flag}: {self.title} is read in sequence; {remedy}')
+        labels = self.labels or getattr(self.dataset, 'targets', None)
+        by_class = defaultdict(list)
+        for place, index in enumerate(self.indices):
+            by_class[int(self.read(place)[1] if labels is None else labels[place])].append(index)
+        return by_class
+
+    def _part(self, indices: Sequence[int]) -> 'ImageSource':
+        return ImageSource(self.dataset, self.title, self.class_names, self.class_to_idx, self.skipped, indices)
 
 
 def _open_folder(root: str, split: str, class_map: str, class_to_idx: dict[str, int] | None) -> ImageSource:

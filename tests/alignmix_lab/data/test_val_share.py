@@ -1,4 +1,4 @@
-"""Validation images that --val-share takes from the training images."""
+"""Parts of the training images: what --val-share sets aside, and what --train-samples leaves."""
 from collections import Counter
 from pathlib import Path
 
@@ -50,6 +50,18 @@ def test_the_choice_follows_seed_class_and_file_names(root, monkeypatch):
     assert Counter(labels) == {0: 4, 1: 2, 2: 1}
 
 
+def test_the_first_images_of_each_class(root):
+    kept, _ = open_divided(LoaderOptions(data_dir=str(root), val_share=0.2))
+    few = kept.first(3)
+    files, left = ([source.describe(i) for i in range(source.num_samples)] for source in (kept, few))
+    for name, count in dict(cat=3, dog=3, owl=1, rat=1).items():
+        first = [file for file in files if Path(file).parent.name == name][:3]
+        assert [file for file in left if Path(file).parent.name == name] == first and len(first) == count
+    assert few.labels == [few.read(i)[1] for i in range(8)]
+    options = dict(loader='timm', val_share=0.2, train_samples=3, batch_size=2)
+    assert create_loaders(str(root), **options).train.num_samples == 8
+
+
 def test_a_run_writes_down_its_validation_images(root):
     options = dict(
         data_dir=str(root), loader='timm', workers=0, model='test_resnet', img_size=32, epochs=1, warmup_epochs=0,
@@ -69,8 +81,12 @@ def test_what_cannot_be_divided(root):
         create_loaders(str(root), loader='timm', val_share=0.1)
     with pytest.raises(ValueError, match='--val-share 0.1: a stream is read in sequence'):
         ImageSource(IterDataPipe(), 'a stream').divide(0.1, 0)
+    with pytest.raises(ValueError, match='--train-samples 3: a stream is read in sequence; leave it out'):
+        ImageSource(IterDataPipe(), 'a stream').first(3)
 
 
 def test_beton_files_are_not_divided(betons):
     with pytest.raises(ValueError, match=r'--val-share 0.5: .*train\.beton is divided already'):
         create_loaders(str(betons), val_share=0.5)
+    with pytest.raises(ValueError, match='--train-samples 5 needs the original images; use --loader timm'):
+        create_loaders(str(betons), train_samples=5)
