@@ -5,12 +5,7 @@ Shape suffixes: B batch, C classes, N generated examples, R positions.
 import torch
 
 from ..functional.losses import GRAD_SCALE, attended_positions, subtract_target_gradient, target_logits
-from .mixed_logits import MAX_BATCH, MAX_EXAMPLES, mixed_logsumexp, pair_sums, softmax_sums
-
-
-def fits(logits_BRC: torch.Tensor, weights_RNB: torch.Tensor) -> bool:
-    """Check that the kernels take tensors of these sizes."""
-    return len(logits_BRC) <= MAX_BATCH[logits_BRC.dtype] and weights_RNB.shape[1] <= MAX_EXAMPLES
+from .mixed_logits import mixed_logsumexp, pair_sums, softmax_sums
 
 
 def loss_and_grads(

@@ -3,7 +3,8 @@
 With M^ (N, B) the normalised interpolation vectors of a position and L (B, C) its clean logits, one kernel computes
 logsumexp_c(M^ L) tile by tile with an online softmax, the other computes the tiles again and adds up
 M^T diag(share) softmax(M^ L). Neither M^ nor M^ L, (R, N, C) in all, is ever stored: a program reads the vectors as
-they were drawn and applies attention and normalisation itself.
+they were drawn and applies attention and normalisation itself. Batches of more examples than a program can hold go
+tile by tile; the second kernel then mixes the logits anew for each tile of its result.
 
 Precision: sums are in float32. Float32 logits are multiplied as three TF32 products, float32 in effect. Half-precision
 logits are exact in float16, and the vectors M^ are rounded to it, 11 bits: no coarser than the logits themselves. These
@@ -17,9 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-# A program holds vectors over the whole batch, and float16 copies of share * N.
-MAX_BATCH = {torch.float32: 128, torch.bfloat16: 256, torch.float16: 256}
-MAX_EXAMPLES = 2 ** 15
+MAX_BLOCK_B = {torch.float32: 128, torch.bfloat16: 256, torch.float16: 256}  # examples that a program holds at once
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
 
@@ -44,17 +43,34 @@ def _as_float16(logits):
 
 
 @triton.jit
+def _dot(a, b, total):
+    """total + a @ b: as three TF32 products where b is float32, else as one of float16."""
+    if b.dtype == tl.float32:
+        total = tl.dot(a, b, total, input_precision='tf32x3')
+    else:
+        total = tl.dot(a.to(tl.float16), b, total)
+    return total
+
+
+@triton.jit
 def _logsumexp_kernel(
         logits_ptr, weights_ptr, attention_ptr, sums_ptr, lse_ptr, B, R, N, C, stride_b, stride_r,
-        HAS_ATTENTION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_X: tl.constexpr):
+        HAS_ATTENTION: tl.constexpr, TILED: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr,
+        BLOCK_X: tl.constexpr):
     position = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     b = tl.arange(0, BLOCK_B)
-    rows_ptr = logits_ptr + position * stride_r + b.to(tl.int64) * stride_b  # B * R * C may exceed 2^31
+    base_ptr = logits_ptr + position * stride_r
+    rows_ptr = base_ptr + b.to(tl.int64) * stride_b  # B * R * C may exceed 2^31
     vectors = _mixing_weights(weights_ptr, attention_ptr, position, n, b, N, B, R, HAS_ATTENTION)
     if HAS_ATTENTION:
         sums = tl.sum(vectors, axis=1)
-        vectors *= (1.0 / tl.where(sums > 0, sums, 1.0))[:, None]
+        if TILED:
+            for first in range(BLOCK_B, B, BLOCK_B):
+                tile = _mixing_weights(weights_ptr, attention_ptr, position, n, first + b, N, B, R, HAS_ATTENTION)
+                sums += tl.sum(tile, axis=1)
+        norm = 1.0 / tl.where(sums > 0, sums, 1.0)
+        vectors *= norm[:, None]
         tl.store(sums_ptr + position * N + n, sums, mask=n < N)
     dtype: tl.constexpr = logits_ptr.dtype.element_ty
     to_log2: tl.constexpr = 16 * _LOG2_E if dtype == tl.bfloat16 else _LOG2_E
@@ -64,13 +80,24 @@ def _logsumexp_kernel(
     total = tl.zeros([BLOCK_N], dtype=tl.float32)
     for start in range(0, C, BLOCK_X):
         c = start + tl.arange(0, BLOCK_X)
-        logits = tl.load(
-            rows_ptr[:, None] + c[None, :],
-            mask=(b[:, None] < B) & (c[None, :] < C), other=0.0)
-        if dtype == tl.float32:
-            mixed = tl.dot(vectors, logits, input_precision='tf32x3')
+        mixed = tl.zeros([BLOCK_N, BLOCK_X], dtype=tl.float32)
+        if TILED:
+            for first in range(0, B, BLOCK_B):
+                tile = _mixing_weights(weights_ptr, attention_ptr, position, n, first + b, N, B, R, HAS_ATTENTION)
+                if HAS_ATTENTION:
+                    tile *= norm[:, None]
+                logits = tl.load(
+                    base_ptr + (first + b).to(tl.int64)[:, None] * stride_b + c[None, :],
+                    mask=(first + b[:, None] < B) & (c[None, :] < C), other=0.0)
+                if dtype != tl.float32:
+                    logits = _as_float16(logits)
+                mixed = _dot(tile, logits, mixed)
         else:
-            mixed = tl.dot(vectors, _as_float16(logits))
+            logits = tl.load(
+                rows_ptr[:, None] + c[None, :], mask=(b[:, None] < B) & (c[None, :] < C), other=0.0)
+            if dtype != tl.float32:
+                logits = _as_float16(logits)
+            mixed = _dot(vectors, logits, mixed)
         mixed = tl.where(c[None, :] < C, mixed * to_log2, float('-inf'))
         new_peak = tl.maximum(peak, tl.max(mixed, axis=1))
         total = total * tl.exp2(peak - new_peak) + tl.sum(tl.exp2(mixed - new_peak[:, None]), axis=1)
@@ -81,19 +108,19 @@ def _logsumexp_kernel(
 @triton.jit
 def _weighted_sum_kernel(
         logits_ptr, weights_ptr, attention_ptr, sums_ptr, lse_ptr, share_ptr, out_ptr, B, R, N, X, stride_b, stride_r,
-        out_stride_b, out_stride_r, HAS_ATTENTION: tl.constexpr, PAIRS: tl.constexpr, BLOCK_B: tl.constexpr,
-        BLOCK_N: tl.constexpr, BLOCK_X: tl.constexpr):
+        out_stride_b, out_stride_r, HAS_ATTENTION: tl.constexpr, TILED: tl.constexpr, PAIRS: tl.constexpr,
+        BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_X: tl.constexpr):
     """out[b, x] = sum_k share_k M^_kb V_kx, where V is softmax(M^ L) over X classes, or M^ itself (PAIRS)."""
     position = tl.program_id(1).to(tl.int64)
     x = tl.program_id(0) * BLOCK_X + tl.arange(0, BLOCK_X)
-    b = tl.arange(0, BLOCK_B)
-    rows_ptr = logits_ptr + position * stride_r + b.to(tl.int64) * stride_b  # B * R * C may exceed 2^31
+    i = tl.arange(0, BLOCK_B)
+    b = tl.program_id(2) * BLOCK_B + i if TILED else i
+    base_ptr = logits_ptr + position * stride_r
+    rows_ptr = base_ptr + i.to(tl.int64) * stride_b  # B * R * C may exceed 2^31
     dtype: tl.constexpr = logits_ptr.dtype.element_ty
     to_log2: tl.constexpr = 16 * _LOG2_E if dtype == tl.bfloat16 else _LOG2_E
-    if not PAIRS:
-        logits = tl.load(
-            rows_ptr[None, :] + x[:, None],
-            mask=(b[None, :] < B) & (x[:, None] < X), other=0.0)
+    if not PAIRS and not TILED:
+        logits = tl.load(rows_ptr[None, :] + x[:, None], mask=(b[None, :] < B) & (x[:, None] < X), other=0.0)
         if dtype != tl.float32:
             logits = _as_float16(logits)
     out = tl.zeros([BLOCK_X, BLOCK_B], dtype=tl.float32)
@@ -112,16 +139,26 @@ def _weighted_sum_kernel(
             values = tl.trans(values)
         else:
             lse = tl.load(lse_ptr + position * N + n, mask=n < N, other=0.0)
-            if dtype == tl.float32:
-                mixed = tl.dot(logits, tl.trans(vectors), input_precision='tf32x3')
+            mixed = tl.zeros([BLOCK_X, BLOCK_N], dtype=tl.float32)
+            if TILED:
+                for first in range(0, B, BLOCK_B):
+                    tile = _mixing_weights(weights_ptr, attention_ptr, position, n, first + i, N, B, R, HAS_ATTENTION)
+                    if HAS_ATTENTION:
+                        tile *= norm[:, None]
+                    logits = tl.load(
+                        base_ptr + (first + i).to(tl.int64)[None, :] * stride_b + x[:, None],
+                        mask=(first + i[None, :] < B) & (x[:, None] < X), other=0.0)
+                    if dtype != tl.float32:
+                        logits = _as_float16(logits)
+                    mixed = _dot(logits, tl.trans(tile.to(logits.dtype)), mixed)
             else:
-                mixed = tl.dot(logits, tl.trans(vectors.to(tl.float16)))
+                mixed = _dot(logits, tl.trans(vectors.to(logits.dtype)), mixed)
             values = tl.exp2(mixed * to_log2 - (lse * _LOG2_E)[None, :])
         if dtype == tl.float32:
-            out = tl.dot(values, vectors * share[:, None], out, input_precision='tf32x3')
+            out = _dot(values, vectors * share[:, None], out)
         else:
             # Times N: a share is about 1 / N, below what float16 can hold.
-            out = tl.dot(values.to(tl.float16), (vectors * (share * N)[:, None]).to(tl.float16), out)
+            out = _dot(values, (vectors * (share * N)[:, None]).to(tl.float16), out)
     if dtype != tl.float32:
         out *= 1.0 / N
     tl.store(
@@ -190,19 +227,22 @@ def _launch_sum(logits_BRC, weights_RNB, attention_BR, sums_RN, lse_RN, share_RN
     B, R, _ = logits_BRC.shape
     N, X = weights_RNB.shape[1], out.shape[2]
     config = launch_config(B, logits_BRC.dtype, total=True, hopper=_hopper(logits_BRC.device))
-    _weighted_sum_kernel[(triton.cdiv(X, config['BLOCK_X']), R)](
+    _weighted_sum_kernel[(triton.cdiv(X, config['BLOCK_X']), R, triton.cdiv(B, config['BLOCK_B']))](
         logits_BRC, weights_RNB, attention_BR, sums_RN, lse_RN, share_RN, out, B, R, N, X,
         *logits_BRC.stride()[:2], *out_strides, HAS_ATTENTION=attention_BR is not None, PAIRS=pairs, **config)
 
 
-def launch_config(B: int, dtype: torch.dtype, total: bool, hopper: bool) -> dict[str, int]:
+def launch_config(B: int, dtype: torch.dtype, total: bool, hopper: bool) -> dict[str, int | bool]:
     """Block shapes and warps, those that ptxas fits into registers (`total`: the second kernel).
 
-    A program holds vectors over the whole batch. Hopper's own matrix instructions take blocks of 64 rows at least:
+    A program holds vectors over the batch, or a tile of it. Hopper's own matrix instructions take blocks of 64 rows at least:
     vectors in the first kernel, classes in the second.
     """
     block_b = max(16, triton.next_power_of_2(B))
-    small = block_b <= 128
+    tiled = block_b > MAX_BLOCK_B[dtype]
+    if tiled:
+        block_b = MAX_BLOCK_B[dtype] // 2  # what a tile mixes takes registers of its own
+    small = block_b <= 128 and not tiled
     if dtype == torch.float32:
         block_n, block_x = 16, 32
     elif total:
@@ -212,7 +252,8 @@ def launch_config(B: int, dtype: torch.dtype, total: bool, hopper: bool) -> dict
         block_n = 128 if small else 64 if hopper else 32
         block_x = 128 if small else 64
     return dict(
-        BLOCK_B=block_b, BLOCK_N=block_n, BLOCK_X=block_x, num_warps=4 if block_b <= 32 else 8, num_stages=1)
+        TILED=tiled, BLOCK_B=block_b, BLOCK_N=block_n, BLOCK_X=block_x,
+        num_warps=4 if block_b <= 32 else 8, num_stages=1)
 
 
 def _hopper(device: torch.device) -> bool:

@@ -51,7 +51,7 @@ def test_cost_uses_tensor_cores(tmp_path):
     assert 'wgmma.mma_async' in ptx and spilled <= FEW and shared <= 227 * 1024
 
 
-@pytest.mark.parametrize('B, attended', ((128, True), (256, True), (128, False)))
+@pytest.mark.parametrize('B, attended', ((128, True), (256, True), (128, False), (512, True), (512, False)))
 def test_mixed_logits_use_tensor_cores(B, attended, tmp_path):
     from timm_alignmix.kernels.mixed_logits import _logsumexp_kernel, _weighted_sum_kernel, launch_config
 
@@ -70,11 +70,12 @@ def test_mixed_logits_use_tensor_cores(B, attended, tmp_path):
         assert 'wgmma.mma_async' in ptx
 
 
-def test_float32_logits_compile_up_to_their_largest_batch(tmp_path):
-    from timm_alignmix.kernels.mixed_logits import MAX_BATCH, _logsumexp_kernel, _weighted_sum_kernel, launch_config
+@pytest.mark.parametrize('B', (128, 256))
+def test_float32_logits_compile(B, tmp_path):
+    from timm_alignmix.kernels.mixed_logits import _logsumexp_kernel, _weighted_sum_kernel, launch_config
 
     for kernel, constants, total in ((_logsumexp_kernel, {}, False), (_weighted_sum_kernel, dict(PAIRS=False), True)):
         pointers = {name: '*fp32' for name in kernel.arg_names if name.endswith('_ptr')}
-        config = launch_config(MAX_BATCH[torch.float32], torch.float32, total, hopper=True)
+        config = launch_config(B, torch.float32, total, hopper=True)
         _, shared, spilled = compiled(kernel, config, tmp_path, pointers, dict(constants, HAS_ATTENTION=True))
         assert spilled <= FEW and shared <= 227 * 1024

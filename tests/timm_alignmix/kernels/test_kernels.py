@@ -160,6 +160,28 @@ def test_dense_loss_of_many_examples(kernel_device, dtype):
     assert gradient_error(grad, expected_grad) <= (2 ** -10 if dtype == torch.float16 else 2 ** -8)
 
 
+@pytest.mark.parametrize('attended', (False, True))
+@pytest.mark.parametrize('dtype, B', ((torch.float32, 130), (torch.float16, 258), (torch.bfloat16, 300)))
+def test_dense_loss_of_large_batches(kernel_device, dtype, B, attended):
+    """More examples than a program holds at once: three tiles, the last of which is partly filled."""
+    from timm_alignmix.kernels import dense_loss
+
+    R, N, C = 2, 40, 70
+    logits_BRC, weights_RNB, attention_BR = dense_case(B, R, N, C, m=5)  # few of many, else all mixtures are alike
+    logits_BRC = logits_BRC.to(dtype)
+    if attended:
+        attention_BR[:128, 1] = 0  # vectors whose first tile, or all of it, has no attention
+    target = torch.randint(C, (B,))
+    arguments = [logits_BRC, target, weights_RNB, attention_BR if attended else None]
+    loss, grad, _ = dense_loss.loss_and_grads(
+        *(None if t is None else t.to(kernel_device) for t in arguments), 0.1, True)
+    expected, expected_grad = textbook(
+        logits_BRC, losses.soft_target(target, C, 0.1, torch.float64), weights_RNB, arguments[3])
+    loss_tolerance, grad_tolerance = TOLERANCES[dtype]
+    assert loss.item() == pytest.approx(expected.item(), rel=loss_tolerance)
+    assert gradient_error(grad, expected_grad) <= grad_tolerance
+
+
 def test_dense_loss_of_one_position_and_strided_logits(kernel_device):
     """MultiMix's case, and logits that are a transposed view; m < B leaves zeros in the vectors."""
     from timm_alignmix.kernels import dense_loss
