@@ -235,8 +235,8 @@ def _launch_sum(logits_BRC, weights_RNB, attention_BR, sums_RN, lse_RN, share_RN
 def launch_config(B: int, dtype: torch.dtype, total: bool, hopper: bool) -> dict[str, int | bool]:
     """Block shapes and warps, those that ptxas fits into registers (`total`: the second kernel).
 
-    A program holds vectors over the batch, or a tile of it. Hopper's own matrix instructions take blocks of 64 rows at least:
-    vectors in the first kernel, classes in the second.
+    A program holds vectors over the batch, or a tile of it. Hopper's own matrix instructions take blocks of 64 rows at
+    least: vectors in the first kernel, classes in the second.
     """
     block_b = max(16, triton.next_power_of_2(B))
     tiled = block_b > MAX_BLOCK_B[dtype]
