@@ -11,7 +11,6 @@ and data the runs are on the built-in sample.
 import csv
 import itertools
 import logging
-import math
 import os
 import re
 import shlex
@@ -19,7 +18,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
@@ -56,6 +54,7 @@ _run = partial(opts.config_option, 'Run, logs and checkpoints')
 STUDIES = Path(__file__).with_name('studies.yaml')
 SCRIPT = Path(__file__).resolve().parents[2] / 'train_imagenet.py'  # of a clone
 GRACE = 120  # seconds that interrupted runs have to save their state
+LAUNCHER = 'ALIGNMIX_ABLATION'  # environment variable of all processes of the runs: process id of the ablation
 
 
 @dataclass
@@ -150,10 +149,6 @@ class Job:
         return self.folder.name
 
     @property
-    def log(self) -> Path:
-        return self.folder.with_name(f'{self.name}.log')  # the training makes the folder itself
-
-    @property
     def curve(self) -> dict[int, float]:
         """Top-1 (%) by epoch, of the epochs that were evaluated."""
         path = self.folder / 'summary.csv'
@@ -169,14 +164,15 @@ class Job:
     def finished(self) -> bool:
         return self.done == self.epochs
 
-    def start(self, variables: dict[str, str]) -> psutil.Popen:
-        """Run the command with more environment variables, its output added to the log."""
+    def start(self, variables: dict[str, str]) -> subprocess.Popen:
+        """Run the command with more environment variables; its output goes beside the folder, which it makes."""
         words = [sys.executable, *self.command[1:]] if self.command[0] == 'python' else self.command
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        with self.log.open('a', encoding='utf-8') as log:
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        with open(f'{self.folder}.log', 'a', encoding='utf-8') as log:
             print('$', shlex.join(self.command), file=log, flush=True)
-            return psutil.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=os.environ | variables,
-                                start_new_session=True)  # Ctrl-C reaches it through end() alone
+            return subprocess.Popen(
+                words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,  # Ctrl-C is ours
+                env={**os.environ, **variables, LAUNCHER: str(os.getpid())})
 
 
 @dataclass
@@ -234,11 +230,10 @@ class Study:
 
     def reference_of(self, cell: Cell) -> Cell | None:
         """The case that a case is compared with; first of all one that differs in the reference's settings alone."""
+        wanted = [self.reference]
         if isinstance(self.reference, dict):
             wanted = [{**cell.settings, **self.reference}, {**self.set, **self.reference}]
-        else:
-            wanted = [other.settings for other in self.cells if other.name == self.reference]
-        found = (other for settings in wanted for other in self.cells if other.settings == settings)
+        found = (other for known in wanted for other in self.cells if known in (other.name, other.settings))
         return next((other for other in found if other is not cell), None)
 
     def lines(self) -> dict[str, list[Cell]]:
@@ -270,7 +265,7 @@ def shown(value: Any) -> str:
     return {'None': 'all', 'True': 'on', 'False': 'off'}.get(str(value), str(value))
 
 
-def parse_words(words: Sequence[str], flag: str) -> dict[str, Any]:
+def parse_words(words: list[str], flag: str) -> dict[str, Any]:
     """Options from words such as `epochs=5`, or for --grid lists of values from `mix_kwargs.n=1,10`, all in YAML."""
     options = {}
     for word in words:
@@ -291,7 +286,7 @@ def grid_study(grid: dict[str, list[Any]]) -> Study:
                  reference={'mix': 'none'} if {'none'} < {*map(str, grid.get('mix', ()))} else None)
 
 
-def load_studies(names: Sequence[str]) -> list[Study]:
+def load_studies(names: list[str]) -> list[Study]:
     """Studies of the papers by name, or all of a YAML file; a ValueError says what is wrong with one."""
     studies = []
     for name in names:
@@ -310,7 +305,7 @@ def load_studies(names: Sequence[str]) -> list[Study]:
 
 # Runs
 
-def plan(options: AblationOptions, studies: Sequence[Study]) -> list[Job]:
+def plan(options: AblationOptions, studies: list[Study]) -> list[Job]:
     """Plan the runs, shared ones once; seed by seed, so that unfinished studies still compare. May raise ValueError."""
     jobs: dict[Path, Job] = {}
     for seed, study in itertools.product(options.seeds, studies):
@@ -327,18 +322,18 @@ def plan(options: AblationOptions, studies: Sequence[Study]) -> list[Job]:
 
 def make_job(options: AblationOptions, cell: Cell, seed: int) -> Job:
     """Plan the run of a case with a seed, and give the case all its options. Every study has the same name for it."""
-    name = [str(cell.settings['mix'])] if 'mix' in cell.settings else []
-    for key, value in sorted(cell.settings.items()):
+    settings = dict(sorted(cell.settings.items()))  # in any order the run is the same
+    name = [str(settings['mix'])] if 'mix' in settings else []
+    for key, value in settings.items():
         text = '_'.join(map(str, value)) if isinstance(value, list) else shown(value)
         name += [short(key) + re.sub(r'[^A-Za-z0-9.]+', '_', text)] if key != 'mix' else []
     folder = Path(options.runs or f'{options.output}/runs') / '-'.join([*name, f'seed{seed}'])
     kinds = {option.name: option.metadata['type'] for option in fields(TrainConfig)}
     flags, nested = {}, {}
-    for key, value in {**parse_words(options.set or (), '--set'), **cell.settings, 'seed': seed}.items():
+    for key, value in {**parse_words(options.set or (), '--set'), **settings, 'seed': seed}.items():
         option, dot, entry = key.partition('.')
         if option not in kinds or (dot and kinds[option] is not dict):
-            near = opts.near_names(option, kinds)
-            raise ValueError(f'no option {key}{near} (those of a method are mix_kwargs.NAME)')
+            raise ValueError(f'no option {key}{opts.near_names(option, kinds)} (those of a method: mix_kwargs.NAME)')
         (nested.setdefault(option, {}) if dot else flags)[entry or option] = value
     base = resolve_config(flags, options.recipe)
     flags |= {option: {**getattr(base, option), **entries} for option, entries in nested.items()}
@@ -359,7 +354,7 @@ def make_job(options: AblationOptions, cell: Cell, seed: int) -> Job:
     return Job(command, folder, min(epochs, config.stop_epoch or epochs))
 
 
-def describe_jobs(jobs: Sequence[Job], at_once: int = 1) -> str:
+def describe_jobs(jobs: list[Job], at_once: int = 1) -> str:
     """Count runs and epochs, and estimate the time that is left where finished runs tell how long an epoch takes."""
     finished = [job for job in jobs if job.finished]
     total, done = sum(job.epochs for job in jobs), sum(job.done for job in jobs)
@@ -371,7 +366,7 @@ def describe_jobs(jobs: Sequence[Job], at_once: int = 1) -> str:
     return text
 
 
-def run_jobs(jobs: Sequence[Job], at_once: int = 1, progress: bool = False) -> dict[str, str]:
+def run_jobs(jobs: list[Job], at_once: int = 1, progress: bool = False) -> dict[str, str]:
     """Run what is not finished, `at_once` runs at a time; returns why runs failed, by name.
 
     SIGTERM, SIGINT and SIGHUP are passed on; when the runs have saved their state, KeyboardInterrupt is raised.
@@ -379,8 +374,8 @@ def run_jobs(jobs: Sequence[Job], at_once: int = 1, progress: bool = False) -> d
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
     stop = StopSignals([number for number in numbers if signal.getsignal(number) != signal.SIG_IGN])  # as by nohup
     done = {job.name: job.done for job in jobs}
-    waiting = [(f'[{number}/{len(jobs)}] {job.name}', job) for number, job in enumerate(jobs, 1) if not job.finished]
-    running: dict[int, tuple[str, Job, psutil.Popen]] = {}  # by slot
+    waiting = [job for job in jobs if not job.finished]
+    running: dict[int, tuple[Job, subprocess.Popen]] = {}  # by slot
     failed: dict[str, str] = {}
     bar = tqdm(total=sum(job.epochs for job in jobs), initial=sum(done.values()), unit='epoch',
                disable=not (progress or sys.stderr.isatty()))
@@ -388,36 +383,36 @@ def run_jobs(jobs: Sequence[Job], at_once: int = 1, progress: bool = False) -> d
         try:
             while (waiting or running) and not stop.received:
                 for slot in sorted({*range(at_once)} - {*running})[:len(waiting)]:
-                    title, job = waiting.pop(0)
-                    running[slot] = title, job, job.start(gpu_share(slot, at_once))
-                bar.set_description(', '.join(title for title, _, _ in running.values()))
+                    running[slot] = waiting[0], waiting[0].start(gpu_share(slot, at_once))
+                    del waiting[0]
+                bar.set_description(', '.join(job.name for job, _ in running.values()))
                 time.sleep(0.2)
-                ended = [slot for slot, (_, _, process) in running.items() if process.poll() is not None]
-                done |= {job.name: job.done for _, job, _ in running.values()}
+                ended = [slot for slot, (_, process) in running.items() if process.poll() is not None]
+                done |= {job.name: job.done for job, _ in running.values()}
                 bar.update(sum(done.values()) - bar.n)
-                for title, job, process in map(running.pop, [] if stop.received else ended):
+                for job, process in map(running.pop, [] if stop.received else ended):
+                    title = f'[{jobs.index(job) + 1}/{len(jobs)}] {job.name}'
                     if process.returncode == 0 and job.finished:
-                        _logger.info(f'{title}: top-1 {job.curve[job.epochs - 1]:.2f} % after {job.epochs} epochs')
+                        _logger.info(f'{title}: top-1 {job.curve[max(job.curve)]:.2f} % after {job.epochs} epochs')
                         continue
-                    reason = f'exit code {process.returncode} after {job.done} epochs; {job.log} ends with'
-                    ending = job.log.read_text(encoding='utf-8', errors='replace').splitlines()[-15:]
+                    log = Path(f'{job.folder}.log')
+                    ending = log.read_text(encoding='utf-8', errors='replace').splitlines()[-15:]
+                    reason = f'exit code {process.returncode} after {job.done} epochs; {log} ends with'
                     failed[job.name] = '\n    '.join([reason, *ending])
                     _logger.error(f'{title} failed, going on with the rest: {failed[job.name]}')
         finally:
-            end([process for _, _, process in running.values()])
+            if running or stop.received:
+                end_runs()
     if stop.received:
         raise KeyboardInterrupt
     return failed
 
 
-def end(processes: Sequence[psutil.Popen]) -> None:
-    """Let runs save and end: asks all their processes, because a launcher may end before what it launched."""
-    family: list[psutil.Process] = []
-    for process in processes:
-        with suppress(psutil.NoSuchProcess):
-            family += [process, *process.children(recursive=True)]
-    if family:
-        _logger.warning(f'Interrupted, waiting up to {GRACE} s for the runs to save their state')
+def end_runs() -> None:
+    """Let all processes of the runs save and end; a launcher may have ended before what it launched."""
+    _logger.warning(f'Interrupted, waiting up to {GRACE} s for the runs to save their state')
+    family = [process for process in psutil.process_iter(['environ'])
+              if (process.info['environ'] or {}).get(LAUNCHER) == str(os.getpid())]
     for ask, seconds in ((psutil.Process.terminate, GRACE), (psutil.Process.kill, 10)):
         for process in family:
             with suppress(psutil.NoSuchProcess):
@@ -449,7 +444,7 @@ def paired_difference(ours: dict[int, float], theirs: dict[int, float]) -> tuple
     mean, std = plotting.spread(differences)
     if std is None:
         return None, None
-    return mean, float(stdtrit(len(differences) - 1, 0.975)) * std / math.sqrt(len(differences))
+    return mean, float(stdtrit(len(differences) - 1, 0.975)) * std / len(differences) ** 0.5
 
 
 def make_result(study: Study, options: AblationOptions, failed: dict[str, str]) -> Result:
@@ -487,10 +482,9 @@ def make_result(study: Study, options: AblationOptions, failed: dict[str, str]) 
         *list_notes(study, options.recipe, next(iter(figures.values()), None)),
         *(f'Failed: {job.name}: {failed[job.name].splitlines()[0]}.' for _, _, job in runs if job.name in failed),
         *([f'Not finished: {missing}.'] if missing else [])]
-    details = {
-        'study': study.name, 'source': study.source, 'recipe': options.recipe, 'seeds': options.seeds,
-        'runs': [{'run': job.name, 'settings': cell.settings, 'seed': seed, 'command': ' '.join(job.command),
-                  'top1': job.curve} for cell, seed, job in runs]}
+    details = {'study': study.name, 'source': study.source, 'reference': study.reference, 'runs': [
+        {'run': job.name, 'settings': cell.settings, 'seed': seed, 'command': ' '.join(job.command), 'top1': job.curve}
+        for cell, seed, job in runs]}
     pictures = {'': draw(study), 'curves': draw_curves(study)} if study.lines() else {}
     return Result({key: columns[key] for key in columns if key in rows[0]}, rows, notes, details, pictures)
 

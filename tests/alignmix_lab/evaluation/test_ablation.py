@@ -255,6 +255,9 @@ def test_cases_are_compared_with_the_reference():
     for reference in ('plain', {'mix': 'none'}):
         assert references(Study('s', 'S', cases, reference=reference, set={'lr': 1})) == {
             'plain': None, 'lr=1 multimix n=1': 'plain', 'lr=1 multimix n=2': 'plain'}
+    cases = [{'mix': 'alignmix', 'mix_kwargs.eps': [0.1, 0.2]}, {'mix': 'alignmix'}]
+    assert references(Study('s', 'S', cases, reference={'mix': 'alignmix'})) == {
+        'alignmix eps=0.1': 'alignmix', 'alignmix eps=0.2': 'alignmix', 'alignmix': None}
     studies = {study.name: study for study in load_studies([str(STUDIES)])}
     assert {*references(studies['mixes']).values()} == {None, 'none'}
 

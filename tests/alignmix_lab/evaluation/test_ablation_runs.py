@@ -99,18 +99,25 @@ def test_runs_at_a_time_are_as_many_as_asked_for(tmp_path):
 
 
 @pytest.mark.parametrize('own_session', [False, True])
-def test_what_a_launcher_leaves_behind_is_waited_for(tmp_path, own_session):
+@pytest.mark.parametrize('ends_first', [False, True])
+def test_what_a_launcher_leaves_behind_is_waited_for(tmp_path, own_session, ends_first):
     """accelerate's launcher of one process ends at SIGTERM, before the training has saved.
 
-    torchrun starts its workers in sessions of their own.
+    A scheduler may signal the launcher as well; torchrun starts its workers in sessions of their own.
     """
-    inner = fake_job(tmp_path / 'a', epochs=3, wait=0.4)
     launcher = (
         f'import subprocess, sys; subprocess.run([sys.executable, *sys.argv[1:]], start_new_session={own_session})')
-    words = [*inner.command[1:]]
-    words[1] = words[1].replace("    (folder / 'saved').touch()", "    time.sleep(1); (folder / 'saved').touch()")
-    job = Job(['python', '-c', launcher, *words], inner.folder, 3)
-    signal_when(lambda: job.done)
+    job = fake_job(tmp_path / 'a', epochs=3, wait=0.4)
+    slow = FAKE.replace("    (folder / 'saved').touch()", "    time.sleep(1); (folder / 'saved').touch()")
+    job = Job(['python', '-c', launcher, '-c', slow, *job.command[3:]], job.folder, 3)
+
+    def launched() -> bool:
+        if job.done and ends_first:
+            (process,) = psutil.Process().children()
+            process.kill()
+        return job.done > 0
+
+    signal_when(launched)
     with pytest.raises(KeyboardInterrupt):
         run_jobs([job])
     assert (job.folder / 'saved').exists()
