@@ -100,6 +100,8 @@ def test_every_case_is_a_command_that_training_reads_back(options):
     jobs = plan(options, studies)
     by_name = {cell.jobs[0].name: cell for study in studies for cell in study.cells}
     assert len(jobs) == len({job.name for job in jobs}) == 2 * len(by_name)
+    shared = [{cell.jobs[0].name for cell in study.cells} for study in studies if study.name in ('n', 'm')]
+    assert 'multimix-m2-n1000-seed0' in shared[0] & shared[1]  # though they name n and m in another order
     for name in [*by_name][::4]:  # parsing takes a moment
         job = by_name[name].jobs[0]
         assert job in jobs
