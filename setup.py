@@ -10,8 +10,10 @@ exec((here / 'timm_alignmix' / 'version.py').read_text(encoding='utf-8'), versio
 train = [
     'accelerate>=1.0',
     'matplotlib>=3.8',
+    'psutil',
     'pyyaml',
     'scikit-learn>=1.3',  # carries the built-in sample
+    'scipy>=1.11',
     'torchvision',
     'tqdm',
 ]
@@ -19,7 +21,6 @@ evaluate = [
     *train,
     'jinja2',
     'opencv-python-headless',
-    'scipy>=1.11',
     'torchmetrics>=1.4',
     'umap-learn>=0.5.6',
 ]

@@ -5,15 +5,30 @@ import math
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
+from scipy import stats
 
 from alignmix_lab.classification import TrainConfig
 from alignmix_lab.commands.train import parse_config
 from alignmix_lab.evaluation import ablation, published
-from alignmix_lab.evaluation.ablation import AblationOptions, ablate, draw_axis, main, make_job, plan, run_name
-from alignmix_lab.evaluation.studies import STUDIES, Cell, Study, grid_study, load_studies, parse_words
-from alignmix_lab.runs.plotting import figure
+from alignmix_lab.evaluation.ablation import (
+    STUDIES,
+    AblationOptions,
+    Cell,
+    Study,
+    ablate,
+    draw,
+    grid_study,
+    load_studies,
+    main,
+    make_job,
+    paired_difference,
+    parse_words,
+    plan,
+)
+from alignmix_lab.runs.files import lock_file
 from alignmix_lab.runs.run_report import seconds_per_epoch
 
 SETTINGS = ['model=test_resnet', 'epochs=2']
@@ -38,7 +53,7 @@ def options(tmp_path) -> AblationOptions:
 def finish(options: AblationOptions, top1: dict[tuple[str, int], list[float]]) -> None:
     """Pretend that some of the runs have been trained: top-1 by epoch, by case and seed."""
     for (mix, seed), values in top1.items():
-        cell = Cell({'mix': mix}, mix, '')
+        cell = Cell({'mix': mix})
         job = make_job(options, cell, seed)
         write_run(job.folder, cell.config, values)
 
@@ -83,10 +98,13 @@ def test_papers_studies_have_every_published_case():
 def test_every_case_is_a_command_that_training_reads_back(options):
     studies = load_studies([str(STUDIES)])
     jobs = plan(options, studies)
-    by_name = {run_name(cell, 0): cell for study in studies for cell in study.cells}
-    assert len(jobs) == 2 * len(by_name)
+    by_name = {cell.jobs[0].name: cell for study in studies for cell in study.cells}
+    assert len(jobs) == len({job.name for job in jobs}) == 2 * len(by_name)
+    shared = [{cell.jobs[0].name for cell in study.cells} for study in studies if study.name in ('n', 'm')]
+    assert 'multimix-m2-n1000-seed0' in shared[0] & shared[1]  # though they name n and m in another order
     for name in [*by_name][::4]:  # parsing takes a moment
-        job = jobs[name]
+        job = by_name[name].jobs[0]
+        assert job in jobs
         assert [*job.command[:2]] == ['python', 'train_imagenet.py']
         read, wanted = parse_config([*job.command[2:]]), by_name[name].config
         assert (read.mix, read.seed, read.resume, read.experiment) == (wanted.mix, 0, 'auto', name)
@@ -97,7 +115,7 @@ def test_every_case_is_a_command_that_training_reads_back(options):
 def test_an_installed_package_trains_as_a_module(options, monkeypatch, tmp_path):
     monkeypatch.setattr(ablation, 'SCRIPT', tmp_path / 'train_imagenet.py')
     options.launch = 'accelerate launch --num_processes 8'
-    command = [*make_job(options, Cell({'mix': 'mixup'}, '', ''), 0).command]
+    command = [*make_job(options, Cell({'mix': 'mixup'}), 0).command]
     assert command[:7] == ['accelerate', 'launch', '--num_processes', '8', '-m', 'alignmix_lab', 'train']
     assert parse_config(command[7:]).mix == 'mixup'
 
@@ -105,12 +123,12 @@ def test_an_installed_package_trains_as_a_module(options, monkeypatch, tmp_path)
 def test_the_script_is_that_of_the_clone_wherever_the_command_runs(options, monkeypatch, tmp_path):
     (tmp_path / 'train_imagenet.py').write_text('raise SystemExit("that of another project")')
     monkeypatch.chdir(tmp_path)
-    job = make_job(options, Cell({'mix': 'mixup'}, '', ''), 0)
+    job = make_job(options, Cell({'mix': 'mixup'}), 0)
     assert job.command[1] == str(ablation.SCRIPT)
 
 
 def test_epochs_are_those_of_the_whole_schedule(options):
-    cell = Cell({'cooldown_epochs': 3, 'warmup_epochs': 1, 'warmup_prefix': True}, '', '')
+    cell = Cell({'cooldown_epochs': 3, 'warmup_epochs': 1, 'warmup_prefix': True})
     assert make_job(options, cell, 0).epochs == 2 + 3 + 1
 
 
@@ -121,7 +139,7 @@ def test_options_of_the_method_go_with_the_method(tmp_path):
     options = AblationOptions(recipe=str(recipe), study=['n'], output=str(tmp_path))
 
     def resolved(**settings: object) -> TrainConfig:
-        cell = Cell({key.replace('__', '.'): value for key, value in settings.items()}, '', '')
+        cell = Cell({key.replace('__', '.'): value for key, value in settings.items()})
         command = make_job(options, cell, 0).command
         assert parse_config([*command[2:]]).mix_kwargs == cell.config.mix_kwargs
         return cell.config
@@ -149,21 +167,23 @@ def test_wrong_options_stop_before_anything_is_trained(options, tmp_path):
         load_studies([str(file)])
     for text in ('- a', 'a: [', 'a: none', 'a: {title: A}', 'a: {title: A, cases: [mix]}', 'a: {title: A, cases: []}',
                  'a: {title: A, cases: [{mix: none}], colour: red}',
-                 'a: {title: A, cases: [{mix: none}], scale: log2}'):
+                 'a: {title: A, cases: [{mix: none}], scale: log2}',
+                 'a: {title: A, cases: [{mix: none}, {mix: mixup}], reference: cutmix}',
+                 'a: {title: A, cases: [{mix: none}, {mix: mixup}], reference: {mix: cutmix}}'):
         file.write_text(text)
         with pytest.raises(ValueError, match=r'own\.yaml|study a'):
             load_studies([str(file)])
     with pytest.raises(ValueError, match='either --study or --grid'):
         AblationOptions()
     with pytest.raises(ValueError, match='--recipe nowhere: no such file'):
-        AblationOptions(study=['n'], recipe='nowhere')
+        ablate(AblationOptions(study=['n'], recipe='nowhere'), '')
     with pytest.raises(ValueError, match='one at a time'):
         AblationOptions(study=['n'], collect=True, dry_run=True)
 
 
 def test_a_folder_of_another_training_is_refused(options):
     finish(options, {('mixup', 0): [50.0, 60.0]})
-    assert make_job(options, Cell({'mix': 'mixup'}, '', ''), 0).finished
+    assert make_job(options, Cell({'mix': 'mixup'}), 0).finished
     options.set = [*SETTINGS, 'weight_decay=0.5']
     with pytest.raises(ValueError, match=r'study grid, mixup: .*--weight-decay 0\.05 -> 0\.5.*--output'):
         ablate(options, '')
@@ -179,7 +199,8 @@ def test_finished_trainings_become_tables_and_pictures(tmp_path, options):
     found = json.loads((tmp_path / 'ablation.json').read_text())
     first, second = found['rows']
     assert first == {'model': 'test_resnet', 'mix': 'mixup', 'seeds': 2, 'last': 82.0,
-                     'last_std': pytest.approx(math.sqrt(8)), 'best': 83.5, 'best_std': pytest.approx(math.sqrt(12.5))}
+                     'last_std': pytest.approx(math.sqrt(8)), 'difference': None, 'interval': None, 'best': 83.5,
+                     'best_std': pytest.approx(math.sqrt(12.5))}  # only one seed of none to compare with
     assert (second['seeds'], second['last'], second['last_std'], second['best']) == (1, 70.0, None, 70.0)
     assert any('Not finished: none-seed1' in note for note in found['notes'])
     assert all((tmp_path / name).stat().st_size > 5000 for name in ('ablation.png', 'ablation-curves.png'))
@@ -199,17 +220,61 @@ def test_published_figures_stand_in_the_table_and_what_differs_below(tmp_path, o
     assert 'Not a reproduction' in note and all(word in note for word in ('data (', 'network (', 'epochs (2, not 2000'))
 
 
-def test_several_studies_are_also_drawn_together(tmp_path, options):
+def test_paired_differences_are_those_of_a_t_test(tmp_path, options):
+    options.seeds, options.collect = [0, 1, 2, 3], True
+    top1 = {'none': [70.5, 71.0, 69.0, 72.0], 'mixup': [72.0, 71.5, 71.0, 72.5]}
+    runs = {(mix, seed): [99.0, value] for mix, values in top1.items() for seed, value in enumerate(values)}
+    del runs['mixup', 1]
+    finish(options, runs)
+    ablate(options, '')
+    mixup, none = json.loads((tmp_path / 'ablation.json').read_text())['rows']
+    low, high = stats.ttest_rel([72.0, 71.0, 72.5], [70.5, 69.0, 72.0]).confidence_interval(0.95)
+    assert mixup['difference'] == pytest.approx((low + high) / 2) == pytest.approx(4 / 3)
+    assert mixup['interval'] == pytest.approx((high - low) / 2)
+    assert (none['difference'], none['interval']) == (None, None)
+    page = (tmp_path / 'ablation.md').read_text()
+    assert '| difference to none | ± (95 %) |' in page and f'| +1.33 | {(high - low) / 2:.2f} |' in page
+    assert '- Difference to none: ' in page
+
+
+@pytest.mark.parametrize('seeds', [2, 3, 10])
+def test_the_interval_holds_for_any_number_of_seeds(seeds):
+    ours, theirs = np.random.default_rng(seeds).normal(70, 2, (2, seeds))
+    mean, half = paired_difference(dict(enumerate(ours)), dict(reversed([*enumerate(theirs)])))
+    interval = stats.ttest_rel(ours, theirs).confidence_interval(0.95)
+    assert (mean - half, mean + half) == pytest.approx(interval, rel=1e-9)
+
+
+def test_cases_are_compared_with_the_reference():
+    def references(study: Study) -> dict[str, str | None]:
+        found = {cell.name: study.reference_of(cell) for cell in study.cells}
+        return {name: other and other.name for name, other in found.items()}
+
+    assert references(grid_study({'mix': ['none', 'mixup'], 'lr': [1, 2]})) == {
+        'none lr=1': None, 'none lr=2': None, 'mixup lr=1': 'none lr=1', 'mixup lr=2': 'none lr=2'}
+    assert grid_study({'mix': ['none']}).reference is grid_study({'lr': [1, 2]}).reference is None
+    cases = [{'mix': 'none', 'label': 'plain'}, {'mix': 'multimix', 'mix_kwargs.n': [1, 2]}]
+    for reference in ('plain', {'mix': 'none'}):
+        assert references(Study('s', 'S', cases, reference=reference, set={'lr': 1})) == {
+            'plain': None, 'lr=1 multimix n=1': 'plain', 'lr=1 multimix n=2': 'plain'}
+    cases = [{'mix': 'alignmix', 'mix_kwargs.eps': [0.1, 0.2]}, {'mix': 'alignmix'}]
+    assert references(Study('s', 'S', cases, reference={'mix': 'alignmix'})) == {
+        'alignmix eps=0.1': 'alignmix', 'alignmix eps=0.2': 'alignmix', 'alignmix': None}
+    studies = {study.name: study for study in load_studies([str(STUDIES)])}
+    assert {*references(studies['mixes']).values()} == {None, 'none'}
+
+
+def test_several_studies_have_files_of_their_own(tmp_path, options):
     file = tmp_path / 'own.yaml'
     file.write_text('a: {title: A, x: lr, cases: [{lr: [0.1, 1e-2]}]}\n'
                     'b: {title: B, x: opt, scale: categories, cases: [{mix: [none, mixup], opt: [sgd, adam]}]}\n')
     options.grid, options.study, options.collect = None, [str(file)], True
-    for name, job in plan(options, load_studies([str(file)])).items():
-        if name != 'mixup-optsgd-seed0':
+    for job in plan(options, load_studies([str(file)])):
+        if job.name != 'mixup-optsgd-seed0':
             job.folder.mkdir(parents=True)
             (job.folder / 'summary.csv').write_text('epoch,eval_top1\n0,50\n1,60\n')
     ablate(options, '')
-    names = ('ablation-a.png', 'ablation-b.png', 'ablation-together.png', 'ablation-a-curves.png')
+    names = ('ablation-a.png', 'ablation-b.png', 'ablation-a-curves.png', 'ablation-b-curves.png')
     assert all((tmp_path / name).stat().st_size > 5000 for name in names)
 
 
@@ -239,27 +304,52 @@ def test_a_dry_run_lists_the_runs_and_estimates_their_time(tmp_path, options, ca
     assert not (tmp_path / 'ablation.json').exists()
 
 
-def test_lines_over_a_log_axis_and_the_range_as_a_level():
-    (study,) = load_studies(['alpha'])
+@pytest.mark.parametrize('name', ['alpha', 'layer', 'm'])
+def test_lines_over_the_axis(name, options):
+    (study,) = load_studies([name])
+    plan(options, [study])
 
-    def case(mix: str, alpha: float | list[float], *last: float) -> Cell:
-        return Cell({'mix': mix, 'mix_kwargs.alpha': alpha}, '', '', None, [{0: 1.0, 1: value} for value in last])
+    def drawn(**cases: list[float]) -> tuple[dict[str, list], str, list[str]]:
+        for cell in study.cells:
+            cell.curves = {seed: {0: 1.0, 1: value} for seed, value in enumerate(cases.get(cell.name, []))}
+        ax = draw(study).axes[0]
+        ax.figure.canvas.draw()
+        data = {container.get_label(): container.lines[0].get_xydata().tolist() for container in ax.containers}
+        return data, ax.get_xscale(), [label.get_text() for label in ax.get_xticklabels()]
 
-    study.cells = [
-        case('multimix', 1.0, 60.0, 62.0), case('multimix', 0.5, 50.0, 54.0), case('multimix', [0.5, 2.0], 64.0),
-        case('densemultimix', 0.5, 70.0), case('densemultimix', 4.0)]
-    _, axes = figure()
-    draw_axis(axes[0, 0], study)
-    drawn = {container.get_label(): container.lines[0].get_xydata().tolist() for container in axes[0, 0].containers}
-    assert drawn == {'multimix': [[0.5, 52.0], [1.0, 61.0]], 'densemultimix': [[0.5, 70.0]]}
-    (level,) = [line for line in axes[0, 0].lines if 'U[0.5, 2.0]' in str(line.get_label())]
-    assert set(level.get_ydata()) == {64.0} and axes[0, 0].get_xscale() == 'log'
+    if name == 'alpha':
+        cases = {'multimix alpha=1.0': [60, 62], 'multimix alpha=0.5': [50, 54], 'densemultimix alpha=0.5': [70]}
+        assert drawn(**cases) == (
+            {'multimix': [[0.5, 52.0], [1.0, 61.0]], 'densemultimix': [[0.5, 70.0]]}, 'log', ['0.5', '1'])
+        cases['multimix alpha=U[0.5, 2.0]'] = [64]
+        assert drawn(**cases) == (
+            {'multimix': [[0, 52.0], [1, 61.0], [2, 64.0]], 'densemultimix': [[0, 70.0]]}, 'linear',
+            ['0.5', '1.0', 'U[0.5, 2.0]'])
+    elif name == 'layer':
+        cases = {'mixup': [40], 'multimix mix_at=0': [50], 'multimix mix_at=embedding': [60]}
+        assert drawn(**cases)[0::2] == (
+            {'mixup': [[0, 40.0]], 'multimix': [[1, 50.0], [2, 60.0]]}, ['mixup', '0', 'embedding'])
+    else:  # the whole batch is a number too
+        batch = study.cells[0].config.batch_size
+        assert drawn(**{'multimix n=100 m=all': [50], 'multimix n=100 m=4': [60]})[0] == {
+            'multimix n=100': [[4, 60.0], [batch, 50.0]]}
 
 
 def test_two_trainings_of_the_sample_at_a_time_from_the_command_to_the_picture(tmp_path, capsys):
+    """The folder of one of them is in use at first: it fails, and the next call trains it."""
     words = ['--grid', 'mix_kwargs.n=5', '--seeds', '3', '4', '--jobs', '2', '--output', str(tmp_path), '--set',
              'mix=multimix', 'model=test_resnet', 'img_size=32', 'epochs=1', 'batch_size=256', 'export=none',
              'workers=0']
+    folder = tmp_path / 'runs' / 'n5-seed3'
+    folder.mkdir(parents=True)
+    with (folder / '.lock').open('a') as lock:
+        assert lock_file(lock)
+        with pytest.raises(SystemExit) as e:
+            main(words)
+    assert e.value.code == 1
+    failed = json.loads((tmp_path / 'ablation.json').read_text())
+    assert failed['rows'][0]['seeds'] == 1 and 'Failed: n5-seed3: exit code ' in ' '.join(failed['notes'])
+    assert 'another process is training in' in (tmp_path / 'runs' / 'n5-seed3.log').read_text()
     main(words)
     (row,) = json.loads((tmp_path / 'ablation.json').read_text())['rows']
     top1 = []

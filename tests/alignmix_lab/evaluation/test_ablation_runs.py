@@ -1,18 +1,16 @@
-"""Jobs that end, fail, are cut or wait for each other."""
+"""Runs of ablations that end, fail, are cut or wait for each other."""
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
-from alignmix_lab.runs import jobs as jobs_module
-from alignmix_lab.runs.agreement import StopSignals
-from alignmix_lab.runs.jobs import Job, describe_jobs, gpu_share, run_job, run_jobs
+from alignmix_lab.evaluation import ablation
+from alignmix_lab.evaluation.ablation import Job, describe_jobs, gpu_share, run_jobs
 
 FAKE = """
 import csv, pathlib, signal, sys, time
@@ -39,7 +37,7 @@ for epoch in range(done, epochs):
 
 def fake_job(folder: Path, epochs: int = 2, wait: float = 0.0, fails_at: int = -1) -> Job:
     """A job that takes no time."""
-    return Job(('python', '-c', FAKE, str(folder), str(epochs), str(wait), str(fails_at)), folder, epochs)
+    return Job(['python', '-c', FAKE, str(folder), str(epochs), str(wait), str(fails_at)], folder, epochs)
 
 
 def test_failed_jobs_are_reported_and_the_rest_goes_on(tmp_path, caplog):
@@ -80,7 +78,7 @@ def test_an_interruption_lets_all_runs_save_and_the_next_call_goes_on(tmp_path, 
         signal.signal(number, before)
     assert run_jobs(jobs, at_once=3) == {} and all(job.finished for job in jobs)
     assert [(job.folder / 'starts').read_text().split()[-1] == '0' for job in jobs] == [False, False, True]
-    assert list(jobs[0].curve()) == [0, 1, 2]
+    assert list(jobs[0].curve) == [0, 1, 2]
 
 
 def test_runs_at_a_time_are_as_many_as_asked_for(tmp_path):
@@ -90,7 +88,7 @@ def test_runs_at_a_time_are_as_many_as_asked_for(tmp_path):
     def watch() -> None:
         nonlocal most
         while not all(job.finished for job in jobs):
-            most = max(most, sum(jobs_module._is_locked(job.log) for job in jobs if job.log.exists()))
+            most = max(most, len(psutil.Process().children()))
             time.sleep(0.02)
 
     watcher = threading.Thread(target=watch)
@@ -100,48 +98,55 @@ def test_runs_at_a_time_are_as_many_as_asked_for(tmp_path):
     assert most == 2
 
 
-def test_what_a_launcher_leaves_behind_is_waited_for(tmp_path):
-    """accelerate's launcher of one process ends at SIGTERM, before the training has saved."""
-    inner = fake_job(tmp_path / 'a', epochs=3, wait=0.4)
-    launcher = 'import subprocess, sys; subprocess.run([sys.executable, *sys.argv[1:]])'
-    job = Job(('python', '-c', launcher, *inner.command[1:]), inner.folder, 3)
-    signal_when(lambda: job.done)
+@pytest.mark.parametrize('own_session', [False, True])
+@pytest.mark.parametrize('ends_first', [False, True])
+def test_what_a_launcher_leaves_behind_is_waited_for(tmp_path, own_session, ends_first):
+    """accelerate's launcher of one process ends at SIGTERM, before the training has saved.
+
+    A scheduler may signal the launcher as well; torchrun starts its workers in sessions of their own.
+    """
+    launcher = (
+        f'import subprocess, sys; subprocess.run([sys.executable, *sys.argv[1:]], start_new_session={own_session})')
+    job = fake_job(tmp_path / 'a', epochs=3, wait=0.4)
+    slow = FAKE.replace("    (folder / 'saved').touch()", "    time.sleep(1); (folder / 'saved').touch()")
+    job = Job(['python', '-c', launcher, '-c', slow, *job.command[3:]], job.folder, 3)
+
+    def launched() -> bool:
+        if job.done and ends_first:
+            (process,) = psutil.Process().children()
+            process.kill()
+        return job.done > 0
+
+    signal_when(launched)
     with pytest.raises(KeyboardInterrupt):
         run_jobs([job])
     assert (job.folder / 'saved').exists()
 
 
 def test_a_run_that_does_not_end_is_killed(tmp_path, monkeypatch):
-    monkeypatch.setattr(jobs_module, 'GRACE', 0.3)
+    monkeypatch.setattr(ablation, 'GRACE', 0.3)
     deaf = 'import pathlib, signal, sys, time; signal.signal(15, signal.SIG_IGN); pathlib.Path(sys.argv[1]).touch(); ' \
         'time.sleep(60)'
-    job = Job(('python', '-c', deaf, str(tmp_path / 'ready')), tmp_path / 'a', 1)
+    job = Job(['python', '-c', deaf, str(tmp_path / 'ready')], tmp_path / 'a', 1)
     signal_when((tmp_path / 'ready').exists)
     with pytest.raises(KeyboardInterrupt):
         run_jobs([job])
-    assert not jobs_module._is_locked(job.log)
+    assert psutil.Process().children() == []
 
 
-def test_a_run_that_someone_else_trains_is_left_alone(tmp_path):
-    job = fake_job(tmp_path / 'a')
-    holder = subprocess.Popen([sys.executable, '-c', (
-        'import fcntl, sys, time\n'
-        f'file = open({str(job.log)!r}, "a")\n'
-        'fcntl.flock(file, fcntl.LOCK_EX)\n'
-        'print("held", flush=True)\n'
-        'time.sleep(60)\n')], stdout=subprocess.PIPE)
-    try:
-        assert holder.stdout.readline() == b'held\n'
-        assert 'another process is training it' in run_job(job, StopSignals())
-    finally:
-        holder.kill()
-        holder.communicate()
-    assert run_job(job, StopSignals()) is None
+def test_a_program_that_is_not_there_ends_the_call_and_what_runs(tmp_path):
+    other = fake_job(tmp_path / 'b', epochs=9, wait=0.4)
+    job = Job(['no-such-launcher', 'train_imagenet.py'], tmp_path / 'a', 1)
+    with pytest.raises(FileNotFoundError, match='no-such-launcher'):
+        run_jobs([other, job], at_once=2)
+    assert psutil.Process().children() == []
 
 
-def test_a_program_that_is_not_there_is_a_failure(tmp_path):
-    job = Job(('no-such-launcher', 'train_imagenet.py'), tmp_path / 'a', 1)
-    assert 'cannot be started' in (error := run_job(job, StopSignals())) and 'no-such-launcher' in error
+def test_epochs_without_evaluation_have_no_top1(tmp_path):
+    job = Job([], tmp_path, 5)
+    assert (job.curve, job.done) == ({}, 0)
+    (tmp_path / 'summary.csv').write_text('epoch,eval_top1\n0,\n1,50.5\n2,\n3,60\n')
+    assert (job.curve, job.done, job.finished) == ({1: 50.5, 3: 60.0}, 4, False)
 
 
 def test_time_is_estimated_from_finished_runs(tmp_path):
