@@ -56,12 +56,19 @@ def plan_matrix(cost_BRR, eps, iterations, last, tolerance):
     return transport.plan_matrix(cost_BRR, eps, iterations, last, tolerance)
 
 
-def loss_and_grads(logits_BRC, target, weights_RNB, attention_BR, smoothing, chunk_size, logits_grad, attention_grad):
-    """Form of functional.losses.loss_and_grads: Triton without the attention's gradient, for batches that fit."""
-    if not attention_grad and logits_BRC.dtype != torch.float64 and usable(logits_BRC.device):
+def loss_and_grads(
+        logits_BRC, target, weights_RNB, attention_BR, smoothing, chunk_size, logits_grad, attention_grad,
+        class_scale_C=None, pos_weight=None, threshold=None):
+    """Form of functional.losses.loss_and_grads: Triton for batches that fit.
+
+    It has neither the attention's gradient nor binary cross-entropy.
+    """
+    softmax = class_scale_C is None
+    if softmax and not attention_grad and logits_BRC.dtype != torch.float64 and usable(logits_BRC.device):
         from . import dense_loss
         if dense_loss.fits(logits_BRC, weights_RNB):
             with torch.cuda.device(logits_BRC.device), full_precision(logits_BRC.device):
                 return dense_loss.loss_and_grads(logits_BRC, target, weights_RNB, attention_BR, smoothing, logits_grad)
     return losses.loss_and_grads(
-        logits_BRC, target, weights_RNB, attention_BR, smoothing, chunk_size, logits_grad, attention_grad)
+        logits_BRC, target, weights_RNB, attention_BR, smoothing, chunk_size, logits_grad, attention_grad,
+        class_scale_C, pos_weight, threshold)
