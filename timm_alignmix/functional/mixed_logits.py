@@ -1,4 +1,4 @@
-"""Sums over mixed logits S = M^ L of each position, chunk by chunk: what losses in closed form cannot take from L alone.
+"""Sums over mixed logits S = M^ L of each position: what a loss in closed form cannot take from the clean logits L.
 
 Chunks of positions share buffers, so (R, N, C) mixed logits are never kept.
 
