@@ -12,9 +12,9 @@ import torch.nn as nn
 from timm.models import group_parameters
 
 from .anatomy import Anatomy
-from .criterion import Criterion
 from .mixes import Mix, create_mix
 from .mixes.base import Draw
+from .mixes.criterion import Criterion
 
 
 def is_checkpointed(model: nn.Module, name: str) -> bool:

@@ -8,11 +8,11 @@ from timm.task import ClassificationTask
 from timm.utils import unwrap_model
 
 from .anatomy import count_classes
-from .criterion import Criterion, ignores
 from .functional import check_target, check_values
 from .mix_module import MixModule
 from .mixes import Mix
 from .mixes.base import check_pairs, pair_target
+from .mixes.criterion import Criterion, ignores
 from .step_random import StepRandom
 
 

@@ -29,11 +29,11 @@ import torch
 import torch.nn.functional as F
 
 from ..anatomy import Anatomy, FeatureLayer, UnsupportedModel
-from ..criterion import Criterion
 from ..step_random import StepRandom
 from .ae_layers import AELayers
 from .alignmix import AlignedMix
 from .base import Draw, draw_mode, mix_pairs, mode_probabilities
+from .criterion import Criterion
 from .registry import register_mix
 
 _MODES = {'x': ('input',), 'A': ('feat', 'feat_prime'), 'e': ('embed',), 'E': ('embed', 'embed_prime')}

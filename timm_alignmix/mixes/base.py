@@ -10,9 +10,9 @@ import torch
 import torch.nn as nn
 
 from ..anatomy import Anatomy, DenseHead, FeatureLayer
-from ..criterion import Criterion
 from ..functional import soft_target
 from ..step_random import StepRandom, sample_beta
+from .criterion import Criterion
 
 # One step: 'mode' (str), 'layer' (name of the tapped layer or None), 'lam' (tensor or None), and tensors of the method.
 Draw = dict[str, Any]
