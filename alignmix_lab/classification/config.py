@@ -80,9 +80,11 @@ class TrainConfig(RunConfig, TrainDataOptions):
                          low=0)
     smoothing: float = aug_(0.0, "label smoothing; the papers use none (timm's own default is 0.1)", float,
                             low=0, below=1)
-    bce_loss: bool = aug_(False, 'binary cross-entropy; refused by multimix and densemultimix', bool)
+    bce_loss: bool = aug_(False, 'binary cross-entropy', bool)
     bce_sum: bool = aug_(False, 'sum binary cross-entropy over classes', bool)
-    bce_target_thresh: float | None = aug_(None, 'threshold that makes soft targets binary', float)
+    bce_target_thresh: float | None = aug_(
+        None, 'threshold that makes soft targets binary; hardly any class of a mixture of a whole batch (multimix, '
+        'densemultimix) reaches one', float)
     drop: float = aug_(0.0, 'dropout before the classifier', float, low=0, below=1)
     drop_path: float | None = aug_(None, "stochastic depth; default: the model's", float, low=0, below=1)
     drop_block: float | None = aug_(None, "drop block; default: the model's", float, low=0, below=1)
