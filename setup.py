@@ -10,6 +10,7 @@ exec((here / 'timm_alignmix' / 'version.py').read_text(encoding='utf-8'), versio
 train = [
     'accelerate>=1.0',
     'matplotlib>=3.8',
+    'psutil',
     'pyyaml',
     'scikit-learn>=1.3',  # carries the built-in sample
     'torchvision',
