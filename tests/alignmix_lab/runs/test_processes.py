@@ -258,6 +258,14 @@ def test_a_launch_of_several_that_starts_one_is_refused(launch, tmp_path, asked,
     assert ('--multi_gpu --num_processes N' if refused else 'processes 1') in output
 
 
+def test_processes_that_would_train_alone_are_refused(monkeypatch):
+    monkeypatch.setenv('WORLD_SIZE', '2')  # alone, left over from something else
+    assert create_accelerator().num_processes == 1
+    monkeypatch.setenv('RANK', '0')
+    with pytest.raises(ValueError, match='started 2 processes, but each would train alone'):
+        create_accelerator()
+
+
 @pytest.mark.parametrize('variable, value, amp, said', [
     ('USE_FSDP', 'true', False, 'configured for FSDP'),
     ('USE_DEEPSPEED', 'true', False, 'without use_deepspeed'),
