@@ -88,8 +88,8 @@ def test_other_criteria():
     model, other = tiny(), tiny()
     expected = MixTask(model, 'mixup', criterion=BinaryCrossEntropy(), verbose=False)(images, rows)['loss']
     assert torch.equal(attach(other, 'mixup', criterion=BinaryCrossEntropy()).loss(other(images), rows), expected)
-    with pytest.raises(ValueError, match='computes softmax cross-entropy in closed form'):
-        attach(tiny(), 'multimix', criterion=BinaryCrossEntropy())
+    with pytest.raises(ValueError, match='MSELoss'):
+        attach(tiny(), 'densemultimix', criterion=nn.MSELoss())
     # Without a mix, targets are whatever the criterion takes.
     model = tiny()
     ignoring = attach(model, 'none', criterion=nn.CrossEntropyLoss(ignore_index=255))
