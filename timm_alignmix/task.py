@@ -123,23 +123,30 @@ class MixTask(ClassificationTask):
         if not self.trainable_module.training:
             output = self.trainable_module(input)
             return dict(loss=self._loss(output, target, None), output=output, mode='clean', lam=None)
-        criterion = Criterion.of(self.criterion)
-        if criterion.softmax or self.mix.name != 'none':
-            if not isinstance(input, torch.Tensor):
-                raise ValueError(
-                    f'images must be one tensor, got {type(input).__name__}; timm.task.ClassificationTask trains '
-                    'without mixing on any input of the model')
-            if self.targets == 'soft':
-                check_target(target, len(input), self.num_classes)
-            if self.targets == 'soft' and not self._checked:  # once: it waits for the device
-                check_values(target, self.num_classes, sum_to_one=criterion.softmax)
-                self._checked = True
-        draw = self.mix.draw(input, self._random.at(self.step, input.device))
-        self.step += 1
-        result = self.trainable_module(self.mix.images(input, draw), target, draw, criterion)
+        if not isinstance(input, torch.Tensor):
+            raise ValueError(
+                f'images must be one tensor, got {type(input).__name__}; timm.task.ClassificationTask trains '
+                'without mixing on any input of the model')
+        self._check(target, len(input))
+        draw = self._draw(input)
+        result = self.trainable_module(self.mix.images(input, draw), target, draw, Criterion.of(self.criterion))
         if 'loss' not in result:
             result['loss'] = self._loss(result['output'], target, draw)
         return dict(loss=result['loss'], output=result['output'], mode=draw['mode'], lam=draw['lam'])
+
+    def _draw(self, images: torch.Tensor) -> dict[str, Any]:
+        draw = self.mix.draw(images, self._random.at(self.step, images.device))
+        self.step += 1
+        return draw
+
+    def _check(self, target: torch.Tensor, batch: int) -> None:
+        softmax = Criterion.of(self.criterion).softmax
+        if self.targets != 'soft' or not softmax and self.mix.name == 'none':  # what the criterion takes
+            return
+        check_target(target, batch, self.num_classes)
+        if not self._checked:  # once: it waits for the device
+            check_values(target, self.num_classes, sum_to_one=softmax)
+            self._checked = True
 
     def _loss(self, output: torch.Tensor, target: torch.Tensor, draw: dict[str, Any] | None) -> torch.Tensor:
         mixed = draw is not None and draw['mode'] != 'clean'

@@ -23,7 +23,7 @@ from alignmix_lab.runs.files import write_whole
 from alignmix_lab.runs.plotting import as_png, figure
 from alignmix_lab.runs.run import Run
 
-from .build import classifier_parameters, create_data, create_task, model_arguments, resolve_data
+from .build import classifier_parameters, create_data, create_task, model_arguments, resolve_model
 from .config import TrainConfig
 from .totals import MixTotals
 
@@ -72,8 +72,7 @@ def plan_run(config: TrainConfig) -> Run:
     and --num-classes.
     """
     processes = int(os.environ.get('WORLD_SIZE', config.num_processes or 1))
-    arguments = model_arguments(config)
-    data_config = resolve_data(config, arguments)
+    arguments, data_config = resolve_model(config)
     loaders = _stand_in_loaders(config, processes)
     if loaders is None:
         loaders = create_data(config, data_config, torch.device('cpu'), world_size=processes)

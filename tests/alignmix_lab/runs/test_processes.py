@@ -239,15 +239,31 @@ def test_threads_are_changed_only_where_accelerate_launch_set_one(
         torch.set_num_threads(1)
 
 
-def test_a_launch_of_several_that_starts_one_is_refused(launch, tmp_path):
+@pytest.mark.parametrize('asked, exported, refused', [
+    (2, {}, True),
+    (2, dict(MASTER_ADDR='10.0.0.1', MASTER_PORT='29500', WORLD_SIZE='1', RANK='0'), True),
+    (2, dict(MASTER_ADDR='127.0.0.1'), True),  # the launcher adds the port
+    (1, dict(MASTER_ADDR='10.0.0.1', MASTER_PORT='29500'), False),
+    (1, dict(MASTER_ADDR='10.0.0.1', MASTER_PORT='29500', WORLD_SIZE='1', RANK='0'), False),
+])
+def test_a_launch_of_several_that_starts_one_is_refused(launch, tmp_path, asked, exported, refused):
     script = tmp_path / 'one.py'
     script.write_text(
         'from alignmix_lab.runs.accelerator import create_accelerator\n'
         'try:\n'
-        "    create_accelerator('cpu')\n"
+        "    print('processes', create_accelerator('cpu').num_processes)\n"
         'except ValueError as e:\n'
         '    print(e)\n')
-    assert '--multi_gpu --num_processes N' in launch('--cpu', '--num_processes', '2', str(script))
+    output = launch('--cpu', '--num_processes', str(asked), str(script), **exported)
+    assert ('--multi_gpu --num_processes N' if refused else 'processes 1') in output
+
+
+def test_processes_that_would_train_alone_are_refused(monkeypatch):
+    monkeypatch.setenv('WORLD_SIZE', '2')  # alone, left over from something else
+    assert create_accelerator().num_processes == 1
+    monkeypatch.setenv('RANK', '0')
+    with pytest.raises(ValueError, match='started 2 processes, but each would train alone'):
+        create_accelerator()
 
 
 @pytest.mark.parametrize('variable, value, amp, said', [
