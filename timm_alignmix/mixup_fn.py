@@ -1,4 +1,5 @@
 """Mixing methods with the call of timm.data.Mixup, for loops that were written for it."""
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ class MixupFn:
 
     def __init__(
             self,
-            mix: str | Mix,
+            mix: str | Mapping[str, float] | Mix,
             model: nn.Module,
             mix_kwargs: dict[str, Any] | None = None,
             num_classes: int | None = None,
@@ -76,11 +77,12 @@ class MixupFn:
             self._checked = True
         clean = soft_target(target, self.num_classes, self.label_smoothing)
         if not self.mixup_enabled:
+            self.step += 1
             self.mode, self.lam = 'clean', None
             return x, clean
         draw = self.mix.draw(x, self._random.at(self.step, x.device))
         self.step += 1
-        self.mode, self.lam = draw['mode'], draw['lam']
+        self.mode, self.lam = self.mix.mode_name(draw), draw['lam']
         x = self.mix.images(x, draw)
         if draw['mode'] in ('clean', 'input'):
             return x, self.mix.target(clean, draw)
@@ -133,7 +135,7 @@ class MixupFn:
 
 
 def create_mixup(
-        name: str | Mix,
+        name: str | Mapping[str, float] | Mix,
         model: nn.Module,
         num_classes: int | None = None,
         label_smoothing: float = 0.0,
@@ -149,14 +151,16 @@ def create_mixup(
     takes less memory: here multimix returns n rows of logits and densemultimix n * R, all kept for the backward pass.
 
     Args:
-        name: Name of a method (see :func:`timm_alignmix.list_mixes`) or a method.
-        model: The timm model, before DDP or torch.compile wrap it. It gets forward hooks.
+        name: Name of a method (see :func:`timm_alignmix.list_mixes`), names and weights of several, of which each step
+            draws one, or a method.
+        model: The model, before DDP or torch.compile wrap it: a timm model, or any network for methods that mix images
+            only. It gets forward hooks.
         num_classes: Number of classes; None takes the model's.
         label_smoothing: timm's convention; the loss must not smooth again.
         seed: Seed of the draws; each is a function of (seed, step, rank).
         rank: Rank of this process; None asks torch.distributed.
         img_size: Size of the images; None takes the size the model was built for.
-        **options: Options of the method.
+        **options: Options of the method; with several, 'method.option'.
 
     Returns:
         A callable with timm's switch `mixup_enabled`, `mode` and `lam` of the last step, and `state_dict` and

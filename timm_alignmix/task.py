@@ -1,4 +1,5 @@
 """Mixing methods as a timm training task."""
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -22,9 +23,10 @@ class MixTask(ClassificationTask):
     not changed otherwise.
 
     Args:
-        model: A timm classification model.
-        mix: Name of a method (see :func:`timm_alignmix.list_mixes`) or a method.
-        mix_kwargs: Options of a method given by name.
+        model: A timm classification model; any network for methods that mix images only.
+        mix: Name of a method (see :func:`timm_alignmix.list_mixes`), names and weights of several, of which each step
+            draws one, or a method.
+        mix_kwargs: Options of a method given by name; with several, 'method.option'.
         criterion: Loss of (logits, soft targets). Softmax cross-entropy, in timm's or torch's classes, is recognised
             with its label smoothing and computed in float32 or better. Any other is called as it is: by mix 'none'
             with the targets as they are, by the others with mixed rows, to which `smoothing` of the criterion is
@@ -33,9 +35,14 @@ class MixTask(ClassificationTask):
         seed: Seed of the draws; each is a function of (seed, step, rank).
         rank: Rank of this process; None asks torch.distributed. Ranks draw differently, but for the mode.
         img_size: Size of the images; None takes the size the model was built for.
+        num_classes: Number of classes; None takes the model's.
         device: Device for task tensors.
         dtype: Dtype for task tensors.
         verbose: Log what is set up.
+
+    Attributes:
+        mix_enabled: False trains without mixing, as timm.data.Mixup's `mixup_enabled` does, for the last epochs. Steps
+            count on, so that each draws the same whether those before it were mixed or not.
 
     Raises:
         ValueError: Unknown method or option; a model that the method cannot mix exactly; a criterion other than softmax
@@ -54,13 +61,14 @@ class MixTask(ClassificationTask):
     def __init__(
             self,
             model: nn.Module,
-            mix: str | Mix = 'none',
+            mix: str | Mapping[str, float] | Mix = 'none',
             mix_kwargs: dict[str, Any] | None = None,
             criterion: nn.Module | Any | None = None,
             criterion_kwargs: dict[str, Any] | None = None,
             seed: int = 0,
             rank: int | None = None,
             img_size: int | tuple[int, int] | None = None,
+            num_classes: int | None = None,
             device: torch.device | None = None,
             dtype: torch.dtype | None = None,
             verbose: bool = True,
@@ -69,7 +77,7 @@ class MixTask(ClassificationTask):
             model, criterion=criterion, criterion_kwargs=criterion_kwargs, device=device, dtype=dtype, verbose=verbose)
         self._random = StepRandom(seed, rank)
         self.trainable_module = MixModule(model, mix, mix_kwargs, img_size)
-        self.num_classes = count_classes(model)
+        self.num_classes = count_classes(model) if num_classes is None else num_classes
         self.mix = self.trainable_module.mix
         self.smoothing = _cross_entropy_smoothing(self.criterion)
         classes_only = isinstance(self.criterion, (AsymmetricLossSingleLabel, JsdCrossEntropy))
@@ -86,6 +94,7 @@ class MixTask(ClassificationTask):
                 f'{type(self.criterion).__name__} cannot replace it; leave criterion out, or use mix none, mixup, '
                 'cutmix, manifold or alignmix')
         self.step, self._checked = 0, False
+        self.mix_enabled = True
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> dict[str, Any]:
         """Run one step: draw, mix, run the model, compute the loss. In eval mode the loss is clean.
@@ -103,10 +112,8 @@ class MixTask(ClassificationTask):
                 cross-entropy, rows that do not sum to 1.
             RuntimeError: Gradient checkpointing by-passes the mixed layer.
         """
-        if not self.trainable_module.training:
-            output = self.trainable_module(input)
-            return dict(loss=self._loss(output, target, None), output=output, mode='clean', lam=None)
-        if self.smoothing is not None or self.mix.name != 'none':
+        training = self.trainable_module.training
+        if training and (self.smoothing is not None or self.mix.name != 'none'):
             if not isinstance(input, torch.Tensor):
                 raise ValueError(
                     f'images must be one tensor, got {type(input).__name__}; timm.task.ClassificationTask trains '
@@ -115,12 +122,18 @@ class MixTask(ClassificationTask):
             if not self._checked:  # once: it waits for the device
                 check_values(target, self.num_classes, sum_to_one=self.smoothing is not None)
                 self._checked = True
-        draw = self.mix.draw(input, self._random.at(self.step, input.device))
-        self.step += 1
+        draw = None
+        if training:
+            if self.mix_enabled:
+                draw = self.mix.draw(input, self._random.at(self.step, input.device))
+            self.step += 1
+        if draw is None:
+            output = self.trainable_module(input)
+            return dict(loss=self._loss(output, target, None), output=output, mode='clean', lam=None)
         result = self.trainable_module(self.mix.images(input, draw), target, draw, self.smoothing or 0.0)
         if 'loss' not in result:
             result['loss'] = self._loss(result['output'], target, draw)
-        return dict(loss=result['loss'], output=result['output'], mode=draw['mode'], lam=draw['lam'])
+        return dict(loss=result['loss'], output=result['output'], mode=self.mix.mode_name(draw), lam=draw['lam'])
 
     def _loss(self, output: torch.Tensor, target: torch.Tensor, draw: dict[str, Any] | None) -> torch.Tensor:
         mixed = draw is not None and draw['mode'] != 'clean'
