@@ -35,7 +35,7 @@ class MixupFn:
             raise ValueError(
                 f'mix {self.mix.name!r} trains layers of its own, which a mixup function has no place for; use '
                 'timm_alignmix.MixTask')
-        self.num_classes = count_classes(model) if num_classes is None else num_classes
+        self.num_classes = count_classes(model, num_classes)
         self.label_smoothing = label_smoothing
         self.step, self._checked = 0, False
         self.mixup_enabled = True

@@ -77,7 +77,7 @@ class MixTask(ClassificationTask):
             model, criterion=criterion, criterion_kwargs=criterion_kwargs, device=device, dtype=dtype, verbose=verbose)
         self._random = StepRandom(seed, rank)
         self.trainable_module = MixModule(model, mix, mix_kwargs, img_size)
-        self.num_classes = count_classes(model) if num_classes is None else num_classes
+        self.num_classes = count_classes(model, num_classes)
         self.mix = self.trainable_module.mix
         self.smoothing = _cross_entropy_smoothing(self.criterion)
         classes_only = isinstance(self.criterion, (AsymmetricLossSingleLabel, JsdCrossEntropy))

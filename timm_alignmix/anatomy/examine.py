@@ -335,13 +335,17 @@ def _input_size(model: nn.Module, cfg: dict[str, Any], img_size: int | tuple[int
     return channels, *img_size
 
 
-def count_classes(model: nn.Module) -> int:
-    """Number of classes of a timm model.
+def count_classes(model: nn.Module, given: int | None = None) -> int:
+    """Number of classes of a model: the given one, or that of a timm model.
 
     Raises:
-        UnsupportedModel: It is no timm model, or has no classifier.
+        UnsupportedModel: It has no classifier, or no number is given and it is no timm model.
     """
     name = type(model).__name__
+    if getattr(model, 'num_classes', None) == 0:
+        raise UnsupportedModel(f'{name} has no classifier (num_classes=0); create it with num_classes > 0')
+    if given is not None:
+        return given
     if hasattr(model, 'timm_model'):
         raise UnsupportedModel(f'{name} is not a timm model but holds one: pass its .timm_model')
     if not hasattr(model, 'num_classes'):
@@ -349,8 +353,6 @@ def count_classes(model: nn.Module) -> int:
             f"{name} is not a timm model (it has no num_classes): methods that mix images only, such as "
             "timm_alignmix.create_mixup('mixup', model, num_classes=...) or mix 'cutmix' of MixTask(..., "
             "num_classes=...), train any network; the others need a timm model")
-    if not model.num_classes:
-        raise UnsupportedModel(f'{name} has no classifier (num_classes=0); create it with num_classes > 0')
     return model.num_classes
 
 

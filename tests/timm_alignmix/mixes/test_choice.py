@@ -173,8 +173,8 @@ def test_layers_of_a_method_get_a_gradient_in_every_step(mix):
         options = {f'alignmix_ae.{key}': value for key, value in options.items()}
     task = MixTask(tiny(), mix, options, img_size=64, verbose=False)
     used = {}
-    for step in range(30):
-        task.mix_enabled = step % 10 > 0
+    for step in range(16):
+        task.mix_enabled = step % 8 > 0
         task.zero_grad(set_to_none=True)
         result = task(images, y)
         result['loss'].backward()
