@@ -114,7 +114,7 @@ class TrainConfig(RunConfig, TrainDataOptions):
     @property
     def mix_name(self) -> str:
         """Name of the method, or of all that may be drawn."""
-        return self.mix if isinstance(self.mix, str) else '+'.join(self.mix)
+        return self.mix if isinstance(self.mix, str) else '+'.join(sorted(self.mix))
 
     def mixing(self) -> tuple[str | Mapping[str, float], dict[str, Any]]:
         """Arguments of `create_mix`, with the steps that are not mixed."""

@@ -16,7 +16,7 @@ class MixChoice(Mix):
     alone would draw there, but for the mode of methods that have several.
 
     Args:
-        mixes: Methods by name.
+        mixes: Methods by name, in the order in which they are drawn from.
         chances: Probability of each; they sum to 1.
     """
 

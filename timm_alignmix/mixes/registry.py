@@ -67,7 +67,7 @@ def create_mix(name: str | Mapping[str, float], **options: Any) -> Mix:
         >>> create_mix('Dense-MultiMix', n=500)
         DenseMultiMix(n=500)
         >>> create_mix({'mixup': 0.5, 'cutmix': 0.3, 'none': 0.2}, **{'mixup.alpha': 0.8})
-        MixChoice(0.5 * Mixup(alpha=0.8), 0.3 * CutMix(), 0.2 * NoMix())
+        MixChoice(0.3 * CutMix(), 0.5 * Mixup(alpha=0.8), 0.2 * NoMix())
     """
     if not isinstance(name, str):
         return _create_choice(name, options)
@@ -90,8 +90,9 @@ def _find(name: str) -> type[Mix]:
 
 def _create_choice(weights: Mapping[str, float], options: dict[str, Any]) -> Mix:
     """Create the choice, or the method itself if no other has a weight."""
-    names = {canonical(name): _find(name).name for name in weights}
-    numbers = [float(weight) for weight in weights.values()]
+    # By name and not as given: YAML sorts mappings, and a resumed run must draw the same.
+    names = {canonical(name): _find(name).name for name in sorted(weights, key=canonical)}
+    numbers = [float(weights[name]) for name in sorted(weights, key=canonical)]
     if len(names) < len(weights) or not (0 < sum(numbers) < math.inf and min(numbers) >= 0):
         raise ValueError(
             'several methods need a weight each, 0 or more and not all 0, and no method twice; got '

@@ -119,7 +119,7 @@ def test_several_methods_from_flags_and_from_yaml(script, tmp_path):
     mix, kwargs = {'mixup': 0.5, 'cutmix': 0.3, 'none': 0.2}, {'mixup.alpha': 0.8, 'cutmix.alpha': 1.0}
     config = script.parse_config(['--data-dir', 'x', *words, '--mix-prob', '0.5', '--mix-off-epoch', '7'])
     assert (config.mix, config.mix_kwargs, config.mix_prob, config.mix_off_epoch) == (mix, kwargs, 0.5, 7)
-    assert config.mix_name == 'mixup+cutmix+none'
+    assert config.mix_name == 'cutmix+mixup+none'
     assert timm_alignmix.create_mix(*config.mixing()[:1], **config.mixing()[1]).chances == pytest.approx(
         {'mixup': 0.25, 'cutmix': 0.15, 'none': 0.6})
     recipe = write_yaml(tmp_path, data_dir='x', mix=mix, mix_kwargs=kwargs)
@@ -147,8 +147,8 @@ def test_a_variant_of_a_recipe_may_be_several_methods(script, refusal, tmp_path)
     (('--mix', 'mixup', 'cutmix'), "--mix takes one method, or several with a weight each"),
     (('--mix', 'mixup=1', 'cutmix=-1'), '--mix mixup=1.0 cutmix=-1.0 cannot work .*a weight each'),
     (('--mix', 'mixup=nan', 'cutmix=1'), '--mix takes finite numbers'),
-    (('--mix', 'mixup=1', 'cutmix=1', '--mix-kwargs', 'alpha=1.0'), 'such as mixup.alpha'),
-    (('--mix', 'mixup=1', 'multimix=1', '--mix-kwargs', 'mixup.per_example=3'), '--mix-kwargs mixup.per_example takes bool'),
+    (('--mix', 'mixup=1', 'cutmix=1', '--mix-kwargs', 'alpha=1.0'), 'such as cutmix.alpha'),
+    (('--mix', 'mixup=1', 'cutmix=1', '--mix-kwargs', 'mixup.per_example=3'), '--mix-kwargs mixup.per_example takes bool'),
     (('--mix', 'mixup', '--mix-prob', '1.5'), '--mix-prob 1.5 cannot work .*from 0 to 1'),
     (('--mix', 'mixup', '--mix-off-epoch', '-1'), '--mix-off-epoch must be at least 0'),
 ])
