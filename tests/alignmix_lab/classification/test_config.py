@@ -148,7 +148,7 @@ def test_a_variant_of_a_recipe_may_be_several_methods(script, refusal, tmp_path)
     (('--mix', 'mixup=1', 'cutmix=-1'), '--mix mixup=1.0 cutmix=-1.0 cannot work .*a weight each'),
     (('--mix', 'mixup=nan', 'cutmix=1'), '--mix takes finite numbers'),
     (('--mix', 'mixup=1', 'cutmix=1', '--mix-kwargs', 'alpha=1.0'), 'such as cutmix.alpha'),
-    (('--mix', 'mixup=1', 'cutmix=1', '--mix-kwargs', 'mixup.per_example=3'), '--mix-kwargs mixup.per_example takes bool'),
+    (('--mix', 'mixup=1', 'none=1', '--mix-kwargs', 'mixup.per_example=3'), '--mix-kwargs mixup.per_example takes'),
     (('--mix', 'mixup', '--mix-prob', '1.5'), '--mix-prob 1.5 cannot work .*from 0 to 1'),
     (('--mix', 'mixup', '--mix-off-epoch', '-1'), '--mix-off-epoch must be at least 0'),
 ])
