@@ -91,7 +91,7 @@ class AttachedMix:
             self._module.disarm(self._armed[0])
         images, *rest = (*inputs, *kwargs.values())
         draw = self._task._draw(images)
-        self.mode, self.lam = draw['mode'], draw['lam']
+        self.mode, self.lam = self.mix.mode_name(draw), draw['lam']
         self._armed = draw, len(images)
         self._module.arm(draw)
         mixed = (self.mix.images(images, draw), *rest)
@@ -120,6 +120,7 @@ def attach(
         rank: int | None = None,
         img_size: int | tuple[int, int] | None = None,
         targets: str = 'soft',
+        num_classes: int | None = None,
 ) -> AttachedMix:
     """Mix in the model's own training forward, and settle in a loss: `loss = attached.loss(model(images), labels)`.
 
@@ -142,6 +143,7 @@ def attach(
         rank: Rank of this process; None asks torch.distributed.
         img_size: Size of the images; None takes the size the model was built for.
         targets: 'soft' or 'pairs', as :class:`timm_alignmix.MixTask` takes it.
+        num_classes: Number of classes; None takes the model's.
 
     Returns:
         An object with `loss(output, target)`, `mode` and `lam` of the last training forward, `remove_hooks()`, and
@@ -158,4 +160,4 @@ def attach(
     """
     return AttachedMix(
         model, mix, mix_kwargs=mix_kwargs, criterion=criterion, criterion_kwargs=criterion_kwargs, seed=seed, rank=rank,
-        img_size=img_size, targets=targets)
+        img_size=img_size, targets=targets, num_classes=num_classes)

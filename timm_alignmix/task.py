@@ -1,4 +1,5 @@
 """Mixing methods as a timm training task."""
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -24,9 +25,10 @@ class MixTask(ClassificationTask):
     not changed otherwise.
 
     Args:
-        model: A timm classification model.
-        mix: Name of a method (see :func:`timm_alignmix.list_mixes`) or a method.
-        mix_kwargs: Options of a method given by name.
+        model: A timm classification model; any network for methods that mix images only.
+        mix: Name of a method (see :func:`timm_alignmix.list_mixes`), names and weights of several, of which each step
+            draws one, or a method.
+        mix_kwargs: Options of a method given by name; with several, 'method.option'.
         criterion: Loss of (logits, soft targets). Softmax cross-entropy, in timm's or torch's classes, is recognised
             with its label smoothing and computed in float32 or better. Any other is called as it is: by mix 'none'
             with the targets as they are, by the others with mixed rows, to which `smoothing` of the criterion is
@@ -39,9 +41,14 @@ class MixTask(ClassificationTask):
         targets: 'soft', or 'pairs' for criteria that take classes: the loss is lam times that of the examples' targets
             plus 1 - lam times that of their partners'. The criterion is called as it is, with targets of any kind. With
             a lam for each example it must return a loss for each, as with reduction='none'.
+        num_classes: Number of classes; None takes the model's.
         device: Device for task tensors.
         dtype: Dtype for task tensors.
         verbose: Log what is set up.
+
+    Attributes:
+        mix_enabled: False trains without mixing, as timm.data.Mixup's `mixup_enabled` does, for the last epochs. Steps
+            count on, so that each draws the same whether those before it were mixed or not.
 
     Raises:
         ValueError: Unknown method or option; a model that the method cannot mix exactly; a criterion without a closed
@@ -59,7 +66,7 @@ class MixTask(ClassificationTask):
     def __init__(
             self,
             model: nn.Module,
-            mix: str | Mix = 'none',
+            mix: str | Mapping[str, float] | Mix = 'none',
             mix_kwargs: dict[str, Any] | None = None,
             criterion: nn.Module | Any | None = None,
             criterion_kwargs: dict[str, Any] | None = None,
@@ -67,6 +74,7 @@ class MixTask(ClassificationTask):
             rank: int | None = None,
             img_size: int | tuple[int, int] | None = None,
             targets: str = 'soft',
+            num_classes: int | None = None,
             device: torch.device | None = None,
             dtype: torch.dtype | None = None,
             verbose: bool = True,
@@ -75,10 +83,11 @@ class MixTask(ClassificationTask):
             model, criterion=criterion, criterion_kwargs=criterion_kwargs, device=device, dtype=dtype, verbose=verbose)
         self._random = StepRandom(seed, rank)
         self.trainable_module = MixModule(model, mix, mix_kwargs, img_size)
-        self.num_classes = count_classes(model)
+        self.num_classes = count_classes(model, num_classes)
         self.mix = self.trainable_module.mix
         self.targets = targets
         self.step, self._checked = 0, False
+        self.mix_enabled = True
         try:
             self._check_criterion()
         except ValueError:
@@ -120,22 +129,24 @@ class MixTask(ClassificationTask):
                 cross-entropy, rows that do not sum to 1.
             RuntimeError: Gradient checkpointing by-passes the mixed layer.
         """
-        if not self.trainable_module.training:
+        draw = None
+        if self.trainable_module.training:
+            if not isinstance(input, torch.Tensor):
+                raise ValueError(
+                    f'images must be one tensor, got {type(input).__name__}; timm.task.ClassificationTask trains '
+                    'without mixing on any input of the model')
+            self._check(target, len(input))
+            draw = self._draw(input)
+        if draw is None:
             output = self.trainable_module(input)
             return dict(loss=self._loss(output, target, None), output=output, mode='clean', lam=None)
-        if not isinstance(input, torch.Tensor):
-            raise ValueError(
-                f'images must be one tensor, got {type(input).__name__}; timm.task.ClassificationTask trains '
-                'without mixing on any input of the model')
-        self._check(target, len(input))
-        draw = self._draw(input)
         result = self.trainable_module(self.mix.images(input, draw), target, draw, Criterion.of(self.criterion))
         if 'loss' not in result:
             result['loss'] = self._loss(result['output'], target, draw)
-        return dict(loss=result['loss'], output=result['output'], mode=draw['mode'], lam=draw['lam'])
+        return dict(loss=result['loss'], output=result['output'], mode=self.mix.mode_name(draw), lam=draw['lam'])
 
-    def _draw(self, images: torch.Tensor) -> dict[str, Any]:
-        draw = self.mix.draw(images, self._random.at(self.step, images.device))
+    def _draw(self, images: torch.Tensor) -> dict[str, Any] | None:
+        draw = self.mix.draw(images, self._random.at(self.step, images.device)) if self.mix_enabled else None
         self.step += 1
         return draw
 

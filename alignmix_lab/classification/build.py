@@ -70,7 +70,7 @@ def _chosen_arguments(config: TrainConfig) -> dict[str, Any]:
         raise ValueError(
             f'--model {config.model}: timm has no such model{near_names(config.model, timm.list_models())}')
     extra = {}
-    if timm_alignmix.create_mix(config.mix, **config.mix_kwargs).name == 'densemultimix':
+    if 'densemultimix' in timm_alignmix.create_mix(config.mix, **config.mix_kwargs).name.split('+'):
         extra = timm_alignmix.dense_model_kwargs(config.model)
         if extra:
             _logger.info(f'{config.model} is built with {extra}: dense mixing trains the classifier on every position')
@@ -148,8 +148,9 @@ def create_task(
     if config.channels_last:
         model.to(memory_format=torch.channels_last)
     bce = dict(loss_type='bce', bce_sum=config.bce_sum, bce_target_thresh=config.bce_target_thresh)
+    mix, mix_kwargs = config.mixing()
     return timm_alignmix.MixTask(
-        model, mix=config.mix, mix_kwargs=config.mix_kwargs,
+        model, mix=mix, mix_kwargs=mix_kwargs,
         criterion_kwargs=dict(smoothing=config.smoothing, **(bce if config.bce_loss else {})), seed=config.seed,
         rank=rank, img_size=input_size[-2:], device=device, verbose=rank == 0)
 

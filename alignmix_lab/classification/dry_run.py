@@ -57,8 +57,9 @@ def dry_run(config: TrainConfig) -> None:
         f'Total: {run.num_epochs * run.updates_per_epoch:,} updates, '
         f'{run.num_epochs * len(run.loaders.train) * run.config.batch_size * run.accelerator.num_processes:,} images',
         *_describe_resolutions(run),
-        f'Mixing: {run.config.mix}, probability of each mode: '
-        + ', '.join(f'{mode} {p:.3g}' for mode, p in probabilities.items()),
+        f'Mixing: {run.config.mix_name}, probability of each mode: '
+        + ', '.join(f'{mode} {p:.3g}' for mode, p in probabilities.items())
+        + (f'; clean from epoch {config.mix_off_epoch} on' if config.mix_off_epoch else ''),
         *describe_cost(run, step_cost(run)),
         f'Learning rate drawn in {figure}',
     ]))
@@ -110,8 +111,7 @@ def mode_probabilities(run: Run) -> dict[str, float]:
     config = replace(run.config, pretrained=False, initial_checkpoint='')
     task = create_task(
         config, model_arguments(config), run.data_config['input_size'], run.loaders.num_classes, torch.device('cpu'))
-    single = 'clean' if task.mix.name == 'none' else 'input'
-    return getattr(task.mix, 'probs', None) or {single: 1.0}
+    return task.mix.modes
 
 
 def _describe_resolutions(run: Run) -> list[str]:

@@ -75,8 +75,8 @@ def test_a_recipe_is_planned_without_data(name, mix):
     if mix in (None, 'none'):
         cost = step_cost(run)
         assert cost.optimizer and 0.01 < (4 * cost.parameters + cost.activations) / 2**30 < 80
-    default = 'cutmix' if 'rsb' in name else 'none'
-    assert config.mix == re.sub('_release$', '', mix or default)
+    default = {'mixup': 0.5, 'cutmix': 0.5} if 'rsb' in name else 'none'
+    assert config.mix == (re.sub('_release$', '', mix) if mix else default)
 
 
 @pytest.mark.filterwarnings('ignore:.*features aligned at.*')

@@ -9,10 +9,10 @@ from .manifold import ManifoldMixup
 from .mixup import Mixup
 from .multimix import MultiMix
 from .none import NoMix
-from .registry import canonical, create_mix, list_mixes, register_mix
+from .registry import ParseMix, canonical, create_mix, list_mixes, register_mix, with_probability
 
 __all__ = [
     'AlignMix', 'AlignMixAE', 'CutMix', 'DenseMultiMix', 'ManifoldMixup', 'Mix', 'Mixup', 'MultiMix', 'NoMix',
-    'canonical', 'create_mix', 'list_mixes', 'register_mix']
+    'ParseMix', 'canonical', 'create_mix', 'list_mixes', 'register_mix', 'with_probability']
 
 kernels.register()

@@ -4,6 +4,7 @@ A step runs straight through: `draw` (random numbers, on the device, outside any
 input) -> the model, in whose forward a tap hands the features of one layer to `features` -> `loss`. A method holds its
 options and what `bind` found in the model; everything that belongs to one step is in the `Draw` dictionary.
 """
+import inspect
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ from ..functional import soft_target
 from ..step_random import StepRandom, sample_beta
 from .criterion import Criterion
 
-# One step: 'mode' (str), 'layer' (name of the tapped layer or None), 'lam' (tensor or None), and tensors of the method.
+# One step: 'mode' (str; 'clean' and 'input' leave features alone), 'layer' (name of the tapped layer or None), 'lam'
+# (tensor or None), and tensors of the method.
 Draw = dict[str, Any]
 
 
@@ -31,7 +33,7 @@ class Mix:
         layers: Feature layers to tap, by name, set by :meth:`bind`.
         head: Dense head, for methods that need one, set by :meth:`bind`.
         extra: Trainable layers of the method, set by :meth:`bind`. They are trained, averaged and saved with the model
-            but are not part of it. Every step must give each of them a gradient, even if it is 0.
+            but are not part of it. In steps that do not use them their gradient is 0.
 
     Example:
         >>> import torch
@@ -58,6 +60,29 @@ class Mix:
 
     def __repr__(self) -> str:
         return f'{type(self).__name__}({", ".join(f"{k}={v!r}" for k, v in self.options.items())})'
+
+    def signature(self) -> dict[str, inspect.Parameter]:
+        """Options that the method takes, with their types and defaults."""
+        return dict(inspect.signature(type(self)).parameters)
+
+    @property
+    def modes(self) -> dict[str, float]:
+        """Probability of each mode, by its name in logs; complete after :meth:`bind`."""
+        return getattr(self, 'probs', None) or {'clean' if self.name == 'none' else 'input': 1.0}
+
+    def mode_name(self, draw: Draw) -> str:
+        """Name of a step's mode in logs."""
+        return draw['mode']
+
+    @property
+    def binds(self) -> bool:
+        """The method looks into the model; others mix the images of any network."""
+        return type(self).bind is not Mix.bind
+
+    @property
+    def tapped(self) -> list[str]:
+        """Names of the modules whose output a step may need."""
+        return [*self.layers, *([self.head.name] if self.head else [])]
 
     def bind(self, anatomy: Anatomy) -> None:
         """Find out where to mix in a model.

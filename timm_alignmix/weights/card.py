@@ -89,6 +89,7 @@ def make_card(config: dict[str, Any]) -> str:
         'network': config['architecture'],
         'arguments of the network': config.get('model_args'),
         'mix': facts.get('mix'),
+        'drawn with weights': facts.get('mix_weights'),
         'options of the mix': facts.get('mix_options'),
         'data set': facts.get('dataset'),
         'classes': config['num_classes'],

@@ -59,6 +59,8 @@ def test_the_data_is_read_where_it_is_there(digits):
     (dict(mix='alignmix', mix_kwargs={'mode_probs': (2, 1, 1)}), {'input': 0.5, 'feat': 0.25, 'feat_prime': 0.25}),
     (dict(mix='multimix', mix_kwargs={'prob': 0.7}), {'embedding': 0.7, 'input': 0.3}),
     (dict(mix='manifold', mix_kwargs={'layers': ['input', 'embedding']}), {'input': 0.5, 'embedding': 0.5}),
+    (dict(mix={'mixup': 2, 'multimix': 2, 'none': 1}, mix_kwargs={'multimix.prob': 0.75}, mix_prob=0.5),
+     {'mixup': 0.2, 'multimix/embedding': 0.15, 'multimix/input': 0.05, 'clean': 0.6}),
 ])
 def test_modes_have_the_probabilities_asked_for(options, expected):
     assert mode_probabilities(plan(**options)) == pytest.approx(expected)

@@ -76,6 +76,10 @@ def two(make_config, on_processes, tmp_path_factory):
         'asked': (align, {'at': (2, 'signal')}),
         'asked-on': (dict(align, resume='auto', output=folder / 'asked'), {}),
         'spoilt': (dict(align, epochs=1), {'at': (3, 'spoil')}),
+        # Layers of a method's own, which DistributedDataParallel would miss in steps that do not use them.
+        'several': (dict(
+            batch_size=8, mix={'alignmix_ae': 0.5, 'mixup': 0.5}, mix_off_epoch=1,
+            mix_kwargs={'alignmix_ae.dim': 8, 'alignmix_ae.width': 4}), {}),
     }
     on_processes(2, 'train_all', {
         name: {**make_config(options.pop('output', folder / name), **options).to_dict(), **extra}
@@ -96,6 +100,13 @@ def test_modes_are_shared_and_draws_are_not(two):
     assert lams and all(one != other for one, other in lams)
 
 
+def test_several_methods_are_shared_and_end_together(two):
+    first, second = ([mode for mode, _, _ in part['steps']] for part in two[1]('several'))
+    assert first == second and len(first) == 10
+    assert {mode.partition('/')[0] for mode in first[:5]} == {'alignmix_ae', 'mixup'}
+    assert first[5:] == ['clean'] * 5
+
+
 def test_machines_that_see_different_checkpoints_are_refused(two, make_config, on_processes, tmp_path):
     """Two machines without a common folder: one would resume, the other begin anew."""
     config = make_config(two[0] / 'plain', batch_size=8, resume='auto', **PLAIN)
@@ -111,7 +122,7 @@ def test_gradients_are_reduced_once_an_update(two):
     assert [part['reductions'] for part in two[1]('plain')] == [5, 5]
 
 
-@pytest.mark.parametrize('name', ['dense', 'plain', 'whole', 'spoilt'])
+@pytest.mark.parametrize('name', ['dense', 'plain', 'whole', 'spoilt', 'several'])
 def test_both_processes_end_with_the_same_model(two, name):
     """Parameters, running statistics (averaged, or those of the first) and averages; all report the same history."""
     first, second = two[1](name)
