@@ -59,6 +59,7 @@ RECIPES = {
     'modern/ffcv_rn50_88ep': (RESNET50_GFLOP,),
     'modern/rsb_a2': (RESNET50_GFLOP,),
     'modern/rsb_a3': (RESNET50_GFLOP,),
+    'study/preactresnet18_small': (None,),
     'detection/ssd300_voc0712': (None, ('M', 'Table 5', 'VOC07+12', 'SSD ResNet-50')),
     'detection/ssd300_voc07': (None,),
     'detection/fasterrcnn_coco': (None, ('M', 'Table 5', 'COCO', 'Faster R-CNN ResNet-50')),

@@ -19,8 +19,8 @@ from alignmix_lab.runs.options import find_recipe, recipe_mixes
 ROOT = Path(__file__).resolve().parents[2]
 FILES = [path for path in sorted((ROOT / 'recipes').rglob('*.yaml')) if path.parent.name != 'accelerate']
 NAMES = [path.relative_to(ROOT / 'recipes').with_suffix('').as_posix() for path in FILES if path.name[0] != '_']
-MODERN = [name for name in NAMES if name.startswith('modern')]
-PAPERS = [name for name in NAMES if not name.startswith(('modern', 'detection'))]
+MODERN = [name for name in NAMES if name.startswith(('modern', 'study'))]
+PAPERS = [name for name in NAMES if not name.startswith(('modern', 'study', 'detection'))]
 MIXES = ('none', 'mixup', 'cutmix', 'manifold', 'alignmix', 'multimix', 'densemultimix')
 WITH_AE = [name for name in PAPERS if name.endswith(('2000ep', '1200ep', 'resnet50_300ep'))]
 PAIRS = [
