@@ -87,6 +87,8 @@ class MixModule(nn.Module):
         self.mix = copy.deepcopy(mix) if isinstance(mix, Mix) else create_mix(mix, **(mix_kwargs or {}))
         if self.mix.replaces_features and getattr(model, 'grad_checkpointing', False):
             raise ValueError(self._recomputed())
+        cfg, default = getattr(model, 'pretrained_cfg', None) or {}, self.mix.normalization
+        self.mix.normalization = (cfg.get('mean', default[0]), cfg.get('std', default[1]))
         if type(self.mix).bind is not Mix.bind:
             self.mix.bind(Anatomy(model, img_size))
         if any(is_checkpointed(model, name) for name in self.mix.layers):
