@@ -132,9 +132,12 @@ def install(train: ModuleType) -> None:
 
         def create_task(model, **kwargs):
             # Read here and not above: train.py finds its rank and makes its model after parsing its flags.
-            img_size = resolve_data_config(vars(args), model=model)['input_size'][-2:]
-            return MixTask(
-                model, args.mix, args.mix_kwargs, seed=args.seed, rank=args.rank, img_size=img_size, **kwargs)
+            images = resolve_data_config(vars(args), model=model)
+            task = MixTask(
+                model, args.mix, args.mix_kwargs, seed=args.seed, rank=args.rank, img_size=images['input_size'][-2:],
+                **kwargs)
+            task.mix.normalization = images['mean'], images['std']
+            return task
 
         if canonical(args.mix) != 'none':
             train.ClassificationTask = create_task

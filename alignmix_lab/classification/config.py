@@ -47,7 +47,8 @@ class TrainConfig(RunConfig, TrainDataOptions):
         affects_result=False)
 
     mix: str = mix_('none', 'mixing method, see timm_alignmix.list_mixes(): alignmix, alignmix_ae, cutmix, '
-                    'densemultimix, manifold, mixup, multimix, none; or a name that the recipe has under mixes; '
+                    'cutout, densemultimix, fmix, guidedmixup, manifold, mixup, multimix, none, regmixup, resizemix, '
+                    'saliencymix, zeta; or a name that the recipe has under mixes; '
                     "matched without case, '-' and '_'")
     mix_kwargs: dict = mix_({}, 'options of the method, e.g. --mix-kwargs alpha=1.0 align_at=layer3', dict)
 
