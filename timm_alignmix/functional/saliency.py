@@ -17,8 +17,8 @@ def fine_grained_saliency(pixels_BCHW: torch.Tensor) -> torch.Tensor:
     """Fine-grained static saliency of 8-bit images: Montabone and Soto, Image and Vision Computing 28 (2010).
 
     How far a pixel is above the mean of its neighbourhood (on) or below it (off), summed over six neighbourhoods. The
-    integers are those of OpenCV's StaticSaliencyFineGrained, of RGB images. It adds in float32, which is exact in images
-    of up to 32,896 pixels; these sums are exact up to 8 million.
+    integers are those of OpenCV's StaticSaliencyFineGrained, of RGB images. It adds in float32, which is exact up to
+    32,896 pixels an image; these sums are exact up to 8 million.
 
     Args:
         pixels_BCHW: (B, 3, H, W) RGB or (B, 1, H, W) grey pixels 0 to 255, integers of any dtype.
