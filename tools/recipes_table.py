@@ -126,7 +126,8 @@ def _cell(recipe: str, mix: str) -> str:
         lines.append(ELSEWHERE[recipe, mix])
     if (recipe, mix) in OURS:
         lines.append(f'**{OURS[recipe, mix]:.2f}**')
-    if gflop and step_factor(mix) and (lines or mix in recipe_mixes(recipe, TrainConfig) or mix not in ('alignmix_ae', 'alignmix_release')):
+    is_shown = lines or mix in recipe_mixes(recipe, TrainConfig) or mix not in ('alignmix_ae', 'alignmix_release')
+    if gflop and is_shown and step_factor(mix):
         hours = gpu_hours(resolve_config({'mix': mix}, recipe), gflop, mix)
         lines.append(f'{hours:.{1 if hours < 9.95 else 0}f} h')
     return '<br>'.join(lines)
