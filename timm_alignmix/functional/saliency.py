@@ -148,7 +148,7 @@ def gaussian_blur(x_BHW: torch.Tensor, radius: int = 3, sigma: float = 3.0) -> t
 def greedy_cycle(distance_BB: torch.Tensor) -> torch.Tensor:
     """Pair each example with one that is far from it: one cycle through the batch, built greedily.
 
-    GuidedMixup, arXiv 2306.16612, section 3.2: the largest distance gives the first example and its partner; the
+    GuidedMixup, arXiv 2306.16612: the largest distance gives the first example and its partner; the
     partner of that one is the farthest example that has no place in the cycle yet, and so on.
 
     Args:

@@ -1,8 +1,11 @@
 """FMix: Enhancing Mixed Sample Data Augmentation, arXiv 2002.12047.
 
-Section 4: a grey image of random frequencies, complex Gaussian noise over max(f, 1 / max(H, W))^decay, whose highest
+A grey image of random frequencies, complex Gaussian noise over max(f, 1 / max(H, W))^decay, whose highest
 pixels, a share lam of all, show the example and the others its partner. As in the published code, their number is
 lam * H * W rounded down or up with equal chance, and the target has the lam that was drawn.
+
+Departure from the published code, see docs/findings.md: that one takes two rows of the noise for the two parts of every
+frequency, so its masks hardly vary along rows.
 """
 import torch
 

@@ -1,8 +1,8 @@
 """GuidedMixup: An Efficient Mixup Strategy Guided by Saliency Maps, AAAI 2023, arXiv 2306.16612.
 
-Section 3: z = s / (s + s') at each pixel, for the saliency s of the example and s' of its partner, both blurred and
-scaled to the sum 1; lam is the mean of z. Partners are far apart: section 3.2's greedy cycle through the batch, by the
-l2 distance of s. Saliency is the spectral residual ("SR"). A constant keeps blank images from dividing 0 by 0.
+z = s / (s + s') at each pixel, for the saliency s of the example and s' of its partner, both blurred and scaled to the
+sum 1; lam is the mean of z. Partners are far apart: a greedy cycle through the batch, by the l2 distance of s. Saliency
+is the spectral residual ("SR"). A constant keeps blank images from dividing 0 by 0.
 
 Departure from the published code of CIFAR and TinyImageNet, see docs/findings.md: that one draws partners at random
 (`pairing='random'`), whatever its flags say.

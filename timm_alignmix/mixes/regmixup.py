@@ -1,7 +1,7 @@
-"""RegMixup: Using Mixup as a Regularizer Can Surprisingly Improve Accuracy and OOD Robustness, NeurIPS 2022, arXiv
-2206.14502.
+"""RegMixup: Mixup as a Regularizer Can Surprisingly Improve Accuracy and Out Distribution Robustness, NeurIPS 2022,
+arXiv 2206.14502.
 
-Equation (4): the cross-entropy of the clean batch plus eta times that of its input mixup, with lam ~ Beta(alpha, alpha)
+The loss is the cross-entropy of the clean batch plus eta times that of its input mixup, with lam ~ Beta(alpha, alpha)
 near 1/2. Both halves run as one batch of 2B, as in the published code, so they share statistics of batch norm.
 Departure: that code averages over all 2B rows, which is half of the paper's sum at eta = 1; here it is the sum, so
 learning rates are on the paper's scale. Its commands have alpha = 20 for CIFAR-10 and 10 for CIFAR-100.

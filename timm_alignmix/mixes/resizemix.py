@@ -1,6 +1,6 @@
 """ResizeMix: Mixing Data with Preserved Object Information and True Labels, arXiv 2012.11101.
 
-Section 3: the whole partner, resized by a factor tau ~ U(low, high), is pasted at a uniform place; lam = 1 minus its
+The whole partner, resized by a factor tau ~ U(low, high), is pasted at a uniform place; lam = 1 minus its
 share of the area. There is no official code. Open in the paper, and our choice: the patch is inside of the image, and
 resized bilinearly with antialiasing.
 """

@@ -1,7 +1,7 @@
 """SaliencyMix: A Saliency Guided Data Augmentation Strategy for Better Regularization, ICLR 2021, arXiv 2006.01791.
 
-Section 3: a box around the most salient pixel of the partner is pasted at the same place of the example. The saliency
-is OpenCV's fine-grained one; in an image of one colour, which has none, the centre is uniform. As in the published code
+A box around the most salient pixel of the partner is pasted at the same place of the example. The saliency is OpenCV's
+fine-grained one; in an image of one colour, which has none, the centre is uniform. As in the published code
 the box has CutMix's sides, rounded down to even ones, and lam is corrected to the area.
 
 Departures from the published code, see docs/findings.md: it takes the box of one image for the whole batch

@@ -1,8 +1,9 @@
-"""zeta-Mixup: Improving Deep Neural Networks by Mixing More Than Two Examples, arXiv 2204.03323.
+"""zeta-Mixup: Richer, More Realistic Synthetic Samples from a p-Series Interpolant, Journal of Big Data 2024, arXiv
+2204.03323.
 
-Section 2: each output mixes the whole batch with the weights w_j = j^-gamma / sum_k k^-gamma, j = 1 to B. Its own
-example has w_1, the others w_2 to w_B in a random order of its own; images and targets are mixed alike. The batch of
-the step is mixed as it is, so a smaller last batch has somewhat larger weights, as in the published code.
+Each output mixes the whole batch with the weights w_j = j^-gamma / sum_k k^-gamma, j = 1 to B. Its own example has w_1,
+the others w_2 to w_B in a random order of its own; images and targets are mixed alike. The batch of the step is mixed
+as it is, so a smaller last batch has somewhat larger weights, as in the published code.
 """
 import torch
 

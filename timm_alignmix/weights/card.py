@@ -14,11 +14,14 @@ PAPERS = {  # method: arXiv id, title
     'fmix': ('2002.12047', 'FMix: Enhancing Mixed Sample Data Augmentation'),
     'guidedmixup': ('2306.16612', 'GuidedMixup: An Efficient Mixup Strategy Guided by Saliency Maps'),
     'regmixup': (
-        '2206.14502', 'Using Mixup as a Regularizer Can Surprisingly Improve Accuracy and Out Distribution Robustness'),
+        '2206.14502',
+        'RegMixup: Mixup as a Regularizer Can Surprisingly Improve Accuracy and Out Distribution Robustness'),
     'resizemix': ('2012.11101', 'ResizeMix: Mixing Data with Preserved Object Information and True Labels'),
     'saliencymix': (
         '2006.01791', 'SaliencyMix: A Saliency Guided Data Augmentation Strategy for Better Regularization'),
-    'zeta': ('2204.03323', 'A Multi-Sample Mixup Approach for Regularization: zeta-mixup'),
+    'zeta': (
+        '2204.03323',
+        'Multi-Sample zeta-mixup: Richer, More Realistic Synthetic Samples from a p-Series Interpolant'),
     'manifold': ('1806.05236', 'Manifold Mixup: Better Representations by Interpolating Hidden States'),
     'alignmix': _ALIGNMIX,
     'alignmix_ae': _ALIGNMIX,

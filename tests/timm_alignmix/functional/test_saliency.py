@@ -128,7 +128,7 @@ def test_blur_is_torchvisions():
 
 
 def cycle_by_loops(distance):
-    """GuidedMixup, section 3.2, as it is said there."""
+    """The cycle, as GuidedMixup's paper says it."""
     B = len(distance)
     start, partner = max(((i, j) for i in range(B) for j in range(B) if i != j), key=lambda pair: distance[pair])
     partners, visited, current = {start: partner}, {start, partner}, partner

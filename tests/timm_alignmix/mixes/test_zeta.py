@@ -24,7 +24,7 @@ def test_rows_hold_the_weights_with_the_largest_for_the_example(B, gamma):
     expected = torch.tensor(weights_by_hand(B, gamma), dtype=torch.float64).expand(B, B)
     torch.testing.assert_close(weights.sort(dim=1, descending=True).values, expected, rtol=1e-6, atol=1e-9)
     assert torch.equal(weights.argmax(dim=1), torch.arange(B)) and weights.diagonal().min() >= 0.4999
-    if B == 128 and gamma == 2.8:  # the figures of the paper's Figure 2
+    if B == 128 and gamma == 2.8:
         assert [round(w, 3) for w in expected[0, :4].tolist()] == [0.802, 0.115, 0.037, 0.017]
 
 
