@@ -7,6 +7,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.data.mixup import Mixup as TimmMixup
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import timm_alignmix
 from timm_alignmix import MixTask, create_mix, list_mixes
@@ -401,6 +402,35 @@ def test_autocast_does_not_change_what_is_drawn_and_mixed(name):
     with torch.autocast('cpu', torch.bfloat16):
         draw = mix.draw(images, random())
         assert torch.equal(mix.images(images, draw), mixed) and torch.equal(mix.target(target, draw), rows)
+
+
+class Recorder(TorchDispatchMode):
+    """Names of the operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize('name, options', [
+    ('cutout', {}), ('fmix', dict(per_example=True)), ('guidedmixup', dict(prob=1)), ('regmixup', {}),
+    ('saliencymix', dict(prob=1)), ('saliencymix', dict(prob=1, box='batch', centre='random')), ('zeta', {}),
+])
+def test_nothing_waits_for_the_device_or_is_copied_to_it(name, options):
+    """On a GPU, reading a number or making a tensor of Python's numbers would; the mode is drawn on the host."""
+    images, mix = batch(B=8, size=140, dtype=torch.float32)[0], create_mix(name, **options)
+    rng = random()
+    with Recorder() as recorder:
+        draw = mix.draw(images, rng)
+        mix.images(images, draw)
+        mix.target(torch.eye(8), draw)
+    assert recorder.names.count('_local_scalar_dense') == (name in ('fmix', 'guidedmixup', 'saliencymix'))
+    assert len(recorder.names) > 3
+    assert not {'lift_fresh', 'nonzero', 'masked_select'} & set(recorder.names)
 
 
 def test_lam_is_beta_and_partners_a_permutation():
