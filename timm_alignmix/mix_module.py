@@ -89,6 +89,8 @@ class MixModule(nn.Module):
         self.mix = copy.deepcopy(mix) if isinstance(mix, Mix) else create_mix(mix, **(mix_kwargs or {}))
         if self.mix.replaces_features and getattr(model, 'grad_checkpointing', False):
             raise ValueError(self._recomputed())
+        cfg, (mean, std) = getattr(model, 'pretrained_cfg', None) or {}, self.mix.normalization
+        self.mix.set_normalization(cfg.get('mean', mean), cfg.get('std', std))
         if self.mix.binds:
             self.mix.bind(Anatomy(model, img_size))
         if any(is_checkpointed(model, name) for name in self.mix.layers):

@@ -144,9 +144,12 @@ def install(train: ModuleType) -> None:
 
         def create_task(model, **kwargs):
             # Read here and not above: train.py finds its rank and makes its model after parsing its flags.
-            img_size = resolve_data_config(vars(args), model=model)['input_size'][-2:]
+            images = resolve_data_config(vars(args), model=model)
             mix, mix_kwargs = with_probability(args.mix, args.mix_kwargs, args.mixup_prob)
-            return MixTask(model, mix, mix_kwargs, seed=args.seed, rank=args.rank, img_size=img_size, **kwargs)
+            task = MixTask(
+                model, mix, mix_kwargs, seed=args.seed, rank=args.rank, img_size=images['input_size'][-2:], **kwargs)
+            task.mix.set_normalization(images['mean'], images['std'])
+            return task
 
         def train_one_epoch_mixed_or_not(epoch, *positional, task, **kwargs):
             task.mix_enabled = not args.mixup_off_epoch or epoch < args.mixup_off_epoch

@@ -126,7 +126,7 @@ def create_data(
 
 
 def create_task(
-        config: TrainConfig, arguments: dict[str, Any], input_size: tuple[int, int, int], num_classes: int,
+        config: TrainConfig, arguments: dict[str, Any], data_config: dict[str, Any], num_classes: int,
         device: torch.device, rank: int = 0, world_size: int = 1) -> timm_alignmix.MixTask:
     """Create the model on the run's device, inside its training task."""
     if config.initial_checkpoint and not os.path.isfile(config.initial_checkpoint):
@@ -149,10 +149,12 @@ def create_task(
         model.to(memory_format=torch.channels_last)
     bce = dict(loss_type='bce', bce_sum=config.bce_sum, bce_target_thresh=config.bce_target_thresh)
     mix, mix_kwargs = config.mixing()
-    return timm_alignmix.MixTask(
+    task = timm_alignmix.MixTask(
         model, mix=mix, mix_kwargs=mix_kwargs,
         criterion_kwargs=dict(smoothing=config.smoothing, **(bce if config.bce_loss else {})), seed=config.seed,
-        rank=rank, img_size=input_size[-2:], device=device, verbose=rank == 0)
+        rank=rank, img_size=data_config['input_size'][-2:], device=device, verbose=rank == 0)
+    task.mix.set_normalization(data_config['mean'], data_config['std'])
+    return task
 
 
 def _load_initial(model: nn.Module, path: str) -> None:
@@ -177,7 +179,7 @@ def build_run(config: TrainConfig) -> Run:
     with accelerator.local_main_process_first():  # the first process of each machine writes the shared files
         loaders = create_data(config, data_config, *place)
     data_config.update(loader=loaders.kind, class_names=loaders.class_names)
-    task = create_task(config, arguments, data_config['input_size'], loaders.num_classes, *place)
+    task = create_task(config, arguments, data_config, loaders.num_classes, *place)
     run = Run(config, accelerator, loaders, task, data_config, MixTotals)
     run.add_optimizer(scaled=classifier_parameters(task.get_eval_model()), scale=config.head_lr_scale)
     if config.num_processes not in (None, accelerator.num_processes):

@@ -110,7 +110,7 @@ def mode_probabilities(run: Run) -> dict[str, float]:
     """Return the probability of each mode, after checking on a real model that the method can mix it."""
     config = replace(run.config, pretrained=False, initial_checkpoint='')
     task = create_task(
-        config, model_arguments(config), run.data_config['input_size'], run.loaders.num_classes, torch.device('cpu'))
+        config, model_arguments(config), run.data_config, run.loaders.num_classes, torch.device('cpu'))
     return task.mix.modes
 
 

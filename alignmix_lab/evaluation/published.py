@@ -22,6 +22,8 @@ METHODS = {
     'none': 'baseline',
     'mixup': 'input mixup',
     'cutmix': 'CutMix',
+    'saliencymix': 'SaliencyMix',
+    'zeta': 'ζ-Mixup',
     'manifold': 'manifold mixup',
     'alignmix': 'AlignMixup',
     'alignmix_ae': 'AlignMixup/AE',

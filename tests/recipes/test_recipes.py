@@ -21,7 +21,7 @@ FILES = [path for path in sorted((ROOT / 'recipes').rglob('*.yaml')) if path.par
 NAMES = [path.relative_to(ROOT / 'recipes').with_suffix('').as_posix() for path in FILES if path.name[0] != '_']
 MODERN = [name for name in NAMES if name.startswith(('modern', 'study'))]
 PAPERS = [name for name in NAMES if not name.startswith(('modern', 'study', 'detection'))]
-MIXES = ('none', 'mixup', 'cutmix', 'manifold', 'alignmix', 'multimix', 'densemultimix')
+MIXES = ('none', 'mixup', 'cutmix', 'saliencymix', 'zeta', 'manifold', 'alignmix', 'multimix', 'densemultimix')
 WITH_AE = [name for name in PAPERS if name.endswith(('2000ep', '1200ep', 'resnet50_300ep'))]
 PAIRS = [
     *((name, mix) for name in PAPERS for mix in dict.fromkeys((*MIXES, *recipe_mixes(name, TrainConfig)))),

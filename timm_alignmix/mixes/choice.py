@@ -1,5 +1,6 @@
 """Several methods in one run: each step is a step of one of them, as timm.data.Mixup does with mixup and CutMix."""
 import inspect
+from collections.abc import Sequence
 
 import torch
 import torch.nn as nn
@@ -38,6 +39,11 @@ class MixChoice(Mix):
     @property
     def binds(self) -> bool:
         return any(mix.binds for mix in self.mixes.values())
+
+    def set_normalization(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().set_normalization(mean, std)
+        for mix in self.mixes.values():
+            mix.set_normalization(mean, std)
 
     def bind(self, anatomy: Anatomy) -> None:
         for mix in self.mixes.values():
