@@ -3,7 +3,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from timm.loss import BinaryCrossEntropy, SoftTargetCrossEntropy
+from timm.loss import SoftTargetCrossEntropy
 
 from timm_alignmix import MixTask, create_mixup
 from timm_alignmix.step_random import StepRandom
@@ -48,9 +48,20 @@ def test_as_a_mixup_function():
     torch.testing.assert_close(SoftTargetCrossEntropy()(model(x), target), expected, rtol=1e-6, atol=1e-6)
 
 
-def test_lam_is_near_one_half_and_other_criteria_are_refused():
+def test_lam_is_near_one_half():
     mix, images = MixTask(tiny(), 'regmixup', dict(alpha=20.0), verbose=False).mix, torch.zeros(1, 3, 32, 32)
     lam = torch.stack([mix.draw(images, StepRandom(0).at(step, images.device))['lam'] for step in range(400)])
     assert abs(lam.mean() - 0.5) < 0.02 and abs(lam.std() - (1 / 164) ** 0.5) < 0.01  # of Beta(20, 20)
-    with pytest.raises(ValueError, match='BinaryCrossEntropy cannot replace it'):
-        MixTask(tiny(), 'regmixup', criterion=BinaryCrossEntropy(), verbose=False)
+
+
+def test_binary_cross_entropy():
+    images, rows = torch.randn(6, 3, 32, 32, dtype=torch.float64), torch.eye(5, dtype=torch.float64)[torch.arange(6) % 5]
+    model, bce = tiny(), torch.nn.BCEWithLogitsLoss()
+    task = MixTask(model, 'regmixup', dict(eta=0.5), criterion=bce, verbose=False)
+    draw = task.mix.draw(images, StepRandom(0, 0).at(0, images.device))
+    lam, perm = draw['lam'].double(), draw['perm']
+    mixed, target = (lam * x + (1 - lam) * x[perm] for x in (images, rows))
+    expected = bce(model(images), rows) + 0.5 * bce(model(mixed), target)
+    torch.testing.assert_close(task(images, rows)['loss'], expected)
+    with pytest.raises(ValueError, match="targets='pairs' is for"):
+        MixTask(model, 'regmixup', targets='pairs', verbose=False)
