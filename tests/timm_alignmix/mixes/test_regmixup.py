@@ -55,7 +55,8 @@ def test_lam_is_near_one_half():
 
 
 def test_binary_cross_entropy():
-    images, rows = torch.randn(6, 3, 32, 32, dtype=torch.float64), torch.eye(5, dtype=torch.float64)[torch.arange(6) % 5]
+    images = torch.randn(6, 3, 32, 32, dtype=torch.float64)
+    rows = torch.eye(5, dtype=torch.float64)[torch.arange(6) % 5]
     model, bce = tiny(), torch.nn.BCEWithLogitsLoss()
     task = MixTask(model, 'regmixup', dict(eta=0.5), criterion=bce, verbose=False)
     draw = task.mix.draw(images, StepRandom(0, 0).at(0, images.device))
