@@ -33,8 +33,10 @@ def gradient_saliency(model: nn.Module, images: torch.Tensor, target: torch.Tens
         >>> model.training, model[1].weight.grad
         (True, None)
     """
-    with torch.enable_grad(), _evaluating(model, mode == 'eval'):
-        images = images.detach().requires_grad_()
+    # Programs that measure a network may be in inference mode, whose tensors have no gradients.
+    with torch.inference_mode(False), torch.enable_grad(), _evaluating(model, mode == 'eval'):
+        images, target = (x.clone() if x.is_inference() else x.detach() for x in (images, target))
+        images.requires_grad_()
         logits = model(images)
         scale = 2 ** 10 if logits.dtype == torch.float16 else 1
         with torch.autocast(logits.device.type, enabled=False):

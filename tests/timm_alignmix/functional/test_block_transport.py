@@ -26,6 +26,11 @@ def costs(wanted, value, distance):
         for c, d in place] for a, b in place])
 
 
+def linear_assignment(cost):
+    """Best block of each place."""
+    return linear_sum_assignment(cost.T)[1]
+
+
 def by_loops(wanted, value, distance):
     cost, N, shown = costs(wanted, value, distance), wanted.size, None
     for _ in range(max(wanted.shape)):
@@ -57,9 +62,9 @@ def test_blocks_move_once_and_nearly_optimally(S):
     for m, u, shown in zip(wanted.numpy(), value.numpy(), found.numpy(), strict=True):
         places = np.flatnonzero(m.ravel())
         assert len(set(shown[places])) == len(places)
-        cost = costs(m, u, 0.8)
-        rows, columns = linear_sum_assignment(cost)
-        least, stay, total = cost[rows, columns].sum(), np.trace(cost), cost[shown[places], places].sum()
+        cost, place = costs(m, u, 0.8)[:, places], np.arange(len(places))
+        least, stay, total = (
+            cost[blocks, place].sum() for blocks in (linear_assignment(cost), places, shown[places]))
         assert least - 1e-12 <= total <= stay + 1e-12
         if least < stay:
             assert (stay - total) / (stay - least) > 0.5

@@ -1,4 +1,4 @@
-"""PuzzleMix: its energy written apart in loops, and what must hold of its masks; cut and transport have their own tests."""
+"""PuzzleMix: its energy written apart in loops, and what must hold of its masks; cut and transport have tests too."""
 import itertools
 import math
 
@@ -55,9 +55,11 @@ def energy_by_loops(x, partner, u, u_partner, lam, z, *, n_labels, beta, gamma, 
             d = np.empty((2, 2))
             for a, e in itertools.product((0, 1), repeat=2):
                 if down:
-                    last, first = pooled[a][:, (r + 1) * k - 1, c * m:c * m + m], pooled[e][:, (r + 1) * k, c * m:c * m + m]
+                    edge, columns = (r + 1) * k, slice(c * m, c * m + m)
+                    last, first = pooled[a][:, edge - 1, columns], pooled[e][:, edge, columns]
                 else:
-                    last, first = pooled[a][:, r * k:r * k + k, (c + 1) * m - 1], pooled[e][:, r * k:r * k + k, (c + 1) * m]
+                    edge, rows = (c + 1) * m, slice(r * k, r * k + k)
+                    last, first = pooled[a][:, rows, edge - 1], pooled[e][:, rows, edge]
                 d[a, e] = np.abs(last - first).mean()
             phi = b * gamma * d
             s, t = z[r][c], z[r + down][c + right]
@@ -100,11 +102,11 @@ def test_masks_have_the_least_energy_of_all(n_labels, monkeypatch):
         mix, draw = completed(images, saliency, step, monkeypatch, S=2, **options)
         u = shares(saliency, (16, 16)).numpy()
         for i, j in enumerate(draw['perm'].tolist()):
-            def energy(z, i=i, j=j, lam=draw['prior_lam'].item()):
-                return energy_by_loops(images[i].numpy(), images[j].numpy(), u[i], u[j], lam, z, **options)
+            terms = images[i].numpy(), images[j].numpy(), u[i], u[j], draw['prior_lam'].item()
             every = itertools.product(np.linspace(0, 1, n_labels), repeat=4)
-            least = min(energy([z[:2], z[2:]]) for z in every)
-            assert energy(draw['mask'][i, 0, ::16, ::16].tolist()) <= least + 1e-4  # integers of 1 / 80,000
+            least = min(energy_by_loops(*terms, [z[:2], z[2:]], **options) for z in every)
+            found = draw['mask'][i, 0, ::16, ::16].tolist()
+            assert energy_by_loops(*terms, found, **options) <= least + 1e-4  # integers of 1 / 80,000
 
 
 @pytest.mark.parametrize('S', [2, 4, 8, 16])
@@ -144,7 +146,7 @@ def test_images_by_loops(options, shape):
                 assert h % p == w % q == 0 and p == q == math.gcd(options['t_size'], h, w)
             else:
                 assert (R, C) == (S, S)
-            for out, source, moved in ((own, images, draw['moved']), (partner, images[draw['perm']], draw['moved_partner'])):
+            for out, source, moved in ((own, images, draw['moved']), (partner, partner.clone(), draw['moved_partner'])):
                 for i, r, c in np.ndindex(4, R, C):
                     a, b = divmod(int(moved[i, r, c]), C)
                     out[i, :, r * p:r * p + p, c * q:c * q + q] = source[i, :, a * p:a * p + p, b * q:b * q + q]
