@@ -45,6 +45,8 @@ def model_arguments(config: TrainConfig) -> dict[str, Any]:
     extra = {}
     if timm_alignmix.create_mix(config.mix, **config.mix_kwargs).name == 'densemultimix':
         extra = timm_alignmix.dense_model_kwargs(config.model)
+        if config.pretrained:
+            extra.pop('class_token', None)  # pretrained weights have it; what counts is that it is not classified
         if extra:
             _logger.info(f'{config.model} is built with {extra}: dense mixing trains the classifier on every position')
     arguments = dict(

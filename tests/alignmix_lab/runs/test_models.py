@@ -1,4 +1,4 @@
-"""Models that cannot be built, or whose weights cannot be loaded, end in one sentence and without a wait; frozen parts."""
+"""Models that cannot be built or loaded, which end in one sentence and without a wait; their frozen parts."""
 import copy
 
 import pytest
