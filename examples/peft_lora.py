@@ -30,7 +30,8 @@ def digits(side: int) -> tuple[torch.Tensor, torch.Tensor]:
     return images.expand(-1, 3, -1, -1), torch.from_numpy(labels)
 
 
-def train(model: PeftModel, images: torch.Tensor, labels: torch.Tensor, mix: str, epochs: int, lr: float = 5e-3) -> None:
+def train(
+        model: PeftModel, images: torch.Tensor, labels: torch.Tensor, mix: str, epochs: int, lr: float = 5e-3) -> None:
     """Train what is not frozen."""
     task = MixTask(model.get_base_model(), mix=mix, img_size=images.shape[-2:])
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.0)

@@ -114,7 +114,7 @@ class RunConfig(Options):
     log_interval: int = run_(50, 'updates between log lines', int, low=1)
     log_trackers: list[str] = run_(
         [], 'also log to these, through Accelerate', choices=('tensorboard', 'wandb'), nargs='+')
-    wandb_project: str = run_('timm-alignmix', 'project of the trackers')
+    wandb_project: str = run_('timm-alignmix', "project in wandb, and folder of TensorBoard's files")
     wandb_entity: str | None = run_(None, "user or team of wandb; default: that of wandb's login")
     wandb_group: str | None = run_(None, 'group of the run in wandb')
     wandb_tags: list[str] = run_([], 'tags of the run in wandb', nargs='+')

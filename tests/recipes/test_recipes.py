@@ -30,7 +30,7 @@ PAIRS = [
     *((name, mix) for name in MODERN for mix in (None, *recipe_mixes(name, TrainConfig))),
     *((name, mix) for name in FINETUNE for mix in MIXES),
 ]
-ANY_FOLDER = dict(data_dir='my_photos', num_classes=7, dataset_size=(2000, 500))  # for recipes without data of their own
+ANY_FOLDER = dict(data_dir='my_photos', num_classes=7, dataset_size=(2000, 500))  # no data of their own
 ALL = bool(os.environ.get('TIMM_ALIGNMIX_ALL_RECIPES'))  # all of them take minutes
 
 pytestmark = pytest.mark.usefixtures('one_thread')
