@@ -61,6 +61,8 @@ class TrainConfig(RunConfig, TrainDataOptions):
     model: str = model_('resnet50', 'timm model name')
     pretrained: bool = model_(False, "start from the model's pretrained weights", bool)
     initial_checkpoint: str = model_('', 'file of weights to start from')
+    freeze: str = model_('', "part of the model to keep as it is: 'backbone', all but the classifier; or a number, the "
+                         'stem and the first so many stages (of transformers: blocks)')
     num_classes: int | None = model_(None, 'number of classes; default: those of the data', int, low=1)
     gp: str | None = model_(None, "global pooling (avg, max, ...); default: the model's")
     in_chans: int = model_(3, 'input channels', int, low=1)
@@ -92,6 +94,9 @@ class TrainConfig(RunConfig, TrainDataOptions):
     bce_target_thresh: float | None = aug_(
         None, 'threshold that makes soft targets binary; hardly any class of a mixture of a whole batch (multimix, '
         'densemultimix) reaches one', float)
+    class_weights: str = aug_(
+        'none', 'weigh the loss of each class: balanced, by the inverse of its number of training images; not for '
+        'methods with a loss in closed form', choices=('none', 'balanced'))
     drop: float = aug_(0.0, 'dropout before the classifier', float, low=0, below=1)
     drop_path: float | None = aug_(None, "stochastic depth; default: the model's", float, low=0, below=1)
     drop_block: float | None = aug_(None, "drop block; default: the model's", float, low=0, below=1)
@@ -147,8 +152,12 @@ class TrainConfig(RunConfig, TrainDataOptions):
         return [side for side in dict.fromkeys(sides) if side is not None]
 
     def __post_init__(self):
+        self.freeze = str(self.freeze)  # a number in YAML
         super().__post_init__()
+        if self.freeze not in ('', 'backbone') and not self.freeze.isdecimal():
+            raise ValueError(f"--freeze takes 'backbone' or a number of stages, got {self.freeze!r}")
         self._check_mix()
+        self._check_class_weights()
         if self.bce_target_thresh is not None and not self.bce_loss:
             raise ValueError('--bce-target-thresh needs --bce-loss')
         if self.export == 'ema' and not self.model_ema:
@@ -169,6 +178,17 @@ class TrainConfig(RunConfig, TrainDataOptions):
             is_known = kinds.isdisjoint({Any, inspect.Parameter.empty})
             if is_known and not (isinstance(value, tuple(kinds)) and (bool in kinds or not isinstance(value, bool))):
                 raise ValueError(f'--mix-kwargs {name} takes {inspect.formatannotation(kind)}, got {value!r}')
+
+    def _check_class_weights(self) -> None:
+        if self.class_weights == 'none':
+            return
+        if self.bce_loss:
+            raise ValueError('--class-weights weighs softmax cross-entropy: leave --bce-loss out')
+        mix = create_mix(self.mix, **self.mix_kwargs)
+        if mix.closed_form:
+            raise ValueError(
+                f'--class-weights {self.class_weights}: the loss of --mix {mix.name} is a closed form without class '
+                'weights; pass --balanced-sampling instead, which works with all methods')
 
     def _check_resolutions(self) -> None:
         if (self.min_res is None) != (self.max_res is None):

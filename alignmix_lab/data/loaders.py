@@ -34,8 +34,9 @@ def create_loaders(data_dir: str | None = None, **options) -> Loaders:
     """Create the training and the evaluation loader of one rank.
 
     Both yield images (B, C, H, W) float32, normalised on the device, and labels (B,) int64, on the device. Training
-    gives every rank the same number of full batches and uses each sample at most once per epoch. Evaluation yields each
-    sample exactly once over all ranks, so ranks may differ by a batch. Call set_epoch() before each epoch.
+    gives every rank the same number of full batches and uses each sample at most once per epoch, unless
+    `balanced_sampling` or `aug_repeats` repeat some. Evaluation yields each sample exactly once over all ranks, so
+    ranks may differ by a batch. Call set_epoch() before each epoch.
 
     Args:
         data_dir: A folder with train.beton and val.beton, an ImageFolder root, or the folder of a named dataset. None

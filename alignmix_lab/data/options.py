@@ -42,6 +42,9 @@ class TrainDataOptions(SourceOptions):
     train_samples: int | None = _data(
         None, 'train on the first so many images of each class only, to study small training sets (timm loader)', int,
         low=1)
+    balanced_sampling: bool = _data(
+        False, 'draw every class equally often: in an epoch of the usual length, images of rare classes are repeated, '
+        'each time augmented anew', bool)
 
     no_aug: bool = _aug(False, 'turn off training augmentation', bool)
     scale: list[float] = _aug([0.08, 1.0], 'area range of the random resized crop', float, nargs=2, low=0)
@@ -60,6 +63,14 @@ class TrainDataOptions(SourceOptions):
     reprob: float = _aug(0.0, 'probability of random erasing (timm loader)', float, low=0)
     remode: str = _aug('pixel', 'fill of erased regions', choices=('const', 'rand', 'pixel'))
     recount: int = _aug(1, 'maximum number of erased regions per image', int, low=1)
+    aug_repeats: float = _aug(
+        0.0, 'repeated augmentation: so many copies of an image, augmented differently, on different processes of a '
+        'step or in one batch; an epoch keeps its length', float, low=0)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if 0 < self.aug_repeats < 1:
+            raise ValueError(f'--aug-repeats {self.aug_repeats:g} repeats nothing; pass 1 or more, or 0')
 
 
 @dataclass

@@ -49,6 +49,22 @@ class ImageSource:
         """Labels of all samples, if they are known without reading images."""
         return None if self._listed is None else [self._listed[index][1] for index in self.indices]
 
+    def read_labels(self) -> list[int]:
+        """Labels of all samples; reads the samples where the dataset does not list them.
+
+        Raises:
+            ValueError: The images are read in sequence.
+        """
+        if self.is_stream:
+            raise ValueError(
+                f'{self.title} is read in sequence, so the number of images of each class is not known; convert it '
+                'with python -m alignmix_lab convert')
+        if self._listed is not None:
+            return self.labels
+        targets = getattr(self.dataset, 'targets', None)
+        return [int(self.read(place)[1] if targets is None else targets[index])
+                for place, index in enumerate(self.indices)]
+
     @property
     def num_classes(self) -> int | None:
         """Number of classes by name or label, if known."""
@@ -111,10 +127,9 @@ class ImageSource:
         """Indices of each label, in their order."""
         if self.is_stream:
             raise ValueError(f'{flag}: {self.title} is read in sequence; {remedy}')
-        labels = self.labels or getattr(self.dataset, 'targets', None)
         by_class = defaultdict(list)
-        for place, index in enumerate(self.indices):
-            by_class[int(self.read(place)[1] if labels is None else labels[place])].append(index)
+        for index, label in zip(self.indices, self.read_labels(), strict=True):
+            by_class[label].append(index)
         return by_class
 
     def _part(self, indices: Sequence[int]) -> 'ImageSource':

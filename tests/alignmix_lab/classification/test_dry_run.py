@@ -7,8 +7,9 @@ import yaml
 from PIL import Image
 
 from alignmix_lab.classification import TrainConfig
-from alignmix_lab.classification.build import classifier_parameters, create_task, model_arguments
+from alignmix_lab.classification.build import create_task, model_arguments
 from alignmix_lab.classification.dry_run import describe_cost, learning_rates, mode_probabilities, plan_run, step_cost
+from alignmix_lab.runs.models import classifier_parameters
 
 SIZES = dict(dataset_size=(1000, 100), num_classes=10, model='test_resnet', img_size=64, device='cpu')
 

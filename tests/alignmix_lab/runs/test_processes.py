@@ -62,6 +62,10 @@ def two(make_config, on_processes, tmp_path_factory):
     folder = tmp_path_factory.mktemp('two')
     torch.manual_seed(3)
     torch.save(timm.create_model('test_vit', num_classes=10).state_dict(), folder / 'start.pth')
+    torch.manual_seed(4)
+    resnet = timm.create_model('test_resnet', num_classes=10)
+    resnet(torch.randn(4, 3, 64, 64))  # running statistics of its own
+    torch.save(resnet.state_dict(), folder / 'resnet.pth')
     dense = dict(mix='densemultimix', mix_kwargs={'n': 12}, model_ema=True, model_ema_decay=0.7, drop=0.1)
     # 84 images are 5 batches of 8 on each of two processes: 3 updates of 2, 2 and 1.
     align = dict(
@@ -70,6 +74,9 @@ def two(make_config, on_processes, tmp_path_factory):
     jobs = {
         'dense': (dict(batch_size=8, validation_batch_size=4, **dense), {}),
         'plain': (dict(batch_size=8, initial_checkpoint=str(folder / 'start.pth'), **PLAIN), {}),
+        'frozen': (dict(
+            mix='manifold', batch_size=8, epochs=1, freeze='2', initial_checkpoint=str(folder / 'resnet.pth'),
+            layer_decay=0.8, model_ema=True, balanced_sampling=True, class_weights='balanced'), {}),
         'whole': (align, {}),
         'died': (dict(align, checkpoint_steps=1), {'at': (7, 'die')}),
         'died-on': (dict(align, checkpoint_steps=1, resume='auto', output=folder / 'died'), {}),
@@ -90,6 +97,18 @@ def two(make_config, on_processes, tmp_path_factory):
 def test_two_processes_train_on_different_images(two):
     first, second = ({image for _, _, image in part['steps']} for part in two[1]('plain'))
     assert len(first) == len(second) == 5 and not first & second
+
+
+def test_frozen_layers_train_on_no_process(two):
+    """Neither their parameters nor, through the average over processes, their statistics."""
+    start = torch.load(two[0] / 'resnet.pth', weights_only=True)
+    for part in two[1]('frozen'):
+        for which in ('state_dict', 'state_dict_ema'):
+            for key, value in start.items():
+                frozen = key.startswith(('conv1', 'bn1', 'layer1', 'layer2'))
+                assert torch.equal(part[which][key], value) == frozen, (which, key)
+    first, second = (part['state_dict'] for part in two[1]('frozen'))
+    assert all(torch.equal(first[key], value) for key, value in second.items())
 
 
 def test_modes_are_shared_and_draws_are_not(two):

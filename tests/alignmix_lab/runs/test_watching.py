@@ -1,5 +1,7 @@
 """What shows how a run goes: trackers, the picture of its curves, the report."""
 import re
+import sys
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -65,6 +67,25 @@ def test_tensorboard_reads_what_was_logged(make_config, run_training, tmp_path):
     losses = found.Scalars('train/loss')
     assert [event.step for event in losses] == [1, 2, 3, 4, 5]
     assert np.mean([event.value for event in losses]) == pytest.approx(run.result['history'][0]['train']['loss'])
+
+
+def test_wandb_gets_project_entity_group_and_tags(make_config, run_training, monkeypatch, tmp_path):
+    """Through Accelerate's own tracker, to a stand-in for the package."""
+    started, logged = [], []
+    run = SimpleNamespace(log=lambda values, step=None: logged.append(step), finish=lambda: None)
+    wandb = ModuleType('wandb')
+    wandb.init = lambda **options: started.append(options) or run
+    wandb.config = SimpleNamespace(update=lambda values, allow_val_change: None)
+    monkeypatch.setitem(sys.modules, 'wandb', wandb)
+    monkeypatch.setattr('alignmix_lab.runs.accelerator.check_trackers', lambda names: None)
+    monkeypatch.setattr(trackers, 'filter_trackers', lambda names, folder: names)
+    run_training(make_config(
+        tmp_path, epochs=1, log_trackers=['wandb'], wandb_project='flowers', wandb_entity='us', wandb_group='sizes',
+        wandb_tags=['small', 'first']))
+    options, = started
+    assert {key: options[key] for key in ('project', 'entity', 'group', 'tags', 'name', 'resume')} == dict(
+        project='flowers', entity='us', group='sizes', tags=['small', 'first'], name='run', resume='allow')
+    assert logged
 
 
 @pytest.mark.parametrize('name', ['tensorboard', 'wandb'])
