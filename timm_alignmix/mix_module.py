@@ -12,6 +12,7 @@ import torch.nn as nn
 from timm.models import group_parameters
 
 from .anatomy import Anatomy
+from .criterion import Criterion
 from .mixes import Mix, create_mix
 from .mixes.base import Draw
 
@@ -139,7 +140,7 @@ class MixModule(nn.Module):
             images: torch.Tensor,
             target: torch.Tensor | None = None,
             draw: Draw | None = None,
-            smoothing: float = 0.0,
+            criterion: Criterion | None = None,
     ) -> Any:
         """Run the model, or a step.
 
@@ -147,10 +148,10 @@ class MixModule(nn.Module):
             images: (B, C, H, W), already mixed if the step mixes its input.
             target: (B,) classes or (B, C) probabilities of the clean examples.
             draw: The step; None runs the model alone.
-            smoothing: Label smoothing of a loss in closed form.
+            criterion: For methods that compute their loss.
 
         Returns:
-            The model's output; with a draw, a dict of 'output' and, for a loss in closed form, 'loss'.
+            The model's output; with a draw, a dict of 'output' and, if the method computes it, 'loss'.
         """
         if draw is None:
             return self.model(images)
@@ -161,7 +162,7 @@ class MixModule(nn.Module):
             feature_map = self.disarm(draw)
         self.check_ran(draw, output, feature_map)
         output = self.mix.output(output, draw)
-        loss = self.mix.loss(output, feature_map, target, draw, smoothing)
+        loss = self.mix.loss(output, feature_map, target, draw, criterion)
         return dict(output=output) if loss is None else dict(output=output, loss=loss)
 
     def no_weight_decay(self) -> set[str]:

@@ -9,6 +9,7 @@ from .anatomy import count_classes
 from .functional import check_values, soft_target
 from .mix_module import MixModule
 from .mixes import Mix
+from .mixes.base import check_pairs, pair_target
 from .step_random import StepRandom
 
 
@@ -25,15 +26,23 @@ class MixupFn:
             seed: int = 0,
             rank: int | None = None,
             img_size: int | tuple[int, int] | None = None,
+            targets: str = 'soft',
     ) -> None:
         self._random = StepRandom(seed, rank)
         self._module = MixModule(model, mix, mix_kwargs, img_size)
         self.mix = self._module.mix
-        if self.mix.extra is not None:
+        try:
+            if self.mix.extra is not None:
+                raise ValueError(
+                    f'mix {self.mix.name!r} trains layers of its own, which a mixup function has no place for; use '
+                    'timm_alignmix.MixTask')
+            check_pairs(self.mix, targets)
+            if targets == 'pairs' and label_smoothing:
+                raise ValueError("with targets='pairs' label smoothing is the criterion's; leave label_smoothing out")
+        except ValueError:
             self._module.remove_hooks()
-            raise ValueError(
-                f'mix {self.mix.name!r} trains layers of its own, which a mixup function has no place for; use '
-                'timm_alignmix.MixTask')
+            raise
+        self.targets = targets
         self.num_classes = count_classes(model) if num_classes is None else num_classes
         self.label_smoothing = label_smoothing
         self.step, self._checked = 0, False
@@ -46,17 +55,18 @@ class MixupFn:
             model.register_forward_hook(self._after_forward),
         ]
 
-    def __call__(self, x: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(self, x: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, Any]:
         """Draw a step and arm the model for its next training forward.
 
         Args:
             x: Images (B, C, H, W), normalised. Not changed in place.
-            target: Classes (B,) int64, or probabilities (B, num_classes).
+            target: Classes (B,) int64, or rows (B, num_classes); of any kind with targets='pairs'.
 
         Returns:
             Images for the model, and float32 soft targets (rows, num_classes) for its output: B rows, n for multimix or
             n * R for densemultimix. When features are mixed, the model's forward fills the targets in, since dense ones
             depend on its attention. Pass on this very tensor; a copy taken before the forward holds NaN.
+            With targets='pairs', instead, (target, targets of the partners, lam).
 
         Raises:
             RuntimeError: The step before was not followed by a training forward of the model, or the call is in a
@@ -71,17 +81,22 @@ class MixupFn:
             raise RuntimeError(
                 'mixup_fn was called again before the model ran a training forward on what it returned; call model(x) '
                 'in train mode once after each call, or disarm() to drop a step')
-        if not self._checked:
-            check_values(target, self.num_classes, sum_to_one=self.mix.closed_form)
-            self._checked = True
-        clean = soft_target(target, self.num_classes, self.label_smoothing)
+        if self.targets == 'soft':
+            if not self._checked:
+                check_values(target, self.num_classes, sum_to_one=self.mix.closed_form)
+                self._checked = True
+            clean = soft_target(target, self.num_classes, self.label_smoothing)
         if not self.mixup_enabled:
             self.mode, self.lam = 'clean', None
-            return x, clean
+            return x, pair_target(target, {}) if self.targets == 'pairs' else clean
         draw = self.mix.draw(x, self._random.at(self.step, x.device))
         self.step += 1
         self.mode, self.lam = draw['mode'], draw['lam']
         x = self.mix.images(x, draw)
+        if self.targets == 'pairs':
+            if draw['mode'] not in ('clean', 'input'):
+                self._pending = (draw, x.shape, target, None)
+            return x, pair_target(target, draw)
         if draw['mode'] in ('clean', 'input'):
             return x, self.mix.target(clean, draw)
         rows = self.mix.num_rows(len(x), draw)
@@ -126,7 +141,10 @@ class MixupFn:
         self._pending = None
         feature_map = self._module.disarm(draw)
         self._module.check_ran(draw, output, feature_map)
-        output, rows = self.mix.rows(self.mix.output(output, draw), feature_map, target, draw, self.label_smoothing)
+        output = self.mix.output(output, draw)
+        if soft is None:
+            return output
+        output, rows = self.mix.rows(output, feature_map, target, draw, self.label_smoothing)
         with torch.no_grad():
             soft.copy_(rows)
         return output
@@ -140,6 +158,7 @@ def create_mixup(
         seed: int = 0,
         rank: int | None = None,
         img_size: int | tuple[int, int] | None = None,
+        targets: str = 'soft',
         **options: Any,
 ) -> MixupFn:
     """Create a mixup function: `x, target = mixup_fn(x, target)`, as with timm.data.Mixup.
@@ -156,6 +175,9 @@ def create_mixup(
         seed: Seed of the draws; each is a function of (seed, step, rank).
         rank: Rank of this process; None asks torch.distributed.
         img_size: Size of the images; None takes the size the model was built for.
+        targets: 'soft', or 'pairs' for `x, (y_a, y_b, lam) = mixup_fn(x, y)` and criteria that take classes:
+            `(lam * criterion(output, y_a) + (1 - lam) * criterion(output, y_b)).mean()`. With per_example=True, lam is
+            (B,) and the criterion needs reduction='none'.
         **options: Options of the method.
 
     Returns:
@@ -164,7 +186,7 @@ def create_mixup(
 
     Raises:
         ValueError: Unknown method or option; a model that the method cannot mix exactly, or that is wrapped; a method
-            that trains layers of its own.
+            that trains layers of its own; pairs of one that mixes more than two examples.
 
     Example:
         >>> import timm, torch
@@ -175,4 +197,4 @@ def create_mixup(
         >>> loss = SoftTargetCrossEntropy()(model(x), target)
         >>> loss.backward()
     """
-    return MixupFn(name, model, options, num_classes, label_smoothing, seed, rank, img_size)
+    return MixupFn(name, model, options, num_classes, label_smoothing, seed, rank, img_size, targets)

@@ -3,14 +3,16 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from timm.loss import AsymmetricLossSingleLabel, JsdCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.loss import AsymmetricLossSingleLabel, JsdCrossEntropy
 from timm.task import ClassificationTask
 from timm.utils import unwrap_model
 
 from .anatomy import count_classes
-from .functional import check_target, check_values, soft_target, soft_target_cross_entropy
+from .criterion import Criterion, ignores
+from .functional import check_target, check_values
 from .mix_module import MixModule
 from .mixes import Mix
+from .mixes.base import check_pairs, pair_target
 from .step_random import StepRandom
 
 
@@ -28,19 +30,22 @@ class MixTask(ClassificationTask):
         criterion: Loss of (logits, soft targets). Softmax cross-entropy, in timm's or torch's classes, is recognised
             with its label smoothing and computed in float32 or better. Any other is called as it is: by mix 'none'
             with the targets as they are, by the others with mixed rows, to which `smoothing` of the criterion is
-            applied if the targets are classes, as in timm.data.Mixup.
+            applied if the targets are classes, as in timm.data.Mixup. MultiMix and Dense MultiMix compute softmax and
+            binary cross-entropy (timm's, or torch's BCEWithLogitsLoss) in closed form.
         criterion_kwargs: Arguments of timm.loss.create_classification_loss, instead of a criterion.
         seed: Seed of the draws; each is a function of (seed, step, rank).
         rank: Rank of this process; None asks torch.distributed. Ranks draw differently, but for the mode.
         img_size: Size of the images; None takes the size the model was built for.
+        targets: 'soft', or 'pairs' for criteria that take classes: the loss is lam times that of the examples' targets
+            plus 1 - lam times that of their partners'. The criterion is called as it is, with targets of any kind. With
+            a lam for each example it must return a loss for each, as with reduction='none'.
         device: Device for task tensors.
         dtype: Dtype for task tensors.
         verbose: Log what is set up.
 
     Raises:
-        ValueError: Unknown method or option; a model that the method cannot mix exactly; a criterion other than softmax
-            cross-entropy for methods with a loss in closed form (multimix, densemultimix, alignmix_ae), or one that
-            mixing contradicts.
+        ValueError: Unknown method or option; a model that the method cannot mix exactly; a criterion without a closed
+            form for densemultimix, or one that mixing contradicts; pairs of a method that mixes more than two examples.
 
     Example:
         >>> import timm, torch
@@ -61,6 +66,7 @@ class MixTask(ClassificationTask):
             seed: int = 0,
             rank: int | None = None,
             img_size: int | tuple[int, int] | None = None,
+            targets: str = 'soft',
             device: torch.device | None = None,
             dtype: torch.dtype | None = None,
             verbose: bool = True,
@@ -71,28 +77,39 @@ class MixTask(ClassificationTask):
         self.trainable_module = MixModule(model, mix, mix_kwargs, img_size)
         self.num_classes = count_classes(model)
         self.mix = self.trainable_module.mix
-        self.smoothing = _cross_entropy_smoothing(self.criterion)
-        classes_only = isinstance(self.criterion, (AsymmetricLossSingleLabel, JsdCrossEntropy))
-        if self.mix.name != 'none' and (classes_only or _ignores(self.criterion)):
-            self.remove_hooks()
-            raise ValueError(
-                f'mix {self.mix.name!r} makes soft targets, which {type(self.criterion).__name__} does not take (with '
-                'ignore_index, or at all); use another criterion and leave ignored examples out of the batch, or use '
-                'mix none')
-        if self.smoothing is None and self.mix.closed_form:
-            self.remove_hooks()
-            raise ValueError(
-                f'mix {self.mix.name!r} computes softmax cross-entropy in closed form, criterion '
-                f'{type(self.criterion).__name__} cannot replace it; leave criterion out, or use mix none, mixup, '
-                'cutmix, manifold or alignmix')
+        self.targets = targets
         self.step, self._checked = 0, False
+        try:
+            self._check_criterion()
+        except ValueError:
+            self.remove_hooks()
+            raise
+
+    def _check_criterion(self) -> None:
+        name, mix = type(self.criterion).__name__, self.mix.name
+        check_pairs(self.mix, self.targets)
+        if mix == 'none':
+            return
+        if isinstance(self.criterion, JsdCrossEntropy):
+            raise ValueError(f'{name} compares augmented copies of an image, which mix {mix!r} would mix; use mix none')
+        classes_only = isinstance(self.criterion, AsymmetricLossSingleLabel) or ignores(self.criterion)
+        if self.targets == 'soft' and classes_only:
+            raise ValueError(
+                f'mix {mix!r} makes soft targets, which {name} does not take (with ignore_index, or at all); use '
+                "targets='pairs' with a method that mixes pairs, another criterion, or mix none")
+        if self.mix.closed_form and not Criterion.of(self.criterion).closed_form:
+            raise ValueError(
+                f'mix {mix!r} weighs examples by attention, so its loss must be softmax cross-entropy or binary '
+                f"cross-entropy (timm.loss.BinaryCrossEntropy, nn.BCEWithLogitsLoss; reduction='mean'), not {name}; "
+                'multimix and the methods that mix pairs take any criterion of soft targets')
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> dict[str, Any]:
         """Run one step: draw, mix, run the model, compute the loss. In eval mode the loss is clean.
 
         Args:
             input: Images (B, C, H, W), normalised.
-            target: Classes (B,) int64, or probabilities (B, num_classes).
+            target: Classes (B,) int64, or rows (B, num_classes): probabilities, or labels of any number of classes for
+                criteria that take them.
 
         Returns:
             'loss', a scalar; 'output', logits (B, num_classes), of mixed examples if the step mixes images or an inner
@@ -106,33 +123,43 @@ class MixTask(ClassificationTask):
         if not self.trainable_module.training:
             output = self.trainable_module(input)
             return dict(loss=self._loss(output, target, None), output=output, mode='clean', lam=None)
-        if self.smoothing is not None or self.mix.name != 'none':
+        criterion = Criterion.of(self.criterion)
+        if criterion.softmax or self.mix.name != 'none':
             if not isinstance(input, torch.Tensor):
                 raise ValueError(
                     f'images must be one tensor, got {type(input).__name__}; timm.task.ClassificationTask trains '
                     'without mixing on any input of the model')
-            check_target(target, len(input), self.num_classes)
-            if not self._checked:  # once: it waits for the device
-                check_values(target, self.num_classes, sum_to_one=self.smoothing is not None)
+            if self.targets == 'soft':
+                check_target(target, len(input), self.num_classes)
+            if self.targets == 'soft' and not self._checked:  # once: it waits for the device
+                check_values(target, self.num_classes, sum_to_one=criterion.softmax)
                 self._checked = True
         draw = self.mix.draw(input, self._random.at(self.step, input.device))
         self.step += 1
-        result = self.trainable_module(self.mix.images(input, draw), target, draw, self.smoothing or 0.0)
+        result = self.trainable_module(self.mix.images(input, draw), target, draw, criterion)
         if 'loss' not in result:
             result['loss'] = self._loss(result['output'], target, draw)
         return dict(loss=result['loss'], output=result['output'], mode=draw['mode'], lam=draw['lam'])
 
     def _loss(self, output: torch.Tensor, target: torch.Tensor, draw: dict[str, Any] | None) -> torch.Tensor:
         mixed = draw is not None and draw['mode'] != 'clean'
-        if self.smoothing is None:
-            if mixed:
-                smoothing = _smoothing_of_classes(self.criterion) if target.ndim == 1 else 0.0
-                target = self.mix.target(soft_target(target, self.num_classes, smoothing), draw)
+        if self.targets == 'pairs':
+            return self._pair_loss(output, target, draw) if mixed else self.criterion(output, target).mean()
+        criterion = Criterion.of(self.criterion)
+        if not mixed and not criterion.softmax:
             return self.criterion(output, target)
-        # Float64 models are trained in float64 throughout; anything less has float32 targets.
-        dtype = torch.promote_types(output.dtype, torch.float32)
-        target_BC = soft_target(target, self.num_classes, self.smoothing, dtype)
-        return soft_target_cross_entropy(output, self.mix.target(target_BC, draw) if mixed else target_BC)
+        target_BC = criterion.soft_target(target, output)
+        return criterion(output, self.mix.target(target_BC, draw) if mixed else target_BC)
+
+    def _pair_loss(self, output: torch.Tensor, target: torch.Tensor, draw: dict[str, Any]) -> torch.Tensor:
+        target, partner, lam = pair_target(target, draw)
+        loss, partner_loss = self.criterion(output, target), self.criterion(output, partner)
+        if lam.ndim and loss.shape != lam.shape:
+            raise ValueError(
+                f"mix {self.mix.name!r} draws a lam for each example, so with targets='pairs' the criterion must "
+                f"return a loss for each, ({len(lam)},), got {tuple(loss.shape)}; create "
+                f"{type(self.criterion).__name__} with reduction='none', or leave per_example out")
+        return (lam * loss + (1 - lam) * partner_loss).mean()
 
     def compile(self, backend: str = 'inductor', mode: str | None = None, **compile_kwargs: Any) -> nn.Module:
         """Compile the training step and, separately, the plain model for evaluation."""
@@ -205,25 +232,3 @@ class MixTask(ClassificationTask):
 
     def _extra(self, ema: bool) -> nn.Module | None:
         return unwrap_model(self.get_trainable_module(ema=ema)).extra
-
-
-def _cross_entropy_smoothing(criterion: Any) -> float | None:
-    """Label smoothing of a plain softmax cross-entropy; None for any other criterion."""
-    if isinstance(criterion, LabelSmoothingCrossEntropy):
-        return criterion.smoothing
-    if isinstance(criterion, SoftTargetCrossEntropy):
-        return 0.0
-    plain = isinstance(criterion, nn.CrossEntropyLoss) and criterion.weight is None and criterion.reduction == 'mean'
-    return criterion.label_smoothing if plain and not _ignores(criterion) else None
-
-
-def _smoothing_of_classes(criterion: Any) -> float:
-    """Label smoothing that a criterion applies to classes only, and so not to mixed rows."""
-    if isinstance(criterion, nn.CrossEntropyLoss) or getattr(criterion, 'smooth_dense', False):
-        return 0.0
-    return getattr(criterion, 'smoothing', None) or getattr(criterion, 'label_smoothing', None) or 0.0
-
-
-def _ignores(criterion: Any) -> bool:
-    """Check for an ignore_index of its own; the default of -100 is no class of a data set."""
-    return getattr(criterion, 'ignore_index', -100) != -100

@@ -93,10 +93,8 @@ def check_args(args: Namespace, defaults: dict[str, Any]) -> None:
         if getattr(args, name, None):
             raise ValueError(f'--{name.replace("_", "-")} {why}: drop one.')
     loss = 'bce' if getattr(args, 'bce_loss', False) else getattr(args, 'loss', None) or 'ce'
-    if loss in ('jsd', 'asl') or mix.closed_form and loss != 'ce':
-        raise ValueError(
-            f'--mix {args.mix} cannot train with the {loss} loss: drop one, or take --mix mixup, cutmix, manifold or '
-            'alignmix with the bce loss.')
+    if loss in ('jsd', 'asl') or mix.closed_form and loss not in ('ce', 'bce'):
+        raise ValueError(f'--mix {args.mix} cannot train with the {loss} loss: drop one, or take the ce or bce loss.')
     if mix.replaces_features and getattr(args, 'grad_checkpointing', False):
         raise ValueError(
             f'--grad-checkpointing would compute layers again without the features that --mix {args.mix} replaces: '

@@ -5,16 +5,19 @@ once for each clean location and mixed afterwards. Mixed embeddings and mixed ta
 
     CE_k = logsumexp_c(L m_k) - m_k^T (Y^T L) m_k,    L = W Z + b of one position, Y the targets.
 
+Binary cross-entropy is the same with sum_c softplus(L m_k) for the first part, targets not being bound to sum to 1.
+
 One pass over chunks of positions computes the loss and its gradient with respect to L, so the extra memory is one chunk
 of (N, C) mixed logits instead of (R, N, C) kept for the backward pass.
 
 Shape suffixes: B batch, C classes, N generated examples, R spatial positions.
 """
-import math
+from dataclasses import dataclass
 
 import torch
 
 from ._precision import at_least_fp32, full_precision
+from .mixed_logits import mixed_sigmoid, mixed_softmax
 from .targets import check_target, soft_target
 
 # Elements of one chunk of mixed logits: within a CPU's cache, and enough to fill a GPU.
@@ -25,19 +28,59 @@ _CHUNK_ELEMENTS = {'cpu': 2 ** 20, 'cuda': 2 ** 25}
 GRAD_SCALE = 2 ** 12
 
 
+@dataclass(frozen=True)
+class BinaryCrossEntropy:
+    """Binary cross-entropy of each class, as timm.loss.BinaryCrossEntropy and torch.nn.BCEWithLogitsLoss have it.
+
+    Args:
+        weight: (C,) or (1,) weight of each class.
+        pos_weight: (C,) or one weight of the positive part, sigmoid's logarithm times the target.
+        target_threshold: Targets above it become 1, others 0, after mixing and smoothing.
+        sum_classes: Sum over classes instead of the mean.
+
+    Example:
+        >>> import torch
+        >>> logits_BC, rows_BC = torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([[1.0, 1.0], [0.0, 0.0]])
+        >>> multimix_loss(logits_BC, rows_BC, torch.eye(2), criterion=BinaryCrossEntropy())
+        tensor(0.7066)
+        >>> torch.nn.BCEWithLogitsLoss()(logits_BC, rows_BC)  # one-hot weights: the clean loss
+        tensor(0.7066)
+    """
+    weight: torch.Tensor | None = None
+    pos_weight: torch.Tensor | None = None
+    target_threshold: float | None = None
+    sum_classes: bool = False
+
+    def class_scale(self, logits: torch.Tensor) -> torch.Tensor:
+        """Factor of each class in the sum over classes, (C,).
+
+        Raises:
+            ValueError: Weights are not those of the classes.
+        """
+        C = logits.shape[-1]
+        for name in ('weight', 'pos_weight'):
+            shape = getattr(getattr(self, name), 'shape', ())
+            if shape not in ((), (1,), (C,)):
+                raise ValueError(f'{name} must be ({C},) or one number, got {tuple(shape)}')
+        scale_C = logits.new_full((C,), 1 if self.sum_classes else 1 / C, dtype=at_least_fp32(logits).dtype)
+        return scale_C if self.weight is None else scale_C * self.weight.to(scale_C.dtype)
+
+
 def multimix_loss(
         logits_BC: torch.Tensor,
         target: torch.Tensor,
         weights_NB: torch.Tensor,
         smoothing: float = 0.0,
+        criterion: BinaryCrossEntropy | None = None,
 ) -> torch.Tensor:
     """Cross-entropy of N mixed embeddings, averaged over N: [M] equations (6)-(8).
 
     Args:
         logits_BC: (B, C) clean logits, affine in the embedding that is mixed.
-        target: (B,) integer classes, or (B, C) probabilities.
+        target: (B,) integer classes, or (B, C) probabilities; any rows for binary cross-entropy.
         weights_NB: (N, B) interpolation vectors; rows sum to 1.
         smoothing: Label smoothing, timm's convention.
+        criterion: Binary cross-entropy; None is softmax cross-entropy.
 
     Returns:
         Scalar loss, float32 (float64 for float64 logits). Differentiable once, with respect to `logits_BC`.
@@ -54,7 +97,8 @@ def multimix_loss(
     if logits_BC.ndim != 2 or weights_NB.ndim != 2:
         raise ValueError(
             f'logits must be (B, C) and weights (N, B), got {tuple(logits_BC.shape)} and {tuple(weights_NB.shape)}')
-    return dense_multimix_loss(logits_BC.unsqueeze(1), target, weights_NB.unsqueeze(0), smoothing=smoothing)
+    return dense_multimix_loss(
+        logits_BC.unsqueeze(1), target, weights_NB.unsqueeze(0), smoothing=smoothing, criterion=criterion)
 
 
 def dense_multimix_loss(
@@ -65,6 +109,7 @@ def dense_multimix_loss(
         smoothing: float = 0.0,
         attention_grad: bool = False,
         chunk_size: int | None = None,
+        criterion: BinaryCrossEntropy | None = None,
 ) -> torch.Tensor:
     """Attention-weighted cross-entropy of N mixed embeddings at each position: [M] equations (10)-(14).
 
@@ -74,12 +119,13 @@ def dense_multimix_loss(
 
     Args:
         logits_BRC: (B, R, C) clean logits of each position, affine in the embedding that is mixed.
-        target: (B,) integer classes, or (B, C) probabilities.
+        target: (B,) integer classes, or (B, C) probabilities; any rows for binary cross-entropy.
         weights_RNB: (R, N, B) interpolation vectors; the last dimension sums to 1.
         attention_BR: (B, R) attention, non-negative, not necessarily normalised; None weighs all alike.
         smoothing: Label smoothing, timm's convention.
         attention_grad: Let gradients reach the attention; the paper leaves this open.
         chunk_size: Positions processed at a time; None chooses by device.
+        criterion: Binary cross-entropy; None is softmax cross-entropy.
 
     Returns:
         Scalar loss, float32 (float64 for float64 logits). Differentiable once.
@@ -112,7 +158,10 @@ def dense_multimix_loss(
         attention_BR = attention_BR.detach()
     if chunk_size is None:
         chunk_size = max(1, _CHUNK_ELEMENTS.get(logits_BRC.device.type, 2 ** 25) // (N * C))
-    return _DenseMultiMixLoss.apply(logits_BRC, target, weights_RNB, attention_BR, smoothing, chunk_size)
+    binary = (None, None, None)
+    if criterion is not None:
+        binary = criterion.class_scale(logits_BRC), criterion.pos_weight, criterion.target_threshold
+    return _DenseMultiMixLoss.apply(logits_BRC, target, weights_RNB, attention_BR, smoothing, chunk_size, *binary)
 
 
 def dense_multimix_rows(
@@ -161,12 +210,12 @@ class _DenseMultiMixLoss(torch.autograd.Function):
     """Autograd function that computes loss and gradients in the forward pass; backward only scales them."""
 
     @staticmethod
-    def forward(ctx, logits_BRC, target, weights_RNB, attention_BR, smoothing, chunk_size):
+    def forward(ctx, logits_BRC, target, weights_RNB, attention_BR, smoothing, chunk_size, *binary):
         logits_grad = ctx.needs_input_grad[0]
         attention_grad = attention_BR is not None and ctx.needs_input_grad[3]
         loss, *grads = dense_loss_op(
             logits_BRC.detach(), target, weights_RNB, None if attention_BR is None else attention_BR.detach(),
-            smoothing, chunk_size, logits_grad, attention_grad)
+            smoothing, chunk_size, logits_grad, attention_grad, *binary)
         ctx.save_for_backward(*grads)
         ctx.dtypes = logits_BRC.dtype, None if attention_BR is None else attention_BR.dtype
         ctx.wants = logits_grad, attention_grad
@@ -181,7 +230,7 @@ class _DenseMultiMixLoss(torch.autograd.Function):
             (grad * factor).to(dtype) if wanted else None
             for grad, dtype, wanted in zip(ctx.saved_tensors, ctx.dtypes, ctx.wants, strict=True)
         ]
-        return grads[0], None, None, grads[1], None, None
+        return grads[0], None, None, grads[1], *[None] * 5
 
 
 def loss_and_grads(
@@ -193,10 +242,14 @@ def loss_and_grads(
         chunk_size: int,
         logits_grad: bool,
         attention_grad: bool,
+        class_scale_C: torch.Tensor | None = None,
+        pos_weight: torch.Tensor | None = None,
+        threshold: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Loss, d(loss)/d(logits) in their type and d(loss)/d(attention), both times `GRAD_SCALE`.
 
-    A gradient that is not wanted is an empty tensor.
+    A gradient that is not wanted is an empty tensor. With a scale of classes the loss is binary cross-entropy, else
+    that of the softmax.
     """
     dtype = at_least_fp32(logits_BRC).dtype
     B, R, C = logits_BRC.shape
@@ -209,6 +262,10 @@ def loss_and_grads(
         attention_BR = attention_BR.to(dtype)
         scale = 1 / attended_positions(attention_BR).to(dtype)
     target = target.to(dtype if target.is_floating_point() else torch.int64)
+    bilinear = pos_weight is None and threshold is None
+    target_BC = None if bilinear else soft_target(target, C, smoothing, dtype)
+    if pos_weight is not None:
+        pos_weight = pos_weight.to(dtype)
     # Tensors smaller than the mixed logits are made for several chunks at once, up to a quarter of a chunk's size.
     block = chunk_size * max(1, min(N, C) // (4 * B))
     with full_precision(logits_BRC.device):
@@ -219,17 +276,29 @@ def loss_and_grads(
             mixed_RNB, share_RN, total_R1 = _mixing(
                 weights_rNB, None if attention_BR is None else attention_BR[:, here])
             shared_RNB = mixed_RNB * share_RN.unsqueeze(2)
-            pairs_RBB = shared_RNB.transpose(1, 2) @ mixed_RNB
-            dots_RBB = target_logits(logits_RBC, target, smoothing)
-            lse_RN, sums_RBC, means_RNB = _mixed_softmax(
-                logits_RBC, mixed_RNB, shared_RNB, chunk_size, logits_grad, attention_grad)
-            losses_R[here] = (share_RN * lse_RN).sum(dim=1) - (dots_RBB * pairs_RBB).sum(dim=(1, 2))
+            if class_scale_C is None:
+                sums_RN, grad_RBC, means_RNB = mixed_softmax(
+                    logits_RBC, mixed_RNB, shared_RNB, chunk_size, logits_grad, attention_grad)
+            else:
+                sums_RN, grad_RBC, means_RNB = mixed_sigmoid(
+                    logits_RBC, target_BC, mixed_RNB, shared_RNB, class_scale_C, pos_weight, threshold, chunk_size,
+                    logits_grad, attention_grad)
+            losses_R[here] = (share_RN * sums_RN).sum(dim=1)
+            dots_RBB = None
+            if bilinear:
+                pairs_RBB = shared_RNB.transpose(1, 2) @ mixed_RNB
+                dots_RBB = target_logits(
+                    logits_RBC if class_scale_C is None else logits_RBC * class_scale_C, target, smoothing)
+                losses_R[here] -= (dots_RBB * pairs_RBB).sum(dim=(1, 2))
             if attention_grad:
                 grad_BR[:, here] = _attention_gradient(
-                    dots_RBB, weights_rNB, mixed_RNB, share_RN, total_R1, lse_RN, means_RNB, losses_R[here],
+                    dots_RBB, weights_rNB, mixed_RNB, share_RN, total_R1, sums_RN, means_RNB, losses_R[here],
                 ).mul_(GRAD_SCALE * scale).t()
             if logits_grad:
-                grad_RBC = subtract_target_gradient(sums_RBC, pairs_RBB, target, smoothing)
+                if bilinear:
+                    subtract_target_gradient(grad_RBC, pairs_RBB, target, smoothing)
+                if class_scale_C is not None:
+                    grad_RBC.mul_(class_scale_C)
                 grad_BRC[:, here] = grad_RBC.mul_(GRAD_SCALE * scale).transpose(0, 1)
     return losses_R.sum() * scale, grad_BRC, grad_BR
 
@@ -240,7 +309,7 @@ dense_loss_op = torch.library.custom_op(
 
 
 @dense_loss_op.register_fake
-def _(logits_BRC, target, weights_RNB, attention_BR, smoothing, chunk_size, logits_grad, attention_grad):
+def _(logits_BRC, target, weights_RNB, attention_BR, smoothing, chunk_size, logits_grad, attention_grad, *binary):
     B, R, C = logits_BRC.shape
     dtype = logits_BRC.dtype if logits_BRC.dtype == torch.float64 else torch.float32
     return (
@@ -286,56 +355,6 @@ def target_logits(logits_RBC: torch.Tensor, target: torch.Tensor, smoothing: flo
     return dots_RBB
 
 
-def _mixed_softmax(
-        logits_RBC: torch.Tensor, mixed_RNB: torch.Tensor, shared_RNB: torch.Tensor, chunk_size: int, want_sums: bool,
-        want_means: bool) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Sums over the mixed logits S = M^ L of each position that the loss and its gradients need.
-
-    Passes over (R, N, C) are most of the cost: chunks share one buffer, exponentials are taken in place, and the
-    division by their sums is done on smaller tensors. Powers of two are faster than those of e; the clean logits carry
-    the factor.
-
-    Returns:
-        lse_RN, the logsumexp over classes; shared^T softmax(S), (R, B, C); softmax(S) L^T, (R, N, B).
-    """
-    R, B, C = logits_RBC.shape
-    N = mixed_RNB.shape[1]
-    shift_R11 = _common_shift(logits_RBC)
-    scaled_RBC = (logits_RBC if shift_R11 is None else logits_RBC - shift_R11) * math.log2(math.e)
-    buffer_RNC = scaled_RBC.new_empty(min(chunk_size, R), N, C)
-    total_RN1 = scaled_RBC.new_empty(R, N, 1)
-    peak_RN1 = torch.empty_like(total_RN1) if shift_R11 is None else mixed_RNB.sum(dim=2, keepdim=True) * shift_R11
-    sums_RBC = torch.empty_like(scaled_RBC) if want_sums else None
-    means_RNB = torch.empty_like(mixed_RNB) if want_means else None
-    for start in range(0, R, chunk_size):
-        here = slice(start, min(start + chunk_size, R))
-        total = total_RN1[here]
-        exps_RNC = torch.bmm(mixed_RNB[here], scaled_RBC[here], out=buffer_RNC[:len(total)])
-        if shift_R11 is None:
-            peak = exps_RNC.amax(dim=2, keepdim=True)
-            exps_RNC.sub_(peak)
-            torch.mul(peak, math.log(2), out=peak_RN1[here])
-        torch.sum(exps_RNC.exp2_(), dim=2, keepdim=True, out=total)
-        if want_sums:
-            torch.bmm((shared_RNB[here] / total).transpose(1, 2), exps_RNC, out=sums_RBC[here])
-        if want_means:
-            torch.bmm(exps_RNC, logits_RBC[here].transpose(1, 2), out=means_RNB[here]).div_(total)
-    return (total_RN1.log() + peak_RN1).squeeze(2), sums_RBC, means_RNB
-
-
-def _common_shift(logits_RBC: torch.Tensor) -> torch.Tensor | None:
-    """Largest logit of each position, (R, 1, 1), if it can replace the peak of each mixture; else None.
-
-    Mixtures lie between the least and the largest logit. If these are so close that no exponential underflows,
-    subtracting the largest before mixing saves two passes over the mixtures. Checked on CPUs only, where it needs no
-    sync.
-    """
-    if logits_RBC.device.type != 'cpu':
-        return None
-    least, most = logits_RBC.amin(dim=(1, 2), keepdim=True), logits_RBC.amax(dim=(1, 2), keepdim=True)
-    return most if (most - least).max().item() < 60 else None
-
-
 def subtract_target_gradient(
         grad_RBC: torch.Tensor,
         pairs_RBB: torch.Tensor,
@@ -353,16 +372,18 @@ def subtract_target_gradient(
 
 
 def _attention_gradient(
-        dots_RBB: torch.Tensor, weights_RNB: torch.Tensor, mixed_RNB: torch.Tensor, share_RN: torch.Tensor,
-        total_R1: torch.Tensor, lse_RN: torch.Tensor, means_RNB: torch.Tensor, losses_R: torch.Tensor) -> torch.Tensor:
+        dots_RBB: torch.Tensor | None, weights_RNB: torch.Tensor, mixed_RNB: torch.Tensor, share_RN: torch.Tensor,
+        total_R1: torch.Tensor, sums_RN: torch.Tensor, means_RNB: torch.Tensor, losses_R: torch.Tensor) -> torch.Tensor:
     """Gradient of each position's loss with respect to attention, (R, B).
 
     With u = M before normalisation: d(loss)/du_kb = (CE_k - loss + g_kb - g_k . m_k) / sum(s), g_k = d(CE_k)/d(m_k).
     """
-    ce_RN = lse_RN - (mixed_RNB @ dots_RBB).mul_(mixed_RNB).sum(dim=2)
-    grad_RNB = means_RNB - mixed_RNB @ (dots_RBB + dots_RBB.transpose(1, 2))
+    losses_RN, grad_RNB = sums_RN, means_RNB
+    if dots_RBB is not None:
+        losses_RN = sums_RN - (mixed_RNB @ dots_RBB).mul_(mixed_RNB).sum(dim=2)
+        grad_RNB = means_RNB - mixed_RNB @ (dots_RBB + dots_RBB.transpose(1, 2))
     grad_RNB -= (grad_RNB * mixed_RNB).sum(dim=2, keepdim=True)
-    grad_RNB += (ce_RN - losses_R.unsqueeze(1)).unsqueeze(2)
+    grad_RNB += (losses_RN - losses_R.unsqueeze(1)).unsqueeze(2)
     # At a vector without attention the loss has a corner: the gradient is taken as 0, like the value.
     grad_RNB.mul_((share_RN > 0).unsqueeze(2)).mul_(weights_RNB)
     return grad_RNB.sum(dim=1) / torch.where(total_R1 > 0, total_R1, 1)

@@ -96,8 +96,8 @@ def check_values(target: torch.Tensor, num_classes: int, sum_to_one: bool = True
         if not off <= 0.01:
             raise ValueError(
                 f'targets must be probabilities that sum to 1, a row is off by {off:.3g}: the loss is softmax '
-                'cross-entropy; multi-label targets need another criterion and mix none, mixup, cutmix, manifold or '
-                'alignmix')
+                'cross-entropy; for multi-label targets give MixTask another criterion, such as binary cross-entropy '
+                '(criterion=nn.BCEWithLogitsLoss())')
 
 
 def soft_target_cross_entropy(logits_BC: torch.Tensor, target_BC: torch.Tensor) -> torch.Tensor:

@@ -56,12 +56,18 @@ def plan_matrix(cost_BRR, eps, iterations, last, tolerance):
     return transport.plan_matrix(cost_BRR, eps, iterations, last, tolerance)
 
 
-def loss_and_grads(logits_BRC, target, weights_RNB, attention_BR, smoothing, chunk_size, logits_grad, attention_grad):
-    """Form of functional.losses.loss_and_grads: Triton without the attention's gradient."""
+def loss_and_grads(
+        logits_BRC, target, weights_RNB, attention_BR, smoothing, chunk_size, logits_grad, attention_grad,
+        class_scale_C=None, pos_weight=None, threshold=None):
+    """Form of functional.losses.loss_and_grads: Triton, with neither the attention's gradient nor binary
+    cross-entropy."""
+    softmax = class_scale_C is None
     few = weights_RNB.shape[1] <= 2 ** 15  # float16 holds N times a share
-    if few and not attention_grad and logits_BRC.dtype != torch.float64 and usable(logits_BRC.device):
+    if (softmax and few and not attention_grad and logits_BRC.dtype != torch.float64
+            and usable(logits_BRC.device)):
         from . import dense_loss
         with torch.cuda.device(logits_BRC.device), full_precision(logits_BRC.device):
             return dense_loss.loss_and_grads(logits_BRC, target, weights_RNB, attention_BR, smoothing, logits_grad)
     return losses.loss_and_grads(
-        logits_BRC, target, weights_RNB, attention_BR, smoothing, chunk_size, logits_grad, attention_grad)
+        logits_BRC, target, weights_RNB, attention_BR, smoothing, chunk_size, logits_grad, attention_grad,
+        class_scale_C, pos_weight, threshold)

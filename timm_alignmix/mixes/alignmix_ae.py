@@ -9,7 +9,7 @@ which has no positions to align). The published figures are of {x, A, e}, these 
 The exported model is ours. In the paper the classifier reads e, so inference would need f, 4.2 M parameters on
 ResNet-18 and 16.8 M on ResNet-50, and a network that timm does not have. Here the plain timm model is exported, whose
 own classifier reads the pooled map. Two classifiers are trained on the same mixed examples, the model's own and the
-paper's g(f(.)), and the loss of a classification step is the mean of both cross-entropies (`plain_weight`). Both train
+paper's g(f(.)), and the loss of a classification step is the mean of both losses (`plain_weight`). Both train
 the encoder; f, g and D stay in the task. Where A or e is mixed, the model's own classifier gets the mixed pooled
 vector: alignment keeps the mean over positions, so it reaches the encoder through f alone. `plain_weight=0` trains F,
 f, g and D as in the paper, and the model's own classifier beside them without a gradient into the encoder.
@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 
 from ..anatomy import Anatomy, FeatureLayer, UnsupportedModel
-from ..functional import soft_target, soft_target_cross_entropy
+from ..criterion import Criterion
 from ..step_random import StepRandom
 from .ae_layers import AELayers
 from .alignmix import AlignedMix
@@ -76,7 +76,7 @@ class AlignMixAE(AlignedMix):
         >>> task(torch.randn(4, 3, 64, 64), torch.arange(4))['mode']
         'clean'
     """
-    closed_form = True
+    pairs = False
 
     def __init__(
             self,
@@ -152,11 +152,11 @@ class AlignMixAE(AlignedMix):
     def features(self, x: torch.Tensor, layer: FeatureLayer, draw: Draw) -> torch.Tensor:
         return x.detach()  # plain_weight=0; f gets the map itself
 
-    def loss(self, output, feature_map, target, draw, smoothing):
+    def loss(self, output, feature_map, target, draw, criterion):
         if draw['mode'] == 'clean':
             loss = self._reconstruction(feature_map, draw)
         else:
-            loss = self._classification(output, feature_map, target, draw, smoothing)
+            loss = self._classification(output, feature_map, target, draw, criterion)
         return loss + 0 * (output.float().sum() + sum(p.float().sum() for p in self.extra.parameters()))
 
     def _reconstruction(self, feature_map: torch.Tensor, draw: Draw) -> torch.Tensor:
@@ -176,7 +176,7 @@ class AlignMixAE(AlignedMix):
             feature_map: torch.Tensor,
             target: torch.Tensor,
             draw: Draw,
-            smoothing: float,
+            criterion: Criterion,
     ) -> torch.Tensor:
         layers, mode = self.extra, draw['mode']
         map_BDHW = layers.pool(feature_map)
@@ -188,9 +188,8 @@ class AlignMixAE(AlignedMix):
         embedded = layers.classifier(layers.sample(code, draw.get('noise')))
         # The classifier is affine: mixing its outputs is mixing its inputs.
         plain = output if mode == 'input' else mix_pairs(output, draw)
-        dtype = torch.promote_types(output.dtype, torch.float32)
-        target_BC = self.target(soft_target(target, output.shape[1], smoothing, dtype), draw)
-        plain_loss, embedded_loss = (soft_target_cross_entropy(logits, target_BC) for logits in (plain, embedded))
+        target_BC = self.target(criterion.soft_target(target, output), draw)
+        plain_loss, embedded_loss = (criterion(logits, target_BC) for logits in (plain, embedded))
         return (self.plain_weight or 1) * plain_loss + (1 - self.plain_weight) * embedded_loss
 
     def _mix_tensor(self, x: torch.Tensor, draw: Draw) -> torch.Tensor:

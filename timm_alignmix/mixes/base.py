@@ -10,6 +10,7 @@ import torch
 import torch.nn as nn
 
 from ..anatomy import Anatomy, DenseHead, FeatureLayer
+from ..criterion import Criterion
 from ..functional import soft_target
 from ..step_random import StepRandom, sample_beta
 
@@ -22,7 +23,9 @@ class Mix:
 
     Attributes:
         name: Name in the registry.
-        closed_form: The loss is softmax cross-entropy by construction, and no other criterion fits.
+        closed_form: The loss weighs mixed examples, so the criterion must have a closed form: softmax or binary
+            cross-entropy.
+        pairs: Targets are those of pairs, draw['perm'] being the partners and draw['lam'] the weights.
         replaces_features: The method replaces the output of an inner layer, as its options are.
         options: Options the method was created with, for logs.
         layers: Feature layers to tap, by name, set by :meth:`bind`.
@@ -44,6 +47,7 @@ class Mix:
     """
     name = ''
     closed_form = False
+    pairs = False
     replaces_features = False
 
     def __init__(self) -> None:
@@ -88,16 +92,16 @@ class Mix:
             feature_map: torch.Tensor | None,
             target: torch.Tensor,
             draw: Draw,
-            smoothing: float,
+            criterion: Criterion,
     ) -> torch.Tensor | None:
-        """Loss of the step, or None for softmax cross-entropy of the output with :meth:`target`.
+        """Loss of the step, or None for the criterion of the output with :meth:`target`.
 
         Args:
             output: (B, C) logits.
             feature_map: Output of draw['layer'].
             target: (B,) classes or (B, C) probabilities, as the loader gave them.
             draw: The step.
-            smoothing: Label smoothing.
+            criterion: What to take the mean of.
         """
         return None
 
@@ -109,7 +113,10 @@ class Mix:
             draw: Draw,
             smoothing: float,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits and soft targets, (rows, C), whose mean cross-entropy is the loss. Arguments as :meth:`loss`."""
+        """Logits and soft targets, (rows, C), whose mean softmax cross-entropy with label smoothing is the loss.
+
+        Other arguments as of :meth:`loss`.
+        """
         return output, self.target(soft_target(target, output.shape[1], smoothing), draw)
 
     def num_rows(self, batch: int, draw: Draw) -> int:
@@ -125,6 +132,7 @@ class PairMix(Mix):
         per_example: One lam for each example (AlignMixup's Algorithm 1) instead of one for the batch (its release,
             and timm's default).
     """
+    pairs = True
 
     def __init__(self, alpha: float = 1.0, per_example: bool = False) -> None:
         super().__init__()
@@ -145,6 +153,23 @@ class PairMix(Mix):
 
     def target(self, target_BC: torch.Tensor, draw: Draw) -> torch.Tensor:
         return mix_pairs(target_BC, draw) if 'perm' in draw else target_BC
+
+
+def pair_target(target: torch.Tensor, draw: Draw) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Targets of the examples and of their partners, and the weight of the former, () or (B,)."""
+    if 'perm' not in draw:
+        return target, target, torch.ones((), device=target.device)
+    return target, target.index_select(0, draw['perm']), draw['lam']
+
+
+def check_pairs(mix: Mix, targets: str) -> None:
+    """Raise ValueError if targets are neither 'soft' nor 'pairs', or pairs of a method that has none."""
+    if targets not in ('soft', 'pairs'):
+        raise ValueError(f"targets must be 'soft' or 'pairs', got {targets!r}")
+    if targets == 'pairs' and not mix.pairs:
+        raise ValueError(
+            f"mix {mix.name!r} mixes more than two examples or computes its loss itself: targets='pairs' is for mix "
+            "mixup, cutmix, manifold and alignmix; use targets='soft'")
 
 
 def mix_pairs(x: torch.Tensor, draw: Draw, partner: torch.Tensor | None = None) -> torch.Tensor:

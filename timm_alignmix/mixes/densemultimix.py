@@ -41,6 +41,7 @@ class DenseMultiMix(HullMix):
         >>> task(torch.randn(4, 3, 64, 64), torch.arange(4))['mode']
         'dense'
     """
+    closed_form = True
 
     def __init__(
             self,
@@ -83,12 +84,14 @@ class DenseMultiMix(HullMix):
                 weight=self.head.weight() if self.attention == 'cam' else None, labels=target)
         return logits_BRC, attention_BR
 
-    def loss(self, output, feature_map, target, draw, smoothing):
+    def loss(self, output, feature_map, target, draw, criterion):
         if draw['mode'] == 'input':
             return None
         logits_BRC, attention_BR = self._dense(feature_map, target)
+        target, smoothing = criterion.closed_form_target(target, output)
         return dense_multimix_loss(
-            logits_BRC, target, draw['weights'], attention_BR, smoothing, attention_grad=self.attention_grad)
+            logits_BRC, target, draw['weights'], attention_BR, smoothing, attention_grad=self.attention_grad,
+            criterion=criterion.binary)
 
     def rows(self, output, feature_map, target, draw, smoothing):
         if draw['mode'] == 'input':

@@ -19,7 +19,6 @@ class HullMix(PairMix):
 
     Arguments as :class:`MultiMix`; `mode` names the feature mode.
     """
-    closed_form = True
 
     def __init__(
             self,
@@ -39,6 +38,7 @@ class HullMix(PairMix):
                 f'm={m}, prob={prob}, alpha={alpha}')
         self.n, self.m, self.hull_alpha, self.mode = n, m, (float(low), float(high)), mode
         self.probs = {mode: prob, 'input': 1 - prob}
+        self.pairs = prob == 0
 
     def draw_weights(self, batch: int, rng: StepRandom, positions: int | None = None) -> torch.Tensor:
         m = None if self.m is None else min(self.m, batch)
@@ -102,10 +102,14 @@ class MultiMix(HullMix):
     def features(self, x: torch.Tensor, layer: FeatureLayer, draw: Draw) -> torch.Tensor:
         return torch.einsum('nb,b...->n...', draw['weights'].to(x.dtype), x)
 
-    def loss(self, output, feature_map, target, draw, smoothing):
+    def loss(self, output, feature_map, target, draw, criterion):
         if draw['mode'] == 'input' or draw['layer'] is not None:
             return None
-        return multimix_loss(output, target, draw['weights'], smoothing)
+        if criterion.closed_form:
+            target, smoothing = criterion.closed_form_target(target, output)
+            return multimix_loss(output, target, draw['weights'], smoothing, criterion.binary)
+        target_BC = criterion.soft_target(target, output)
+        return criterion(*dense_multimix_rows(output.unsqueeze(1), target_BC, draw['weights'].unsqueeze(0)))
 
     def target(self, target_BC: torch.Tensor, draw: Draw) -> torch.Tensor:
         return draw['weights'].to(target_BC.dtype) @ target_BC if 'weights' in draw else super().target(target_BC, draw)

@@ -17,6 +17,7 @@ class NoMix(Mix):
         >>> task(torch.randn(4, 3, 64, 64), torch.arange(4))['mode']
         'clean'
     """
+    pairs = True
 
     def draw(self, images: torch.Tensor, rng: StepRandom) -> Draw:
         return dict(mode='clean', layer=None, lam=None)

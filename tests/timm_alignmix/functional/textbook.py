@@ -29,11 +29,12 @@ def cross_entropy(logits_C: Tensor, target_C: Tensor) -> Tensor:
     return -(target_C * log_prob_C).sum()
 
 
-def multimix_loss(Z_DB: Tensor, W_CD: Tensor, b_C: Tensor, Y_BC: Tensor, lam_NB: Tensor) -> Tensor:
+def multimix_loss(
+        Z_DB: Tensor, W_CD: Tensor, b_C: Tensor, Y_BC: Tensor, lam_NB: Tensor, loss_of=cross_entropy) -> Tensor:
     """[M] (6)-(8): mix embeddings and targets, classify each mixed embedding, average over the N of them."""
     mixed_DN = Z_DB @ lam_NB.T
     mixed_Y_CN = Y_BC.T @ lam_NB.T
-    losses = [cross_entropy(W_CD @ mixed_DN[:, k] + b_C, mixed_Y_CN[:, k]) for k in range(lam_NB.shape[0])]
+    losses = [loss_of(W_CD @ mixed_DN[:, k] + b_C, mixed_Y_CN[:, k]) for k in range(lam_NB.shape[0])]
     return torch.stack(losses).mean()
 
 
@@ -44,6 +45,7 @@ def dense_multimix_loss(
         Y_BC: Tensor,
         lam_RNB: Tensor,
         attention_BR: Tensor,
+        loss_of=cross_entropy,
 ) -> Tensor:
     """[M] (10)-(14): one factor matrix per position, columns normalised, normaliser s, mean over attended positions."""
     nothing = (Z_BDR.sum() + W_CD.sum() + b_C.sum()) * 0.0
@@ -60,7 +62,7 @@ def dense_multimix_loss(
             column_B = M_BN[:, k] / s_N[k]  # (11)
             mixed_D = Z_BDR[:, :, j].T @ column_B  # (12)
             mixed_Y_C = Y_BC.T @ column_B  # (13)
-            weighted.append(s_N[k] * cross_entropy(W_CD @ mixed_D + b_C, mixed_Y_C))
+            weighted.append(s_N[k] * loss_of(W_CD @ mixed_D + b_C, mixed_Y_C))
             total.append(s_N[k])
         # Attended, yet by no vector (small m or N): every column is empty, so the position's loss is 0.
         position_losses.append(torch.stack(weighted).sum() / torch.stack(total).sum() if total else nothing)  # (14)
