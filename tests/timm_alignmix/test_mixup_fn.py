@@ -165,11 +165,11 @@ def test_a_resumed_function_continues_its_draws():
         assert torch.equal(a, b)
 
 
-def test_rows_must_sum_to_one_for_closed_forms_alone():
+def test_rows_must_sum_to_one_where_they_are_weighed():
     images, _ = batch()
     rows = torch.ones(4, 5)
     with pytest.raises(ValueError, match='sum to 1'):
-        create_mixup('multimix', tiny())(images, rows)
+        create_mixup('densemultimix', tiny())(images, rows)
     torch.testing.assert_close(create_mixup('mixup', tiny())(images, rows)[1], rows)
 
 

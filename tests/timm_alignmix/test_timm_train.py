@@ -34,6 +34,7 @@ parser.add_argument('--smoothing', type=float, default=0.1)
 parser.add_argument('--mixup', type=float, default=0.)
 parser.add_argument('--cutmix', type=float, default=0.)
 parser.add_argument('--cutmix-minmax', type=float, nargs='+', default=None)
+parser.add_argument('--loss', default=None)
 for flag in ('--naflex-loader', '--grad-checkpointing', '--jsd-loss', '--torchscript', '--bce-loss'):
     parser.add_argument(flag, action='store_true')
 parser.add_argument('--mixup-prob', type=float, default=1.)
@@ -164,7 +165,8 @@ def test_the_split_is_checked_at_the_size_of_the_images(script):
     (('--mix', 'mixup', '--naflex-loader'), '--naflex-loader loads sequences of patches.*: drop one'),
     (('--mix', 'mixup', '--jsd-loss'), '--jsd-loss compares'),
     (('--mix', 'mixup', '--torchscript'), '--torchscript makes a model that takes no hooks'),
-    (('--mix', 'multimix', '--bce-loss'), '--mix multimix cannot train with the bce loss'),
+    (('--mix', 'densemultimix', '--loss', 'poly'), '--mix densemultimix cannot train with the poly loss'),
+    (('--mix', 'mixup', '--loss', 'asl'), '--mix mixup cannot train with the asl loss'),
     (('--mix', 'alignmix', '--grad-checkpointing'), '--grad-checkpointing would compute layers again'),
     (('--mix', 'mixup', '--seed', '-1'), 'seed must be 0'),
     (('--mix', 'mixup', '--mixup', '0.8', '--cutmix-minmax', '0.2', '0.8'), '--mixup, --cutmix-minmax'),

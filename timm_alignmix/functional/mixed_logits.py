@@ -70,7 +70,7 @@ def mixed_sigmoid(
         here = slice(start, min(start + chunk_size, R))
         mixed = mixed_RNB[here]
         logits_RNC = torch.bmm(mixed, logits_RBC[here], out=logits_buffer[:len(mixed)])
-        # F.softplus takes no buffer, and rounds e^-20 away, which float64 would show.
+        # F.softplus takes no buffer. From 80 on the result is S itself, in float64 too.
         softplus_RNC = torch.ops.aten.softplus.out(logits_RNC, 1, 80, out=loss_buffer[:len(mixed)])
         toward_target_RNC = None
         if target_BC is None:

@@ -123,17 +123,18 @@ def test_gradcheck(kind, options):
     assert torch.autograd.gradcheck(loss, (logits_BRC, attention_BR.requires_grad_()))
 
 
-@pytest.mark.parametrize('options', ('weight', 'all'))
-def test_chunks_bound_the_memory(options):
+@pytest.mark.parametrize('threshold', (None, 0.2))
+def test_chunks_bound_the_memory(threshold):
     """No tensor of R * N * C, forward or backward, when positions are taken one at a time."""
-    B, R, N, C = 4, 16, 40, 4
-    parameters, target, weights_RNB, attention_BR = binary_case(seed=18, B=B, R=R, N=N)
+    B, R, N, C = 2, 16, 40, 48
+    parameters, target, weights_RNB, attention_BR = binary_case(seed=18, B=B, R=R, N=N, C=C)
     logits_BRC = classify(*parameters).detach().requires_grad_()
+    criterion = BinaryCrossEntropy(target_threshold=threshold)
     most = [
         largest_allocation(
             lambda size=size: dense_multimix_loss(
-                logits_BRC, target, weights_RNB, attention_BR, chunk_size=size,
-                criterion=BinaryCrossEntropy(**OPTIONS[options])).backward(), itemsize=8)
+                logits_BRC, target, weights_RNB, attention_BR, chunk_size=size, criterion=criterion).backward(),
+            itemsize=8)
         for size in (1, R)
     ]
     assert most[0] <= max(N * C, B * R * C)
@@ -148,18 +149,18 @@ def test_losses_compute_in_float32_at_least(dtype, grad_tol, options, autocast):
     parameters, target, weights_RNB, attention_BR = binary_case(seed=19, B=9, N=50)
     low = (8 * classify(*parameters)).detach().to(dtype)
     weights_RNB, attention_BR = weights_RNB.float(), attention_BR.to(dtype)
-    criterion = BinaryCrossEntropy(**OPTIONS[options])
-    exact = low.double().requires_grad_()
-    expected = dense_multimix_loss(
-        exact, target, weights_RNB.double(), attention_BR.double(), smoothing=0.1, criterion=criterion)
+    more = dict(smoothing=0.1, attention_grad=True, criterion=BinaryCrossEntropy(**OPTIONS[options]))
+    exact = [low.double().requires_grad_(), attention_BR.double().requires_grad_()]
+    expected = dense_multimix_loss(exact[0], target, weights_RNB.double(), exact[1], **more)
     expected.backward()
-    low.requires_grad_()
+    inputs = [low.requires_grad_(), attention_BR.requires_grad_()]
     with torch.autocast('cpu', torch.bfloat16, enabled=autocast):
-        actual = dense_multimix_loss(low, target, weights_RNB, attention_BR, smoothing=0.1, criterion=criterion)
+        actual = dense_multimix_loss(inputs[0], target, weights_RNB, inputs[1], **more)
         actual.backward()
     assert actual.dtype == torch.float32 and low.grad.dtype == dtype
     assert actual.item() == pytest.approx(expected.item(), rel=1e-6)
-    assert (low.grad.double() - exact.grad).abs().max() <= grad_tol * exact.grad.abs().max()
+    for x, y in zip(inputs, exact, strict=True):
+        assert (x.grad.double() - y.grad).abs().max() <= grad_tol * y.grad.abs().max()
 
 
 @pytest.mark.parametrize('options', ('plain', 'pos_weight'))
