@@ -9,7 +9,7 @@ from timm.utils import unwrap_model
 
 from .anatomy import count_classes
 from .criterion import Criterion, ignores
-from .functional import check_target, check_values
+from .functional import check_target, check_values, soft_target, target_mass
 from .mix_module import MixModule
 from .mixes import Mix
 from .mixes.base import check_pairs, pair_target
@@ -17,7 +17,7 @@ from .step_random import StepRandom
 
 
 class MixTask(ClassificationTask):
-    """Train a timm model with a mixing method: model + method -> {'loss', 'output', 'mode', 'lam'}.
+    """Train a timm model with a mixing method: model + method -> {'loss', 'output', 'mode', 'lam', 'accuracy'}.
 
     EMA, compilation, DDP and checkpoints are timm's, and checkpoints have the keys of the plain model. Evaluation,
     export and fine-tuning use the model itself, which gets forward hooks that are idle outside a training step and is
@@ -53,7 +53,7 @@ class MixTask(ClassificationTask):
         >>> result = task(torch.randn(4, 3, 160, 160), torch.tensor([1, 2, 3, 4]))
         >>> result['loss'].backward()
         >>> sorted(result)
-        ['lam', 'loss', 'mode', 'output']
+        ['accuracy', 'lam', 'loss', 'mode', 'output']
     """
 
     def __init__(
@@ -113,7 +113,10 @@ class MixTask(ClassificationTask):
 
         Returns:
             'loss', a scalar; 'output', logits (B, num_classes), of mixed examples if the step mixes images or an inner
-            layer; 'mode', the mode drawn; 'lam', the weight of each example against its partner, () or (B,), or None.
+            layer; 'mode', the mode drawn; 'lam', the weight of each example against its partner, () or (B,), or None;
+            'accuracy', a scalar on the device from 0 to 1: the mean of :func:`timm_alignmix.functional.target_mass`
+            over the rows of 'output', which are the clean examples where the loss is in closed form; None for targets
+            that are neither classes nor rows.
 
         Raises:
             ValueError: Targets of the wrong shape; in the first step, classes that do not exist or, for softmax
@@ -122,7 +125,9 @@ class MixTask(ClassificationTask):
         """
         if not self.trainable_module.training:
             output = self.trainable_module(input)
-            return dict(loss=self._loss(output, target, None), output=output, mode='clean', lam=None)
+            return dict(
+                loss=self._loss(output, target, None), output=output, mode='clean', lam=None,
+                accuracy=self._accuracy(output, target, None))
         criterion = Criterion.of(self.criterion)
         if criterion.softmax or self.mix.name != 'none':
             if not isinstance(input, torch.Tensor):
@@ -137,9 +142,13 @@ class MixTask(ClassificationTask):
         draw = self.mix.draw(input, self._random.at(self.step, input.device))
         self.step += 1
         result = self.trainable_module(self.mix.images(input, draw), target, draw, criterion)
+        output = result['output']
+        of_clean = draw['mode'] == 'clean' or 'loss' in result and draw['mode'] != 'input'
         if 'loss' not in result:
-            result['loss'] = self._loss(result['output'], target, draw)
-        return dict(loss=result['loss'], output=result['output'], mode=draw['mode'], lam=draw['lam'])
+            result['loss'] = self._loss(output, target, draw)
+        return dict(
+            loss=result['loss'], output=output, mode=draw['mode'], lam=draw['lam'],
+            accuracy=self._accuracy(output, target, None if of_clean else draw))
 
     def _loss(self, output: torch.Tensor, target: torch.Tensor, draw: dict[str, Any] | None) -> torch.Tensor:
         mixed = draw is not None and draw['mode'] != 'clean'
@@ -150,6 +159,21 @@ class MixTask(ClassificationTask):
             return self.criterion(output, target)
         target_BC = criterion.soft_target(target, output)
         return criterion(output, self.mix.target(target_BC, draw) if mixed else target_BC)
+
+    @torch.no_grad()
+    def _accuracy(
+            self, output: torch.Tensor, target: torch.Tensor, draw: dict[str, Any] | None) -> torch.Tensor | None:
+        """Accuracy of rows of logits, those of clean examples without a draw."""
+        is_rows = isinstance(output, torch.Tensor) and output.ndim == 2
+        if not is_rows or not isinstance(target, torch.Tensor) or not (
+                target.ndim == 1 and not target.is_floating_point() or target.shape[1:] == output.shape[1:]):
+            return None
+        if draw is None:
+            return target_mass(output, target).mean()
+        if 'perm' not in draw:
+            return target_mass(output, self.mix.target(soft_target(target, output.shape[1]), draw)).mean()
+        target, partner, lam = pair_target(target, draw)
+        return (lam * target_mass(output, target) + (1 - lam) * target_mass(output, partner)).mean()
 
     def _pair_loss(self, output: torch.Tensor, target: torch.Tensor, draw: dict[str, Any]) -> torch.Tensor:
         target, partner, lam = pair_target(target, draw)

@@ -40,7 +40,7 @@ def test_summary_csv_holds_the_history(finished, mix):
     run = finished(mix)
     with open(run.folder / 'summary.csv', newline='') as file:
         rows = list(csv.reader(file))
-    assert rows[0] == ['epoch', 'train_loss', 'eval_loss', 'eval_top1', 'eval_top5', 'lr']
+    assert rows[0] == ['epoch', 'train_loss', 'train_accuracy', 'eval_loss', 'eval_top1', 'eval_top5', 'lr']
     expected = [
         [entry['epoch'], entry['train']['loss'], *(entry['validation'][key] for key in ('loss', 'top1', 'top5')),
          entry['lr']] for entry in run.result['history']]
