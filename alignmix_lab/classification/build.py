@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError
 from timm.data import resolve_data_config
 from timm.layers import convert_sync_batchnorm
+from timm.loss import create_classification_loss
 from timm.models import load_checkpoint
 from timm.utils import random_seed
 from torch import nn
@@ -148,10 +149,12 @@ def create_task(
     if config.channels_last:
         model.to(memory_format=torch.channels_last)
     bce = dict(loss_type='bce', bce_sum=config.bce_sum, bce_target_thresh=config.bce_target_thresh)
+    criterion = create_classification_loss(
+        multi_label=config.multi_label, smoothing=config.smoothing, **(bce if config.bce_loss else {}))
     return timm_alignmix.MixTask(
         model, mix=config.mix, mix_kwargs=config.mix_kwargs,
-        criterion_kwargs=dict(smoothing=config.smoothing, **(bce if config.bce_loss else {})), seed=config.seed,
-        rank=rank, img_size=input_size[-2:], device=device, verbose=rank == 0)
+        criterion=criterion, seed=config.seed, rank=rank,
+        img_size=input_size[-2:], device=device, verbose=rank == 0)
 
 
 def _load_initial(model: nn.Module, path: str) -> None:

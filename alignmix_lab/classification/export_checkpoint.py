@@ -82,6 +82,7 @@ def _facts(path: Path, state: dict[str, Any], args: dict[str, Any], weights: str
         'package': f'timm-alignmix {__version__}',
         'mix': mix.name,
         'mix_options': {**defaults, **mix.options},
+        'multi_label': args.get('multi_label') or None,
         'dataset': None,
         'weights': weights,
         'loader': state.get('data_config', args).get('loader'),
