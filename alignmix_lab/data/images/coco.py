@@ -32,7 +32,8 @@ def read_coco_file(
     them the further keys asked for.
 
     Raises:
-        ValueError: The file is no such file, or an entry is incomplete, there twice, or of an unknown image or category.
+        ValueError: The file is damaged or another, or an entry is incomplete, there twice, or of an unknown image or
+            category.
     """
     try:
         content = json.loads(path.read_text(encoding='utf-8'))

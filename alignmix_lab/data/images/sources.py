@@ -141,8 +141,9 @@ class MultiLabelSource(ImageSource):
         return {name: counts[label] for label, name in enumerate(self.class_names)}
 
     def first(self, count: int) -> ImageSource:
-        raise ValueError(f'--train-samples {count} counts the images of a class, of which --multi-label images may have '
-                         'several; leave it out')
+        raise ValueError(
+            f'--train-samples {count} counts the images of a class, of which --multi-label images may have several; '
+            'leave it out')
 
     def _by_class(self, flag: str, remedy: str) -> dict[int, list[int]]:
         return {0: list(self.indices)}  # a division takes its share of all images

@@ -67,9 +67,7 @@ def _of_classes(ev: Evaluation) -> Result:
             'Loss: mean cross-entropy in nats. Standard error of top-1: sqrt(p (1 - p) / images), for the sampling of '
             'images only. Macro F1: the mean over the classes that images have or are predicted to have.',
             _BY_CLASS,
-            *(f'Most confused, {label}: ' + ', '.join(
-                f'{pair["class"]} as {pair["predicted"]} ({pair["images"]} of {pair["of"]})' for pair in pairs[:5]) + '.'
-              for label, pairs in confused.items() if pairs),
+            *(f'Most confused, {label}: {_spell(pairs[:5])}.' for label, pairs in confused.items() if pairs),
             _BEST.format('accuracy'),
             BOLD,
         ],
@@ -124,6 +122,10 @@ def _of_labels(ev: Evaluation) -> Result:
         figures={'': fig},
         tables={'classes': tables},
     )
+
+
+def _spell(pairs: list[dict[str, Any]]) -> str:
+    return ', '.join(f'{pair["class"]} as {pair["predicted"]} ({pair["images"]} of {pair["of"]})' for pair in pairs)
 
 
 def _class_names(ev: Evaluation, model: EvalModel) -> list[str]:
