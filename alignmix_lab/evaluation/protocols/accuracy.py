@@ -112,7 +112,7 @@ def _of_labels(ev: Evaluation) -> Result:
         },
         rows=rows,
         notes=[
-            'mAP: the average precision of a class (torchmetrics, without interpolation), averaged over all classes. '
+            'mAP: the average precision of a class (scikit-learn, without interpolation), averaged over all classes. '
             'F1: of the labels with a probability of at least 0.5, averaged over all classes. A class without images '
             'counts as 0. Loss: mean binary cross-entropy in nats.',
             _BY_CLASS,

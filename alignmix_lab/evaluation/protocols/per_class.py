@@ -2,10 +2,14 @@
 from typing import Any
 
 import numpy as np
-import torch
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
-from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix, precision_recall_fscore_support
+from sklearn.metrics import (
+    ConfusionMatrixDisplay,
+    average_precision_score,
+    confusion_matrix,
+    precision_recall_fscore_support,
+)
 
 from alignmix_lab.runs.plotting import panels
 
@@ -22,22 +26,25 @@ def class_scores(label: np.ndarray, prediction: np.ndarray, num_classes: int) ->
         `images` (num_classes,), and `recall`, `precision` and `f1` in per cent: NaN for the recall of a class without
         images, the precision of one that is never predicted, and the F1 of a class that is neither.
     """
+    if label.ndim == 2:  # scikit-learn would take a single column for two classes
+        label, prediction = (np.pad(rows, ((0, 0), (0, 1))) for rows in (label, prediction))
     precision, recall, f1, images = precision_recall_fscore_support(
         label, prediction, labels=np.arange(num_classes), average=None, zero_division=np.nan)
     return {'images': images, 'recall': 100 * recall, 'precision': 100 * precision, 'f1': 100 * f1}
 
 
 def average_precision(logits: np.ndarray, label: np.ndarray) -> np.ndarray:
-    """Average precision of each class in per cent, by torchmetrics; 0 for a class without images.
+    """Average precision of each class in per cent, by scikit-learn; 0 for a class without images.
+
+    Only the order of the logits matters. Torchmetrics orders probabilities, and those of large logits are equal.
 
     Args:
-        logits: (N, C), in float64: in float32, large ones have the same probability.
+        logits: (N, C).
         label: (N, C) of 0 and 1.
     """
-    from torchmetrics.functional.classification import multilabel_average_precision
-    found = multilabel_average_precision(
-        torch.from_numpy(logits), torch.from_numpy(label).long(), num_labels=label.shape[1], average='none')
-    return 100 * found.abs().numpy()  # 0 may be -0
+    return np.array([
+        100 * average_precision_score(own, scores) if own.any() else 0.0
+        for own, scores in zip(label.T, logits.T, strict=True)])
 
 
 def class_table(model: str, names: list[str], scores: dict[str, np.ndarray]) -> list[dict[str, Any]]:
@@ -70,8 +77,9 @@ def draw_confusion(predictions: dict[str, tuple[np.ndarray, np.ndarray]], names:
         shares = 100 * confusion_matrix(label, prediction, labels=np.arange(len(names)), normalize='true')
         display = ConfusionMatrixDisplay(shares, display_labels=names).plot(
             ax=ax, include_values=few, cmap='Blues', values_format='.0f', xticks_rotation='vertical', colorbar=not few,
-            # A class of many spreads over others: the root of a share shows its small ones.
-            im_kw={} if few else {'norm': PowerNorm(0.5, vmin=0, vmax=100), 'interpolation': 'antialiased'},
+            # The layout leaves too little room around axes of a fixed aspect. One of many classes is confused with many:
+            # the root of a share shows small ones.
+            im_kw={'aspect': 'auto', 'norm': PowerNorm(1 if few else 0.5, vmin=0, vmax=100)},
             text_kw={'fontsize': 8} if few else None)
         ax.grid(visible=False)
         ax.set(title=f'{model}: share of the images of a class (%)', xlabel='predicted class', ylabel='class')

@@ -7,9 +7,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sklearn.metrics import average_precision_score, f1_score
+from sklearn.metrics import f1_score
+from timm.task import MultiLabelClassificationEvaluator
 from torch.nn import functional as F
-from torchmetrics.functional.classification import multiclass_precision, multiclass_recall
+from torchmetrics.functional.classification import (
+    multiclass_precision,
+    multiclass_recall,
+    multilabel_average_precision,
+)
 
 from alignmix_lab.evaluation import NotApplicable
 from alignmix_lab.evaluation.protocols.per_class import average_precision, class_scores, draw_confusion, most_confused
@@ -99,13 +104,26 @@ def test_the_protocol_writes_a_table_by_class(run, logits, pixels, tmp_path):
         assert picture.width > 500
 
 
-def test_average_precision_is_scikit_learns():
+def test_average_precision_is_torchmetrics_and_timms():
     rng = np.random.default_rng(0)
     label = rng.random((60, 5)) < 0.3
     label[:, 2] = False
-    logits = rng.normal(size=(60, 5)).round(1) * 30  # ties, and logits whose probability is 1 in float32
-    expected = [average_precision_score(label[:, c], logits[:, c]) if c != 2 else 0 for c in range(5)]
-    assert average_precision(logits, label) == pytest.approx(100 * np.array(expected), abs=1e-4)
+    logits = rng.normal(size=(60, 5)).round(1)  # with ties
+    expected = multilabel_average_precision(
+        torch.from_numpy(logits).sigmoid(), torch.from_numpy(label).int(), num_labels=5, average='none')
+    found = average_precision(logits, label)
+    assert found == pytest.approx(100 * expected.abs().numpy(), abs=1e-4) and found[2] == 0
+    assert (average_precision(1000 * logits, label) == found).all()  # though the probabilities are 0 and 1
+    evaluator = MultiLabelClassificationEvaluator()
+    evaluator.update(torch.from_numpy(logits), torch.from_numpy(label).float())
+    assert evaluator.compute()['map'] == pytest.approx(found.mean())
+
+
+def test_a_single_label():
+    label, prediction = np.array([[1], [1], [0], [0], [0]]), np.array([[1], [0], [0], [0], [1]])
+    found = class_scores(label, prediction, 1)
+    assert {key: value.tolist() for key, value in found.items()} == {
+        'images': [2], 'recall': [50], 'precision': [50], 'f1': [50]}
 
 
 @pytest.fixture
@@ -128,7 +146,7 @@ def test_images_with_several_labels(run, labelled, logits, tmp_path):
     with open(tmp_path / 'out' / 'accuracy-classes.csv', newline='') as file:
         table = list(csv.DictReader(file))
     for place, (row, own) in enumerate(zip(found['rows'], logits, strict=True)):
-        ap = [100 * average_precision_score(rows[:, c], own.numpy()[:, c]) for c in range(3)]
+        ap = 100 * multilabel_average_precision(own, torch.from_numpy(rows).int(), num_labels=3, average='none').numpy()
         assert row['map'] == pytest.approx(np.mean(ap), abs=1e-3)
         assert [float(line['ap']) for line in table[3 * place:3 * place + 3]] == pytest.approx(ap, abs=1e-3)
         assert [float(line['images']) for line in table[3 * place:3 * place + 3]] == rows.sum(0).tolist()
