@@ -77,8 +77,8 @@ def draw_confusion(predictions: dict[str, tuple[np.ndarray, np.ndarray]], names:
         shares = 100 * confusion_matrix(label, prediction, labels=np.arange(len(names)), normalize='true')
         display = ConfusionMatrixDisplay(shares, display_labels=names).plot(
             ax=ax, include_values=few, cmap='Blues', values_format='.0f', xticks_rotation='vertical', colorbar=not few,
-            # The layout leaves too little room around axes of a fixed aspect. One of many classes is confused with many:
-            # the root of a share shows small ones.
+            # The layout leaves too little room around axes of a fixed aspect. With many classes the
+            # root of a share shows small ones.
             im_kw={'aspect': 'auto', 'norm': PowerNorm(1 if few else 0.5, vmin=0, vmax=100)},
             text_kw={'fontsize': 8} if few else None)
         ax.grid(visible=False)
