@@ -157,3 +157,12 @@ def test_images_with_several_labels(run, labelled, logits, tmp_path):
     assert json.loads((tmp_path / 'out' / 'accuracy.json').read_text())['pictures'] == ['accuracy.png']
     with pytest.raises(NotApplicable, match='calibration takes images with one label; leave --multi-label out'):
         run('calibration', data_dir=str(root), multi_label=True)
+
+
+def test_a_model_of_several_labels_says_so(run, models, tmp_path):
+    shutil.copytree(models[0], tmp_path / 'several')
+    config = json.loads((tmp_path / 'several' / 'config.json').read_text())
+    config['training']['multi_label'] = True
+    (tmp_path / 'several' / 'config.json').write_text(json.dumps(config))
+    with pytest.raises(ValueError, match='several was trained on images with several labels; pass --multi-label'):
+        run('accuracy', model=[str(tmp_path / 'several')])
