@@ -25,6 +25,7 @@ from timm.optim import create_optimizer_v2
 from timm.task import ClassificationTask
 
 from alignmix_lab.runs.timing import time_interleaved
+from timm_alignmix import list_mixes
 from timm_alignmix.functional import convex_weights, losses, transport
 
 PARTS = ('ceilings', 'accuracy', 'kernels', 'steps', 'syncs', 'timm')
@@ -155,7 +156,7 @@ def syncs(args: Namespace) -> None:
     """What makes the host wait in a step, by the profiler: names and counts over three steps of each mode."""
     name, batch = ('test_resnet', 4) if args.quick else ('resnet50', 64)
     rows = []
-    for mix in ['none', *MIXES, 'cutmix', 'manifold']:
+    for mix in sorted(set(list_mixes()) - {'alignmix_ae'}):
         step = step_cost.build_step(name, mix, batch, step_options(args))
         for mode in step_cost.modes_of(step):
             step.step(mode)

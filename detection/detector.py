@@ -1,8 +1,15 @@
 """Build a detector from a configuration, or from the description in its checkpoints."""
+import inspect
+from dataclasses import fields
 from typing import Any
 
 from torch import nn
+from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection.ssd import SSD
 
+from alignmix_lab.runs.options import blaming
+
+from .backbones import create_backbone
 from .config import DetectConfig
 from .models import build_faster_rcnn, build_ssd
 from .transforms import multiscale_sizes
@@ -19,6 +26,7 @@ def create_detector(config: DetectConfig, class_names: list[str]) -> tuple[nn.Mo
     Raises:
         ValueError: The backbone, its weights or an option does not fit.
     """
+    _check_model_kwargs(config)
     faster, size = config.detector == 'fasterrcnn', config.img_size
     if config.batch_size == 1 and config.model_kwargs.get('conv4_stride1'):
         raise ValueError(
@@ -29,9 +37,10 @@ def create_detector(config: DetectConfig, class_names: list[str]) -> tuple[nn.Mo
         max_size=size if config.augment == 'lsj' else config.max_size,  # lsj makes squares of this side
     )
     frozen = {name: value for name in ('freeze_bn', 'frozen_stages') if (value := getattr(config, name)) is not None}
-    model = BUILDERS[config.detector](
-        config.backbone, len(class_names) + 1, weights=config.weights, grad_checkpointing=config.grad_checkpointing,
-        backbone_kwargs=config.backbone_kwargs, **frozen, **arguments, **config.model_kwargs)
+    with blaming(config, 'backbone_kwargs', 'model_kwargs'):
+        model = BUILDERS[config.detector](
+            config.backbone, len(class_names) + 1, weights=config.weights, grad_checkpointing=config.grad_checkpointing,
+            backbone_kwargs=config.backbone_kwargs, **frozen, **arguments, **config.model_kwargs)
     report = model.backbone_report
     description = dict(
         detector=config.detector,
@@ -48,3 +57,21 @@ def rebuild(description: dict[str, Any]) -> nn.Module:
     """Build the detector of a description, with random weights."""
     build = BUILDERS[description['detector']]
     return build(description['backbone'], len(description['class_names']) + 1, **description['arguments'])
+
+
+def _check_model_kwargs(config: DetectConfig) -> None:
+    """Refuse what torchvision ignores: its detectors take any name, and look at values when they first need them."""
+    own = (p for build in (BUILDERS[config.detector], create_backbone)
+           for p in inspect.signature(build).parameters.values() if p.kind is p.KEYWORD_ONLY)
+    theirs = (p for p in inspect.signature({'ssd': SSD, 'fasterrcnn': FasterRCNN}[config.detector]).parameters.values()
+              if isinstance(p.default, (int, float)) or p.name == 'bbox_reg_weights')
+    flags = {field.name for field in fields(config)} | {'min_size'}  # --img-size
+    defaults = {p.name: p.default for p in (*own, *theirs) if p.name not in flags}
+    for name, value in config.model_kwargs.items():
+        if name not in defaults:
+            raise ValueError(
+                f'--model-kwargs {name}={value}: {config.detector} has no such option, or a flag of its own sets it; '
+                f'its options: {", ".join(defaults)}')
+        kind = type(defaults[name])
+        if kind in (int, float, bool) and not isinstance(value, (int, float) if kind is float else kind):
+            raise ValueError(f'--model-kwargs {name}={value} is no {kind.__name__}; the default is {defaults[name]}')

@@ -13,19 +13,19 @@ from .mixup_fn import create_mixup
 from .version import __version__
 
 __all__ = [
-    'Anatomy', 'Mix', 'MixTask', 'UnsupportedModel', '__version__', 'create_mix', 'create_mixup', 'dense_model_kwargs',
-    'list_mixes', 'models', 'register_mix', 'weights']
+    'Anatomy', 'Mix', 'MixTask', 'UnsupportedModel', '__version__', 'attach', 'create_mix', 'create_mixup',
+    'dense_model_kwargs', 'list_mixes', 'models', 'register_mix', 'weights']
 
 if os.environ.get('TIMM_ALIGNMIX_NO_LOCAL_WEIGHTS', '0') in ('', '0'):
     weights.register_local()
 
 
 def __getattr__(name: str) -> Any:
-    """Import :class:`MixTask` when it is asked for: it needs timm.task, which older releases of timm lack."""
-    if name != 'MixTask':
+    """Import :class:`MixTask` and :func:`attach` when asked for: older releases of timm lack timm.task."""
+    if name not in ('MixTask', 'attach'):
         raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-    from .task import MixTask
-    return MixTask
+    from . import attached, task
+    return task.MixTask if name == 'MixTask' else attached.attach
 
 
 def __dir__() -> list[str]:

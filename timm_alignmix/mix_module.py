@@ -4,7 +4,7 @@ DDP, torch.compile and autocast act on a module's forward only, so the method's 
 features, closed-form losses) must run there too.
 """
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,9 +12,9 @@ import torch.nn as nn
 from timm.models import group_parameters
 
 from .anatomy import Anatomy
-from .criterion import Criterion
 from .mixes import Mix, create_mix
 from .mixes.base import Draw
+from .mixes.criterion import Criterion
 
 
 def is_checkpointed(model: nn.Module, name: str) -> bool:
@@ -61,8 +61,9 @@ class MixModule(nn.Module):
         model: A timm classification model, kept as `.model`. The layers that the method taps get forward hooks here,
             because torch.compile ignores later ones; they are idle outside a mixed step. Layers of the method's own,
             if it has any, are `.extra`.
-        mix: Name of a method, or a method, which is copied because it is bound to one model.
-        mix_kwargs: Options of a method given by name.
+        mix: Name of a method, names and weights of several, or a method, which is copied because it is bound to one
+            model.
+        mix_kwargs: Options of methods given by name.
         img_size: Size of the images; None takes the size the model was built for.
 
     Raises:
@@ -72,7 +73,7 @@ class MixModule(nn.Module):
     def __init__(
             self,
             model: nn.Module,
-            mix: str | Mix,
+            mix: str | Mapping[str, float] | Mix,
             mix_kwargs: dict[str, Any] | None = None,
             img_size: int | tuple[int, int] | None = None,
     ) -> None:
@@ -88,15 +89,16 @@ class MixModule(nn.Module):
         self.mix = copy.deepcopy(mix) if isinstance(mix, Mix) else create_mix(mix, **(mix_kwargs or {}))
         if self.mix.replaces_features and getattr(model, 'grad_checkpointing', False):
             raise ValueError(self._recomputed())
-        if type(self.mix).bind is not Mix.bind:
+        cfg, (mean, std) = getattr(model, 'pretrained_cfg', None) or {}, self.mix.normalization
+        self.mix.set_normalization(cfg.get('mean', mean), cfg.get('std', std))
+        if self.mix.binds:
             self.mix.bind(Anatomy(model, img_size))
         if any(is_checkpointed(model, name) for name in self.mix.layers):
             raise ValueError(self._recomputed())
         # Before the model: timm's clipping takes the last two parameters for the classifier.
         self.extra = self.mix.extra
         self.model = model
-        names = list(self.mix.layers) + ([self.mix.head.name] if self.mix.head else [])
-        self.taps = {name: Tap(name) for name in names}
+        self.taps = {name: Tap(name) for name in self.mix.tapped}
         self._handles = [model.get_submodule(name).register_forward_hook(tap) for name, tap in self.taps.items()]
 
     def remove_hooks(self) -> None:
@@ -154,16 +156,22 @@ class MixModule(nn.Module):
             The model's output; with a draw, a dict of 'output' and, if the method computes it, 'loss'.
         """
         if draw is None:
-            return self.model(images)
+            return self._reaching_extra(self.model(images))
         self.arm(draw)
         try:
             output = self.model(images)
         finally:
             feature_map = self.disarm(draw)
         self.check_ran(draw, output, feature_map)
-        output = self.mix.output(output, draw)
+        output = self._reaching_extra(self.mix.output(output, draw))
         loss = self.mix.loss(output, feature_map, target, draw, criterion)
         return dict(output=output) if loss is None else dict(output=output, loss=loss)
+
+    def _reaching_extra(self, output: torch.Tensor) -> torch.Tensor:
+        """Let the output depend on the method's own layers, so that each gets a gradient, even if it is 0."""
+        if self.extra is None or not self.training:
+            return output
+        return output + 0 * sum(p.float().sum() for p in self.extra.parameters())
 
     def no_weight_decay(self) -> set[str]:
         """Names of the inner model's parameters without weight decay, for timm's optimizer factory."""

@@ -1,4 +1,5 @@
 """Mixing methods with the call of timm.data.Mixup, for loops that were written for it."""
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ class MixupFn:
 
     def __init__(
             self,
-            mix: str | Mix,
+            mix: str | Mapping[str, float] | Mix,
             model: nn.Module,
             mix_kwargs: dict[str, Any] | None = None,
             num_classes: int | None = None,
@@ -43,7 +44,7 @@ class MixupFn:
             self._module.remove_hooks()
             raise
         self.targets = targets
-        self.num_classes = count_classes(model) if num_classes is None else num_classes
+        self.num_classes = count_classes(model, num_classes)
         self.label_smoothing = label_smoothing
         self.step, self._checked = 0, False
         self.mixup_enabled = True
@@ -87,11 +88,12 @@ class MixupFn:
                 self._checked = True
             clean = soft_target(target, self.num_classes, self.label_smoothing)
         if not self.mixup_enabled:
+            self.step += 1
             self.mode, self.lam = 'clean', None
             return x, pair_target(target, {}) if self.targets == 'pairs' else clean
         draw = self.mix.draw(x, self._random.at(self.step, x.device))
         self.step += 1
-        self.mode, self.lam = draw['mode'], draw['lam']
+        self.mode, self.lam = self.mix.mode_name(draw), draw['lam']
         x = self.mix.images(x, draw)
         if self.targets == 'pairs':
             if draw['mode'] not in ('clean', 'input'):
@@ -151,7 +153,7 @@ class MixupFn:
 
 
 def create_mixup(
-        name: str | Mix,
+        name: str | Mapping[str, float] | Mix,
         model: nn.Module,
         num_classes: int | None = None,
         label_smoothing: float = 0.0,
@@ -168,8 +170,10 @@ def create_mixup(
     takes less memory: here multimix returns n rows of logits and densemultimix n * R, all kept for the backward pass.
 
     Args:
-        name: Name of a method (see :func:`timm_alignmix.list_mixes`) or a method.
-        model: The timm model, before DDP or torch.compile wrap it. It gets forward hooks.
+        name: Name of a method (see :func:`timm_alignmix.list_mixes`), names and weights of several, of which each step
+            draws one, or a method.
+        model: The model, before DDP or torch.compile wrap it: a timm model, or any network for methods that mix images
+            only. It gets forward hooks.
         num_classes: Number of classes; None takes the model's.
         label_smoothing: timm's convention; the loss must not smooth again.
         seed: Seed of the draws; each is a function of (seed, step, rank).
@@ -178,7 +182,7 @@ def create_mixup(
         targets: 'soft', or 'pairs' for `x, (y_a, y_b, lam) = mixup_fn(x, y)` and criteria that take classes:
             `(lam * criterion(output, y_a) + (1 - lam) * criterion(output, y_b)).mean()`. With per_example=True, lam is
             (B,) and the criterion needs reduction='none'.
-        **options: Options of the method.
+        **options: Options of the method; with several, 'method.option'.
 
     Returns:
         A callable with timm's switch `mixup_enabled`, `mode` and `lam` of the last step, and `state_dict` and

@@ -1,4 +1,5 @@
 """Mixing methods as a timm training task."""
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -8,11 +9,11 @@ from timm.task import ClassificationTask
 from timm.utils import unwrap_model
 
 from .anatomy import count_classes
-from .criterion import Criterion, ignores
-from .functional import check_target, check_values, soft_target, target_mass
+from .functional import check_target, check_values, target_mass
 from .mix_module import MixModule
 from .mixes import Mix
 from .mixes.base import check_pairs, pair_target
+from .mixes.criterion import Criterion, ignores
 from .step_random import StepRandom
 
 
@@ -24,9 +25,10 @@ class MixTask(ClassificationTask):
     not changed otherwise.
 
     Args:
-        model: A timm classification model.
-        mix: Name of a method (see :func:`timm_alignmix.list_mixes`) or a method.
-        mix_kwargs: Options of a method given by name.
+        model: A timm classification model; any network for methods that mix images only.
+        mix: Name of a method (see :func:`timm_alignmix.list_mixes`), names and weights of several, of which each step
+            draws one, or a method.
+        mix_kwargs: Options of a method given by name; with several, 'method.option'.
         criterion: Loss of (logits, soft targets). Softmax cross-entropy, in timm's or torch's classes, is recognised
             with its label smoothing and computed in float32 or better. Any other is called as it is: by mix 'none'
             with the targets as they are, by the others with mixed rows, to which `smoothing` of the criterion is
@@ -39,9 +41,14 @@ class MixTask(ClassificationTask):
         targets: 'soft', or 'pairs' for criteria that take classes: the loss is lam times that of the examples' targets
             plus 1 - lam times that of their partners'. The criterion is called as it is, with targets of any kind. With
             a lam for each example it must return a loss for each, as with reduction='none'.
+        num_classes: Number of classes; None takes the model's.
         device: Device for task tensors.
         dtype: Dtype for task tensors.
         verbose: Log what is set up.
+
+    Attributes:
+        mix_enabled: False trains without mixing, as timm.data.Mixup's `mixup_enabled` does, for the last epochs. Steps
+            count on, so that each draws the same whether those before it were mixed or not.
 
     Raises:
         ValueError: Unknown method or option; a model that the method cannot mix exactly; a criterion without a closed
@@ -59,7 +66,7 @@ class MixTask(ClassificationTask):
     def __init__(
             self,
             model: nn.Module,
-            mix: str | Mix = 'none',
+            mix: str | Mapping[str, float] | Mix = 'none',
             mix_kwargs: dict[str, Any] | None = None,
             criterion: nn.Module | Any | None = None,
             criterion_kwargs: dict[str, Any] | None = None,
@@ -67,6 +74,7 @@ class MixTask(ClassificationTask):
             rank: int | None = None,
             img_size: int | tuple[int, int] | None = None,
             targets: str = 'soft',
+            num_classes: int | None = None,
             device: torch.device | None = None,
             dtype: torch.dtype | None = None,
             verbose: bool = True,
@@ -75,10 +83,11 @@ class MixTask(ClassificationTask):
             model, criterion=criterion, criterion_kwargs=criterion_kwargs, device=device, dtype=dtype, verbose=verbose)
         self._random = StepRandom(seed, rank)
         self.trainable_module = MixModule(model, mix, mix_kwargs, img_size)
-        self.num_classes = count_classes(model)
+        self.num_classes = count_classes(model, num_classes)
         self.mix = self.trainable_module.mix
         self.targets = targets
         self.step, self._checked = 0, False
+        self.mix_enabled = True
         try:
             self._check_criterion()
         except ValueError:
@@ -123,32 +132,40 @@ class MixTask(ClassificationTask):
                 cross-entropy, rows that do not sum to 1.
             RuntimeError: Gradient checkpointing by-passes the mixed layer.
         """
-        if not self.trainable_module.training:
-            output = self.trainable_module(input)
-            return dict(
-                loss=self._loss(output, target, None), output=output, mode='clean', lam=None,
-                accuracy=self._accuracy(output, target, None))
-        criterion = Criterion.of(self.criterion)
-        if criterion.softmax or self.mix.name != 'none':
+        draw = None
+        if self.trainable_module.training:
             if not isinstance(input, torch.Tensor):
                 raise ValueError(
                     f'images must be one tensor, got {type(input).__name__}; timm.task.ClassificationTask trains '
                     'without mixing on any input of the model')
-            if self.targets == 'soft':
-                check_target(target, len(input), self.num_classes)
-            if self.targets == 'soft' and not self._checked:  # once: it waits for the device
-                check_values(target, self.num_classes, sum_to_one=criterion.softmax)
-                self._checked = True
-        draw = self.mix.draw(input, self._random.at(self.step, input.device))
-        self.step += 1
-        result = self.trainable_module(self.mix.images(input, draw), target, draw, criterion)
+            self._check(target, len(input))
+            draw = self._draw(input)
+        if draw is None:
+            output = self.trainable_module(input)
+            return dict(
+                loss=self._loss(output, target, None), output=output, mode='clean', lam=None,
+                accuracy=self._accuracy(output, target, None))
+        result = self.trainable_module(self.mix.images(input, draw), target, draw, Criterion.of(self.criterion))
         output = result['output']
-        of_clean = draw['mode'] == 'clean' or 'loss' in result and draw['mode'] != 'input'
         if 'loss' not in result:
             result['loss'] = self._loss(output, target, draw)
         return dict(
-            loss=result['loss'], output=output, mode=draw['mode'], lam=draw['lam'],
-            accuracy=self._accuracy(output, target, None if of_clean else draw))
+            loss=result['loss'], output=output, mode=self.mix.mode_name(draw), lam=draw['lam'],
+            accuracy=self._accuracy(output, target, draw))
+
+    def _draw(self, images: torch.Tensor) -> dict[str, Any] | None:
+        draw = self.mix.draw(images, self._random.at(self.step, images.device)) if self.mix_enabled else None
+        self.step += 1
+        return draw
+
+    def _check(self, target: torch.Tensor, batch: int) -> None:
+        softmax = Criterion.of(self.criterion).softmax
+        if self.targets != 'soft' or not softmax and self.mix.name == 'none':  # what the criterion takes
+            return
+        check_target(target, batch, self.num_classes)
+        if not self._checked:  # once: it waits for the device
+            check_values(target, self.num_classes, sum_to_one=softmax)
+            self._checked = True
 
     def _loss(self, output: torch.Tensor, target: torch.Tensor, draw: dict[str, Any] | None) -> torch.Tensor:
         mixed = draw is not None and draw['mode'] != 'clean'
@@ -163,17 +180,13 @@ class MixTask(ClassificationTask):
     @torch.no_grad()
     def _accuracy(
             self, output: torch.Tensor, target: torch.Tensor, draw: dict[str, Any] | None) -> torch.Tensor | None:
-        """Accuracy of rows of logits, those of clean examples without a draw."""
         is_rows = isinstance(output, torch.Tensor) and output.ndim == 2
         if not is_rows or not isinstance(target, torch.Tensor) or not (
                 target.ndim == 1 and not target.is_floating_point() or target.shape[1:] == output.shape[1:]):
             return None
-        if draw is None:
+        if draw is None or draw['mode'] == 'clean':
             return target_mass(output, target).mean()
-        if 'perm' not in draw:
-            return target_mass(output, self.mix.target(soft_target(target, output.shape[1]), draw)).mean()
-        target, partner, lam = pair_target(target, draw)
-        return (lam * target_mass(output, target) + (1 - lam) * target_mass(output, partner)).mean()
+        return self.mix.mass(output, target, draw).mean()
 
     def _pair_loss(self, output: torch.Tensor, target: torch.Tensor, draw: dict[str, Any]) -> torch.Tensor:
         target, partner, lam = pair_target(target, draw)

@@ -2,10 +2,12 @@
 
     python -m timm_alignmix.timm_train PATH/TO/train.py --mix densemultimix --mix-kwargs n=1000 [flags of train.py]
     torchrun --nproc-per-node 8 -m timm_alignmix.timm_train PATH/TO/train.py --mix alignmix [flags of train.py]
+    python -m timm_alignmix.timm_train PATH/TO/train.py --mix mixup=0.5 cutmix=0.5 --mix-kwargs mixup.alpha=0.8 [...]
 
 timm ships train.py in its repository only, so its path is the first argument. The script is imported, --mix and
 --mix-kwargs are added to its flags (and to its args.yaml and --config files), and its ClassificationTask is replaced by
-timm_alignmix.MixTask, but for --mix none. Data, optimizer, schedule, EMA, checkpoints and logs are train.py's own.
+timm_alignmix.MixTask, but for --mix none. Its --mixup-prob and --mixup-off-epoch hold for --mix too. Data, optimizer,
+schedule, EMA, checkpoints and logs are train.py's own.
 """
 import importlib.metadata
 import importlib.util
@@ -20,14 +22,20 @@ from timm.data import resolve_data_config
 from timm.utils import ParseKwargs
 
 from . import MixTask, create_mix
-from .mixes import canonical
+from .mixes import ParseMix, with_probability
 from .step_random import StepRandom
 
 # Names that are used of train.py. timm 1.0.31's own tests use them too.
-NAMES_USED = ('parser', '_parse_args', 'ClassificationTask', 'main')
+NAMES_USED = ('parser', '_parse_args', 'ClassificationTask', 'train_one_epoch', 'main')
 
-# timm's own mixing.
-MIXING = ('mixup', 'cutmix', 'cutmix_minmax', 'mixup_prob', 'mixup_switch_prob', 'mixup_mode', 'mixup_off_epoch')
+# Flags of timm's own mixing that --mix replaces, and how it says the same.
+MIXING = dict(
+    mixup='--mix mixup --mix-kwargs alpha=ALPHA',
+    cutmix='--mix cutmix --mix-kwargs alpha=ALPHA',
+    cutmix_minmax='nothing: cutmix draws the size of its box from alpha alone',
+    mixup_switch_prob='--mix mixup=0.5 cutmix=0.5',
+    mixup_mode='--mix-kwargs per_example=True, with several methods METHOD.per_example=True',
+)
 # Flags that no method goes with, and why.
 REFUSED = dict(
     kd_model_name='trains with a distillation task, which --mix cannot replace',
@@ -88,16 +96,17 @@ def check_args(args: Namespace, defaults: dict[str, Any]) -> None:
     mix = create_mix(args.mix, **args.mix_kwargs)
     if mix.name == 'none':
         return
+    with_probability(args.mix, args.mix_kwargs, args.mixup_prob)  # refuses what is no probability
     StepRandom(args.seed)  # refuses negative ones
     for name, why in REFUSED.items():
         if getattr(args, name, None):
             raise ValueError(f'--{name.replace("_", "-")} {why}: drop one.')
     loss = 'bce' if getattr(args, 'bce_loss', False) else getattr(args, 'loss', None) or 'ce'
     if loss in ('jsd', 'asl') or mix.closed_form and loss not in ('ce', 'bce'):
-        raise ValueError(f'--mix {args.mix} cannot train with the {loss} loss: drop one, or take the ce or bce loss.')
+        raise ValueError(f'--mix {mix.name} cannot train with the {loss} loss: drop one, or take the ce or bce loss.')
     if mix.replaces_features and getattr(args, 'grad_checkpointing', False):
         raise ValueError(
-            f'--grad-checkpointing would compute layers again without the features that --mix {args.mix} replaces: '
+            f'--grad-checkpointing would compute layers again without the features that --mix {mix.name} replaces: '
             'drop one.')
     task = getattr(args, 'task', 'classification')
     if task != 'classification':
@@ -105,7 +114,8 @@ def check_args(args: Namespace, defaults: dict[str, Any]) -> None:
     given = [name for name, default in defaults.items() if getattr(args, name, default) != default]
     if given:
         flags = ', '.join(f'--{name.replace("_", "-")}' for name in given)
-        raise ValueError(f"--mix {args.mix} takes the place of timm's mixing: drop it or {flags}.")
+        instead = '; '.join(f'instead of --{name.replace("_", "-")}, {MIXING[name]}' for name in given)
+        raise ValueError(f"--mix {mix.name} takes the place of timm's mixing: drop it or {flags} ({instead}).")
 
 
 def install(train: ModuleType) -> None:
@@ -115,10 +125,14 @@ def install(train: ModuleType) -> None:
         train: The module of load_train_script().
     """
     group = train.parser.add_argument_group('timm_alignmix')
-    group.add_argument('--mix', default='none', metavar='NAME', help='mixing method (default: none)')
     group.add_argument(
-        '--mix-kwargs', default={}, nargs='*', action=ParseKwargs, metavar='KEY=VALUE', help='options of the method')
-    parse_args = train._parse_args
+        '--mix', default='none', nargs='+', action=ParseMix, metavar='NAME',
+        help='mixing method (default: none), or several with weights, of which each step draws one: mixup=0.5 '
+        'cutmix=0.5; works with --mixup-prob and --mixup-off-epoch')
+    group.add_argument(
+        '--mix-kwargs', default={}, nargs='*', action=ParseKwargs, metavar='KEY=VALUE',
+        help='options of the method; with several, mixup.alpha=0.8')
+    parse_args, train_one_epoch = train._parse_args, train.train_one_epoch
     defaults = {name: train.parser.get_default(name) for name in MIXING}
 
     def parse_args_and_install_task():
@@ -130,12 +144,19 @@ def install(train: ModuleType) -> None:
 
         def create_task(model, **kwargs):
             # Read here and not above: train.py finds its rank and makes its model after parsing its flags.
-            img_size = resolve_data_config(vars(args), model=model)['input_size'][-2:]
-            return MixTask(
-                model, args.mix, args.mix_kwargs, seed=args.seed, rank=args.rank, img_size=img_size, **kwargs)
+            images = resolve_data_config(vars(args), model=model)
+            mix, mix_kwargs = with_probability(args.mix, args.mix_kwargs, args.mixup_prob)
+            task = MixTask(
+                model, mix, mix_kwargs, seed=args.seed, rank=args.rank, img_size=images['input_size'][-2:], **kwargs)
+            task.mix.set_normalization(images['mean'], images['std'])
+            return task
 
-        if canonical(args.mix) != 'none':
-            train.ClassificationTask = create_task
+        def train_one_epoch_mixed_or_not(epoch, *positional, task, **kwargs):
+            task.mix_enabled = not args.mixup_off_epoch or epoch < args.mixup_off_epoch
+            return train_one_epoch(epoch, *positional, task=task, **kwargs)
+
+        if create_mix(args.mix, **args.mix_kwargs).name != 'none':
+            train.ClassificationTask, train.train_one_epoch = create_task, train_one_epoch_mixed_or_not
         return args, args_text
 
     train._parse_args = parse_args_and_install_task

@@ -59,6 +59,7 @@ RECIPES = {
     'modern/ffcv_rn50_88ep': (RESNET50_GFLOP,),
     'modern/rsb_a2': (RESNET50_GFLOP,),
     'modern/rsb_a3': (RESNET50_GFLOP,),
+    'study/preactresnet18_small': (None,),
     'detection/ssd300_voc0712': (None, ('M', 'Table 5', 'VOC07+12', 'SSD ResNet-50')),
     'detection/ssd300_voc07': (None,),
     'detection/fasterrcnn_coco': (None, ('M', 'Table 5', 'COCO', 'Faster R-CNN ResNet-50')),
@@ -84,14 +85,14 @@ ELSEWHERE = {
 OURS: dict[tuple[str, str], float] = {}
 
 
-def step_factor(mix: str) -> float:
-    """Duration of a training step with a method, relative to one without mixing."""
+def step_factor(mix: str) -> float | None:
+    """Duration of a training step with a method, relative to one without mixing; None where none was published."""
     method = METHODS[mix.removesuffix('_release')]
     duration = {f.method: f.value for f in find(['ms per batch, RTX 2080 Ti'], 'A', 'Table 2')}
     speed = {f.method: f.value for f in find(['1000 images/s, V100'], 'M', 'Table 3') if f.network == 'ResNet-50'}
     if method in duration:
         return duration[method] / duration['baseline']
-    return speed['baseline'] / speed[method]
+    return speed['baseline'] / speed[method] if method in speed else None
 
 
 def gpu_hours(config: TrainConfig, gflop: float, mix: str) -> float:
@@ -126,7 +127,8 @@ def _cell(recipe: str, mix: str) -> str:
         lines.append(ELSEWHERE[recipe, mix])
     if (recipe, mix) in OURS:
         lines.append(f'**{OURS[recipe, mix]:.2f}**')
-    if gflop and (lines or mix in recipe_mixes(recipe, TrainConfig) or mix not in ('alignmix_ae', 'alignmix_release')):
+    if gflop and step_factor(mix) and (
+            lines or mix not in ('alignmix_ae', 'alignmix_release') or mix in recipe_mixes(recipe, TrainConfig)):
         hours = gpu_hours(resolve_config({'mix': mix}, recipe), gflop, mix)
         lines.append(f'{hours:.{1 if hours < 9.95 else 0}f} h')
     return '<br>'.join(lines)

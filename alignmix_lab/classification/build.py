@@ -2,7 +2,6 @@
 import logging
 import os
 import pickle
-from contextlib import suppress
 from typing import Any
 
 import timm
@@ -19,7 +18,7 @@ import timm_alignmix
 from alignmix_lab.data.loaders import Loaders, open_loaders
 from alignmix_lab.data.options import LoaderOptions
 from alignmix_lab.runs.accelerator import start_processes
-from alignmix_lab.runs.models import create_model
+from alignmix_lab.runs.models import create_model, fit_img_size, size_error
 from alignmix_lab.runs.options import blaming, near_names
 from alignmix_lab.runs.run import Run
 
@@ -27,9 +26,6 @@ from .config import TrainConfig
 from .totals import MixTotals
 
 _logger = logging.getLogger(__name__)
-
-_SIZE_ERRORS = (RuntimeError, AssertionError, ValueError)  # of networks on images of a size that they do not take
-
 
 def model_arguments(config: TrainConfig) -> dict[str, Any]:
     """Collect the arguments of `timm.create_model` except `pretrained`, `num_classes` and `checkpoint_path`.
@@ -39,11 +35,43 @@ def model_arguments(config: TrainConfig) -> dict[str, Any]:
     Raises:
         ValueError: There is no such model, or it does not take an argument.
     """
+    arguments = _chosen_arguments(config)
+    return _fit(config, arguments)[0] if _says_size(config, arguments) else arguments
+
+
+def resolve_model(config: TrainConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Resolve the model's arguments, and input size, mean, std, interpolation and crop of its images.
+
+    That the model accepts such images is checked on the meta device, which takes no time and memory.
+
+    Returns:
+        The result of :func:`model_arguments`, and that of timm's `resolve_data_config`.
+
+    Raises:
+        ValueError: As of :func:`model_arguments`, or the model was built for another image size.
+    """
+    name = config.model
+    arguments, probe, size, error = _fit(config, _chosen_arguments(config))
+    for side in config.train_sides():
+        e = size_error(probe, (size[0], side, side))
+        if e is not None:
+            raise ValueError(
+                f'{name} does not accept images of {side} pixels; leave out --min-res and --max-res (model error: '
+                f'{e})') from e
+    if error is not None:
+        built_for = resolve_data_config({}, model=probe)['input_size']
+        raise ValueError(
+            f'{name} was built for {_by(built_for)}, got {_by(size)}; pass --img-size {built_for[-1]} '
+            f'(model error: {error})') from error
+    return arguments, resolve_data_config(config.to_dict(), model=probe)
+
+
+def _chosen_arguments(config: TrainConfig) -> dict[str, Any]:
     if ':' not in config.model and not timm.is_model(config.model):
         raise ValueError(
             f'--model {config.model}: timm has no such model{near_names(config.model, timm.list_models())}')
     extra = {}
-    if timm_alignmix.create_mix(config.mix, **config.mix_kwargs).name == 'densemultimix':
+    if 'densemultimix' in timm_alignmix.create_mix(config.mix, **config.mix_kwargs).name.split('+'):
         extra = timm_alignmix.dense_model_kwargs(config.model)
         if extra:
             _logger.info(f'{config.model} is built with {extra}: dense mixing trains the classifier on every position')
@@ -52,62 +80,34 @@ def model_arguments(config: TrainConfig) -> dict[str, Any]:
         drop_block_rate=config.drop_block, global_pool=config.gp, bn_momentum=config.bn_momentum, bn_eps=config.bn_eps)
     arguments = {
         **extra, **{key: value for key, value in arguments.items() if value is not None}, **config.model_kwargs}
-    return {**_needed_img_size(config, arguments), **arguments}
+    return arguments
 
 
-def _needed_img_size(config: TrainConfig, arguments: dict[str, Any]) -> dict[str, Any]:
-    if 'img_size' in arguments or not (config.img_size or config.input_size):
-        return {}
-    probe, size = _probe(config, arguments)
-    try:
-        _probe_forward(probe, size)
-    except _SIZE_ERRORS:
-        needed = {'img_size': size[-1] if size[-1] == size[-2] else size[-2:]}
-        with suppress(Exception):  # after any error, img_size is no remedy
-            _probe_forward(_probe(config, {**arguments, **needed})[0], size)
-            return needed
-    return {}
+def _says_size(config: TrainConfig, arguments: dict[str, Any]) -> bool:
+    return 'img_size' not in arguments and bool(config.img_size or config.input_size)
 
 
-def _probe(config: TrainConfig, arguments: dict[str, Any]) -> tuple[nn.Module, tuple[int, int, int]]:
-    """Build the model without memory for its weights; returns it with the input size of the run."""
-    options = ('model', 'model_kwargs', 'gp', 'in_chans', 'drop', 'drop_path', 'drop_block', 'bn_momentum', 'bn_eps')
-    with blaming(config, *options), torch.device('meta'):
-        probe = create_model(config.model, f'--model {config.model}', **arguments)
-    with blaming(config, 'input_size', 'in_chans', 'mean', 'std'):
-        return probe, resolve_data_config(config.to_dict(), model=probe)['input_size']
+def _fit(
+        config: TrainConfig, arguments: dict[str, Any],
+) -> tuple[dict[str, Any], nn.Module, tuple[int, int, int], Exception | None]:
+    """Build the model without memory for its weights, for the images of the run.
 
-
-def resolve_data(config: TrainConfig, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Resolve the input size, mean, std, interpolation and crop, after checking that the model accepts such images.
-
-    The check uses the meta device, so that it takes no time and memory.
-
-    Raises:
-        ValueError: The model was built for another image size.
+    Returns:
+        The arguments, with `img_size` if it is needed; the model; the size of the images; the error that they cause.
     """
-    name = config.model
-    probe, size = _probe(config, arguments)
-    for side in config.train_sides():
-        try:
-            _probe_forward(probe, (size[0], side, side))
-        except _SIZE_ERRORS as e:
-            raise ValueError(
-                f'{name} does not accept images of {side} pixels; leave out --min-res and --max-res (model error: '
-                f'{e})') from e
-    try:
-        _probe_forward(probe, size)
-    except _SIZE_ERRORS as e:
-        built_for = resolve_data_config({}, model=probe)['input_size']
-        raise ValueError(
-            f'{name} was built for {_by(built_for)}, got {_by(size)}; pass --img-size {built_for[-1]} '
-            f'(model error: {e})') from e
-    return resolve_data_config(config.to_dict(), model=probe)
+    def build(**needed: Any) -> nn.Module:
+        with torch.device('meta'):
+            return create_model(config.model, f'--model {config.model}', **arguments, **needed)
 
-
-def _probe_forward(probe: nn.Module, size: tuple[int, int, int]) -> None:
-    with torch.no_grad():
-        probe.eval()(torch.empty(2, *size, device='meta'))
+    options = ('model', 'model_kwargs', 'gp', 'in_chans', 'drop', 'drop_path', 'drop_block', 'bn_momentum', 'bn_eps')
+    with blaming(config, *options):
+        probe = build()
+    with blaming(config, 'input_size', 'in_chans', 'mean', 'std'):
+        size = resolve_data_config(config.to_dict(), model=probe)['input_size']
+    if not _says_size(config, arguments):
+        return arguments, probe, size, size_error(probe, size)
+    needed, probe, error = fit_img_size(build, probe, size)
+    return {**needed, **arguments}, probe, size, error
 
 
 def _by(size: tuple[int, int, int]) -> str:
@@ -127,7 +127,7 @@ def create_data(
 
 
 def create_task(
-        config: TrainConfig, arguments: dict[str, Any], input_size: tuple[int, int, int], num_classes: int,
+        config: TrainConfig, arguments: dict[str, Any], data_config: dict[str, Any], num_classes: int,
         device: torch.device, rank: int = 0, world_size: int = 1) -> timm_alignmix.MixTask:
     """Create the model on the run's device, inside its training task."""
     if config.initial_checkpoint and not os.path.isfile(config.initial_checkpoint):
@@ -151,10 +151,12 @@ def create_task(
     bce = dict(loss_type='bce', bce_sum=config.bce_sum, bce_target_thresh=config.bce_target_thresh)
     criterion = create_classification_loss(
         multi_label=config.multi_label, smoothing=config.smoothing, **(bce if config.bce_loss else {}))
-    return timm_alignmix.MixTask(
-        model, mix=config.mix, mix_kwargs=config.mix_kwargs,
-        criterion=criterion, seed=config.seed, rank=rank,
-        img_size=input_size[-2:], device=device, verbose=rank == 0)
+    mix, mix_kwargs = config.mixing()
+    task = timm_alignmix.MixTask(
+        model, mix=mix, mix_kwargs=mix_kwargs, criterion=criterion, seed=config.seed, rank=rank,
+        img_size=data_config['input_size'][-2:], device=device, verbose=rank == 0)
+    task.mix.set_normalization(data_config['mean'], data_config['std'])
+    return task
 
 
 def _load_initial(model: nn.Module, path: str) -> None:
@@ -174,13 +176,12 @@ def build_run(config: TrainConfig) -> Run:
         ValueError: An option, the data or the model does not fit; the message suggests a remedy.
     """
     accelerator = start_processes(config)
-    arguments = model_arguments(config)
-    data_config = resolve_data(config, arguments)
+    arguments, data_config = resolve_model(config)
     place = accelerator.device, accelerator.process_index, accelerator.num_processes
     with accelerator.local_main_process_first():  # the first process of each machine writes the shared files
         loaders = create_data(config, data_config, *place)
     data_config.update(loader=loaders.kind, class_names=loaders.class_names)
-    task = create_task(config, arguments, data_config['input_size'], loaders.num_classes, *place)
+    task = create_task(config, arguments, data_config, loaders.num_classes, *place)
     run = Run(config, accelerator, loaders, task, data_config, MixTotals)
     run.add_optimizer(scaled=classifier_parameters(task.get_eval_model()), scale=config.head_lr_scale)
     if config.num_processes not in (None, accelerator.num_processes):

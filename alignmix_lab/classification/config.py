@@ -1,6 +1,7 @@
 """Options of a classification run, shared by flags, YAML files and `args.yaml`."""
 import inspect
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from types import UnionType
@@ -12,8 +13,9 @@ from timm.task import MultiLabelClassificationEvaluator as MultiLabelEvaluator
 
 from alignmix_lab.data.options import INTERPOLATIONS, TrainDataOptions
 from alignmix_lab.runs.config import RunConfig, aug_, data_, device_, model_, norm_, run_, sched_
-from alignmix_lab.runs.options import blaming, config_option, flag, read_yaml
-from timm_alignmix.mixes import create_mix
+from alignmix_lab.runs.options import Weights, blaming, config_option, flag, read_yaml
+from timm_alignmix import MixTask
+from timm_alignmix.mixes import create_mix, with_probability
 
 _logger = logging.getLogger(__name__)
 mix_ = partial(config_option, 'Mixing')
@@ -47,10 +49,15 @@ class TrainConfig(RunConfig, TrainDataOptions):
         None, 'numbers of training and validation images, for --dry-run without the data', int, nargs=2, low=1,
         affects_result=False)
 
-    mix: str = mix_('none', 'mixing method, see timm_alignmix.list_mixes(): alignmix, alignmix_ae, cutmix, '
-                    'densemultimix, manifold, mixup, multimix, none; or a name that the recipe has under mixes; '
-                    "matched without case, '-' and '_'")
-    mix_kwargs: dict = mix_({}, 'options of the method, e.g. --mix-kwargs alpha=1.0 align_at=layer3', dict)
+    mix: Weights = mix_('none', 'mixing method, see timm_alignmix.list_mixes(): alignmix, alignmix_ae, cutmix, '
+                    'cutout, densemultimix, fmix, guidedmixup, manifold, mixup, multimix, none, regmixup, resizemix, '
+                    'saliencymix, zeta; or a name that the recipe has under mixes; '
+                    "matched without case, '-' and '_'; or several methods, of which each step draws one: mixup=0.5 "
+                    'cutmix=0.3 none=0.2', Weights)
+    mix_kwargs: dict = mix_({}, 'options of the method, e.g. --mix-kwargs alpha=1.0 align_at=layer3; with several, '
+                            'mixup.alpha=0.8 cutmix.alpha=1.0', dict)
+    mix_prob: float = mix_(1.0, 'probability that a step mixes; the others are clean', float, low=0)
+    mix_off_epoch: int = mix_(0, 'train without mixing from this epoch on; 0: never', int, low=0)
 
     model: str = model_('resnet50', 'timm model name')
     pretrained: bool = model_(False, "start from the model's pretrained weights", bool)
@@ -83,7 +90,9 @@ class TrainConfig(RunConfig, TrainDataOptions):
                             low=0, below=1)
     bce_loss: bool = aug_(False, 'binary cross-entropy; implied by --multi-label', bool)
     bce_sum: bool = aug_(False, 'sum binary cross-entropy over classes', bool)
-    bce_target_thresh: float | None = aug_(None, 'threshold that makes soft targets binary', float)
+    bce_target_thresh: float | None = aug_(
+        None, 'threshold that makes soft targets binary; hardly any class of a mixture of a whole batch (multimix, '
+        'densemultimix) reaches one', float)
     drop: float = aug_(0.0, 'dropout before the classifier', float, low=0, below=1)
     drop_path: float | None = aug_(None, "stochastic depth; default: the model's", float, low=0, below=1)
     drop_block: float | None = aug_(None, "drop block; default: the model's", float, low=0, below=1)
@@ -115,6 +124,18 @@ class TrainConfig(RunConfig, TrainDataOptions):
     @property
     def metrics(self) -> tuple[str, ...]:
         return self.evaluator.metric_names
+
+    @property
+    def mix_name(self) -> str:
+        """Name of the method, or of all that may be drawn."""
+        return self.mix if isinstance(self.mix, str) else '+'.join(sorted(self.mix))
+
+    def mixing(self) -> tuple[str | Mapping[str, float], dict[str, Any]]:
+        """Arguments of `create_mix`, with the steps that are not mixed."""
+        return with_probability(self.mix, self.mix_kwargs, self.mix_prob)
+
+    def prepare_epoch(self, task: MixTask, epoch: int) -> None:
+        task.mix_enabled = not self.mix_off_epoch or epoch < self.mix_off_epoch
 
     def train_side(self, epoch: int) -> int | None:
         """Return the side of the training images of an epoch, None if it never changes.
@@ -154,10 +175,11 @@ class TrainConfig(RunConfig, TrainDataOptions):
             raise ValueError('--head-lr-scale acts through the schedule: replace --sched none by --sched constant')
 
     def _check_mix(self) -> None:
-        with blaming(self, 'mix', 'mix_kwargs'):
+        with blaming(self, 'mix', 'mix_kwargs', 'mix_prob'):
+            self.mixing()
             mix = create_mix(self.mix, **self.mix_kwargs)
-        parameters = inspect.signature(type(mix)).parameters
-        for name, value in self.mix_kwargs.items():
+        parameters = mix.signature()
+        for name, value in mix.options.items():
             kind = parameters[name].annotation
             kinds = {get_origin(part) or part for part in (get_args(kind) if isinstance(kind, UnionType) else [kind])}
             kinds |= {other for given, other in ((float, int), (tuple, list)) if given in kinds}

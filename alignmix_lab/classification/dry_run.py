@@ -23,7 +23,7 @@ from alignmix_lab.runs.files import write_whole
 from alignmix_lab.runs.plotting import as_png, figure
 from alignmix_lab.runs.run import Run
 
-from .build import classifier_parameters, create_data, create_task, model_arguments, resolve_data
+from .build import classifier_parameters, create_data, create_task, model_arguments, resolve_model
 from .config import TrainConfig
 from .totals import MixTotals
 
@@ -57,8 +57,9 @@ def dry_run(config: TrainConfig) -> None:
         f'Total: {run.num_epochs * run.updates_per_epoch:,} updates, '
         f'{run.num_epochs * len(run.loaders.train) * run.config.batch_size * run.accelerator.num_processes:,} images',
         *_describe_resolutions(run),
-        f'Mixing: {run.config.mix}, probability of each mode: '
-        + ', '.join(f'{mode} {p:.3g}' for mode, p in probabilities.items()),
+        f'Mixing: {run.config.mix_name}, probability of each mode: '
+        + ', '.join(f'{mode} {p:.3g}' for mode, p in probabilities.items())
+        + (f'; clean from epoch {config.mix_off_epoch} on' if config.mix_off_epoch else ''),
         *describe_cost(run, step_cost(run)),
         f'Learning rate drawn in {figure}',
     ]))
@@ -72,8 +73,7 @@ def plan_run(config: TrainConfig) -> Run:
     and --num-classes.
     """
     processes = int(os.environ.get('WORLD_SIZE', config.num_processes or 1))
-    arguments = model_arguments(config)
-    data_config = resolve_data(config, arguments)
+    arguments, data_config = resolve_model(config)
     loaders = _stand_in_loaders(config, processes)
     if loaders is None:
         loaders = create_data(config, data_config, torch.device('cpu'), world_size=processes)
@@ -110,9 +110,8 @@ def mode_probabilities(run: Run) -> dict[str, float]:
     """Return the probability of each mode, after checking on a real model that the method can mix it."""
     config = replace(run.config, pretrained=False, initial_checkpoint='')
     task = create_task(
-        config, model_arguments(config), run.data_config['input_size'], run.loaders.num_classes, torch.device('cpu'))
-    single = 'clean' if task.mix.name == 'none' else 'input'
-    return getattr(task.mix, 'probs', None) or {single: 1.0}
+        config, model_arguments(config), run.data_config, run.loaders.num_classes, torch.device('cpu'))
+    return task.mix.modes
 
 
 def _describe_resolutions(run: Run) -> list[str]:

@@ -1,5 +1,4 @@
 """Export of a training checkpoint to a folder that plain timm loads."""
-import inspect
 import os
 import re
 from argparse import Namespace
@@ -77,11 +76,15 @@ def _count_classes(name: str, arguments: dict[str, Any], weights: dict[str, torc
 def _facts(path: Path, state: dict[str, Any], args: dict[str, Any], weights: str) -> dict[str, Any]:
     """Collect the facts of a training run, without paths of its machine."""
     mix = create_mix(args.get('mix', 'none'), **args.get('mix_kwargs', {}))
-    defaults = {name: p.default for name, p in inspect.signature(type(mix)).parameters.items()}
+    defaults = {name: p.default for name, p in mix.signature().items()}
     facts = {
         'package': f'timm-alignmix {__version__}',
         'mix': mix.name,
         'mix_options': {**defaults, **mix.options},
+        'mix_weights': args['mix'] if isinstance(args.get('mix'), dict) else None,
+        # Where a run does not mix at each step; the names are train_imagenet.py's and timm's.
+        'mix_prob': next((args[name] for name in ('mix_prob', 'mixup_prob') if args.get(name, 1) != 1), None),
+        'mix_off_epoch': args.get('mix_off_epoch') or args.get('mixup_off_epoch') or None,
         'multi_label': args.get('multi_label') or None,
         'dataset': None,
         'weights': weights,

@@ -35,7 +35,7 @@ def train(config: TrainConfig) -> dict[str, Any] | None:
 def prepare(config: TrainConfig) -> tuple[Run, CheckpointSaver]:
     """Build and check a run, resume it if asked, and wrap it for its devices."""
     run = build_run(config)
-    saver = open_run(run, f'{safe_model_name(config.model)}-{run.data_config["input_size"][-1]}-{config.mix}')
+    saver = open_run(run, f'{safe_model_name(config.model)}-{run.data_config["input_size"][-1]}-{config.mix_name}')
     if run.accelerator.is_main_process and run.loaders.val_listing is not None:
         _write_listing(saver.folder / 'val_split.txt', run.loaders.val_listing)
     if config.torchcompile:

@@ -81,7 +81,7 @@ def parse(argv: list[str] | None, prog: str) -> argparse.Namespace:
         command.set_defaults(draw=draw, image_count=count)
         return command
 
-    add('gallery', draw_gallery, 2, 'input mixup and CutMix of two images', names, lams)
+    add('gallery', draw_gallery, 2, 'what every input mix makes of two images', names, lams)
     command = add('alignment', draw_alignment, 2, 'which positions of two images AlignMixup aligns', network)
     command.add_argument('--layer', default='auto', help='layer to align, as align_at of alignmix')
     command.add_argument('--positions', nargs='+', type=_place, metavar='ROW,COLUMN',

@@ -16,7 +16,7 @@ from timm.models import load_state_dict
 from torch import nn
 
 from alignmix_lab.classification.export_checkpoint import export_checkpoint
-from alignmix_lab.runs.models import create_model
+from alignmix_lab.runs.models import create_model, fit_img_size
 from alignmix_lab.runs.options import near_names
 from timm_alignmix import weights
 from timm_alignmix.weights.folder import CONFIG
@@ -145,7 +145,7 @@ def _sources(name: str, checkpoint: str | None, config: EvalConfig) -> list[tupl
         return [(f'{name}/{checkpoint}', partial(_open_state, name, checkpoint, config))]
     folder = Path(name.removeprefix('local-dir:'))
     if name.startswith('local-dir:') or (folder / CONFIG).is_file():
-        return [(str(folder), partial(_open_folder, folder))]
+        return [(str(folder), partial(_open_folder, folder, config))]
     if folder.is_file():
         return [(name, partial(_open_checkpoint, folder, config))]
     if folder.is_dir():
@@ -168,11 +168,32 @@ def _open_name(name: str, config: EvalConfig) -> Opened:
             f'--model {name}: timm has no weights for it; pass --checkpoint FILE, or --no-pretrained for random ones')
     kwargs = {'num_classes': config.num_classes, **config.model_kwargs}
     kwargs = {key: value for key, value in kwargs.items() if value is not None}
+    said = f'--model {name}'
+    kwargs = _with_img_size(name, said, config, kwargs)
     network = create_model(
-        name, f'--model {name}', 'pass --checkpoint FILE, or --no-pretrained for random weights', config.pretrained,
-        **kwargs)
+        name, said, 'pass --checkpoint FILE, or --no-pretrained for random weights', config.pretrained, **kwargs)
     names = network.pretrained_cfg.get('label_names')
     return network, list(names) if names else None, {}
+
+
+def _with_img_size(name: str, said: str, config: EvalConfig, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Add `img_size` to the arguments of a network that was built for another size than --img-size and takes it."""
+    if not config.img_size or 'img_size' in kwargs:
+        return kwargs
+
+    def build(**needed: Any) -> nn.Module:
+        with torch.device('meta'):
+            return create_model(name, said, **kwargs, **needed)
+
+    probe = build()
+    size = resolve_data_config({'img_size': config.img_size}, model=probe, use_test_size=True)['input_size']
+    needed, probe, error = fit_img_size(build, probe, size)
+    if error is not None:
+        built_for = probe.pretrained_cfg['input_size'][-1]
+        raise ValueError(
+            f'{said} does not take images of {size[-2]}x{size[-1]}; pass --img-size {built_for} (model error: '
+            f'{error})') from error
+    return {**kwargs, **needed}
 
 
 def _open_state(name: str, path: str, config: EvalConfig) -> Opened:
@@ -189,9 +210,10 @@ def _open_state(name: str, path: str, config: EvalConfig) -> Opened:
     return network, names, {}
 
 
-def _open_folder(folder: Path) -> Opened:
+def _open_folder(folder: Path, config: EvalConfig) -> Opened:
     exported = weights.verify(folder)
-    network = create_model(f'local-dir:{folder}', f'--model {folder}', pretrained=True)
+    name, said = f'local-dir:{folder}', f'--model {folder}'
+    network = create_model(name, said, pretrained=True, **_with_img_size(name, said, config, {}))
     return network, exported.get('label_names'), exported.get('training', {})
 
 
@@ -199,7 +221,7 @@ def _open_checkpoint(path: Path, config: EvalConfig) -> Opened:
     """Open a training checkpoint through its export, which describes the network and the images of the run."""
     with tempfile.TemporaryDirectory() as folder:
         export_checkpoint(path, folder, ema=config.ema)
-        return _open_folder(Path(folder))
+        return _open_folder(Path(folder), config)
 
 
 def short_labels(names: list[str]) -> list[str]:

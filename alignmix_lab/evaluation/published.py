@@ -5,7 +5,6 @@ arXiv 2311.05538 (NeurIPS 2023), as printed, one a line: paper, table, dataset, 
 other methods are those papers' figures for them.
 """
 import csv
-import inspect
 import re
 from collections.abc import Container
 from functools import cache
@@ -23,6 +22,8 @@ METHODS = {
     'none': 'baseline',
     'mixup': 'input mixup',
     'cutmix': 'CutMix',
+    'saliencymix': 'SaliencyMix',
+    'zeta': 'ζ-Mixup',
     'manifold': 'manifold mixup',
     'alignmix': 'AlignMixup',
     'alignmix_ae': 'AlignMixup/AE',
@@ -195,15 +196,25 @@ def network_name(arch: str) -> str:
     return NETWORKS.get(arch.partition('.')[0], arch)
 
 
-def method_name(mix: str, options: dict[str, Any] | None = None) -> str:
-    """The papers' name of a method, with the options that are not its defaults."""
+def method_name(
+        mix: str | dict[str, float], options: dict[str, Any] | None = None, run: dict[str, Any] | None = None) -> str:
+    """The papers' name of a method, or of several with their weights, and the options that are not their defaults.
+
+    `run` has the options of a training run, of which two say when it mixes.
+    """
     try:
-        defaults = {key: plain(p.default) for key, p in inspect.signature(type(create_mix(mix))).parameters.items()}
+        defaults = {key: plain(p.default) for key, p in create_mix(mix).signature().items()}
     except ValueError:  # a method of somebody else's
         defaults = {}
     options = plain(options or {})
     own = [f'{key}={value}' for key, value in options.items() if key not in defaults or value != defaults[key]]
-    return METHODS.get(mix, mix) + (f' ({", ".join(own)})' if own else '')
+    own += [f'{key}={run[key]}' for key, usual in (('mix_prob', 1), ('mix_off_epoch', 0))
+            if run and run.get(key, usual) != usual]
+    if isinstance(mix, dict):
+        name = ' + '.join(f'{weight:g} {METHODS.get(method, method)}' for method, weight in mix.items())
+    else:
+        name = METHODS.get(mix, mix)
+    return name + (f' ({", ".join(own)})' if own else '')
 
 
 def backbone_method(weights: str | None) -> str:

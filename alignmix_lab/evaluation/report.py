@@ -170,7 +170,8 @@ def read_values(measure: published.Measure, row: dict[str, Any], model: dict[str
     elif measure.protocol == 'cost':
         found = {published.METHODS.get(row['mix'], row['mix']): row.get(measure.key)}
     elif mix and (ood or measure.protocol != 'ood'):
-        found = {published.method_name(mix, training.get('mix_options')): row.get(measure.key)}
+        method = published.method_name(training.get('mix_weights') or mix, training.get('mix_options'), training)
+        found = {method: row.get(measure.key)}
     data = training.get('dataset')
     arch = model.get('arch') or row['model'].partition(' ')[0]  # of cost 'resnet50 224 px'
     setting = data and published.dataset_name(data), published.network_name(arch), training.get('epochs')
@@ -197,7 +198,9 @@ class TrainingRun:
             data = published.DETECTION_DATA.get(args.get('train_split'), args.get('data_dir'))
             network, command = f'{args["detector"]} {args["backbone"]}', 'detect train'
         else:
-            self.method = published.method_name(args['mix'], args.get('mix_kwargs')) if 'mix' in args else 'unknown'
+            self.method = 'unknown'
+            if 'mix' in args:
+                self.method = published.method_name(args['mix'], args.get('mix_kwargs'), args)
             data, network, command = args.get('dataset') or args.get('data_dir'), args['model'], 'train'
         self.setting = published.dataset_name(data), published.network_name(network), args['epochs']
         said = re.search(r'^    (\S.*)$', self.report, re.MULTILINE)

@@ -5,45 +5,64 @@ import torch
 from matplotlib.figure import Figure
 
 from alignmix_lab.runs.plotting import figure
-from timm_alignmix.mixes import create_mix
-from timm_alignmix.mixes.cutmix import box_around
+from timm_alignmix.mixes import Mix, create_mix, list_mixes
+from timm_alignmix.step_random import StepRandom
 
 from .images import show
 
 LAMS = (0.9, 0.7, 0.5, 0.3, 0.1)
-_TITLES = {'mixup': 'input mixup', 'cutmix': 'CutMix'}
+_STEPS = 100  # drawn for a method, to find weights near those wanted
+
+
+def input_mixes() -> list[str]:
+    """Names of the methods that mix images and ask nothing of the model."""
+    return [name for name in list_mixes() if type(create_mix(name)).bind is Mix.bind and name != 'none']
 
 
 def gallery(
         pixels: torch.Tensor, names: Sequence[str] = ('first', 'second'), lams: Sequence[float] = LAMS,
-        centre: tuple[float, float] = (0.5, 0.5)) -> Figure:
-    """Draw the result of each input mix for two images, with its target.
+        seed: int = 0) -> Figure:
+    """Draw what each input mix makes of two images, with its target.
 
     Args:
         pixels: (2, 3, H, W) in [0, 1].
         names: Names of the images, e.g. their classes.
-        lams: Weights of the first image.
-        centre: Centre of the CutMix box relative to height and width; random in training.
+        lams: Weights of the first image. Each method shows the step that comes nearest, of the steps it drew; methods
+            that draw no weight have fewer pictures.
+        seed: Seed of the draws.
     """
-    fig, axes = figure(len(_TITLES), len(lams) + 2, size=(1.35, 1.55))
-    for row, name in zip(axes, _TITLES, strict=True):
-        show(row[0], pixels[0], f'A: {names[0]}' if name == 'mixup' else '')
-        show(row[-1], pixels[1], f'B: {names[1]}' if name == 'mixup' else '')
-        row[0].set_ylabel(_TITLES[name], fontsize=11)
-        for ax, lam in zip(row[1:-1], lams, strict=True):
-            image, lam = mixed_pair(name, pixels, lam, centre)
-            show(ax, image, f'{lam:.2f} A + {1 - lam:.2f} B')
+    mixes = input_mixes()
+    fig, axes = figure(len(mixes), len(lams) + 2, size=(1.35, 1.55))
+    for row, name in zip(axes, mixes, strict=True):
+        show(row[0], pixels[0], f'A: {names[0]}' if name == mixes[0] else '')
+        show(row[-1], pixels[1], f'B: {names[1]}' if name == mixes[0] else '')
+        row[0].set_ylabel(name, fontsize=11)
+        shown = set()
+        for ax, (image, lam, step) in zip(row[1:-1], mixed_pairs(name, pixels, lams, seed), strict=True):
+            if step in shown:
+                ax.set_axis_off()
+                continue
+            shown.add(step)
+            show(ax, image, f'{lam:.2f} A + {1 - lam:.2f} B' if lam < 1 else 'A')
             ax.title.set_fontsize(9)
     return fig
 
 
-def mixed_pair(name: str, pixels: torch.Tensor, lam: float, centre: tuple[float, float]) -> tuple[torch.Tensor, float]:
-    """Mix a pair of images; returns the mixed image (3, H, W) and the weight of the first one in the target."""
-    draw = dict(mode='input', lam=torch.tensor(lam), perm=torch.tensor([1, 0]))
-    if name == 'cutmix':
-        H, W = pixels.shape[2:]
-        middle = torch.tensor([[int(centre[0] * H), int(centre[1] * W)]])
-        draw['box'] = box_around(middle, torch.tensor([[lam]]), H, W)
-        top, left, bottom, right = draw['box'][0].tolist()
-        lam = 1 - (bottom - top) * (right - left) / (H * W)
-    return create_mix(name).images(pixels, draw)[0], lam
+def mixed_pairs(
+        name: str, pixels: torch.Tensor, lams: Sequence[float], seed: int = 0) -> list[tuple[torch.Tensor, float, int]]:
+    """Mixed pixels (3, H, W), weight of the first image and step, of the step whose weight is nearest to each lam."""
+    mix, random, eye = create_mix(name), StepRandom(seed), torch.eye(2)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in mix.normalization)
+    images = (pixels - mean) / std
+    if hasattr(mix, 'probs'):
+        mix.probs = {'input': 1.0}
+    found = []
+    for step in range(_STEPS):
+        draw = mix.draw(images, random.at(step, images.device))
+        # Of the rows of a method that keeps the clean batch too, the last ones are mixed.
+        weights = mix.target(eye, draw)[-2]
+        partner = draw.get('perm', torch.tensor([1]))[0]
+        if partner == 1:  # not A with itself
+            found.append(((weights[0] / weights.sum()).item(), draw, step))
+    chosen = [min(found, key=lambda item, lam=lam: abs(item[0] - lam)) for lam in lams]
+    return [(mix.images(images, draw)[-2] * std + mean, lam, step) for lam, draw, step in chosen]

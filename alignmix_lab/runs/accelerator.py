@@ -3,6 +3,7 @@ import logging
 import os
 from datetime import timedelta
 
+import psutil
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
@@ -52,19 +53,18 @@ def create_accelerator(
             InitProcessGroupKwargs(timeout=timedelta(seconds=dist_timeout)),
         ],
     )
-    launched = int(os.environ.get('WORLD_SIZE', 1))
+    # A launcher that starts several tells each its rank; a number alone is left over from something else.
+    launched = int(os.environ.get('WORLD_SIZE', 1)) if 'RANK' in os.environ else 1
     if accelerator.num_processes != launched:
         raise ValueError(
             f'the launcher started {launched} processes, but each would train alone (Accelerate sees '
             f'{accelerator.num_processes}, {accelerator.distributed_type}). On CPUs launch with '
             f'ACCELERATE_USE_CPU=1 accelerate launch --multi_gpu --num_processes {launched}')
-    # For several processes accelerate launch sets the address, but without --multi_gpu it starts only one.
-    reduced = {_LAUNCHED, 'MASTER_ADDR'} <= os.environ.keys() and 'WORLD_SIZE' not in os.environ
-    if reduced and accelerator.num_processes == 1:
+    if accelerator.num_processes == 1 and _several_asked_for():
         raise ValueError(
             'accelerate launch was asked for several processes (it set MASTER_ADDR) but started one. Launch with '
             'accelerate launch --multi_gpu --num_processes N, on CPUs without --cpu and with ACCELERATE_USE_CPU=1 '
-            'before it; for a single process with --num_processes 1, and MASTER_ADDR unset')
+            'before it; for a single process with --num_processes 1')
     if not accelerator.is_main_process:
         for name in ('timm', 'timm_alignmix', 'alignmix_lab', 'detection'):
             logging.getLogger(name).setLevel(logging.WARNING)
@@ -72,6 +72,24 @@ def create_accelerator(
     # TF32 stays off for matrix products: transport costs need full float32 precision.
     torch.backends.cudnn.benchmark = True
     return accelerator
+
+
+def _several_asked_for() -> bool:
+    """Check whether accelerate launch was asked for several processes.
+
+    It then sets the address of the first, but without --multi_gpu starts it alone. An address that the launcher found
+    in its own environment says nothing.
+    """
+    if not {_LAUNCHED, 'MASTER_ADDR'} <= os.environ.keys():
+        return False
+    for ancestor in psutil.Process().parents():
+        try:
+            found = ancestor.environ()
+        except psutil.Error:  # of another user
+            return False
+        if _LAUNCHED not in found:  # the launcher
+            return any(found.get(name) != os.environ.get(name) for name in ('MASTER_ADDR', 'MASTER_PORT'))
+    return False
 
 
 def choose_precision(amp: bool, amp_dtype: str) -> str:

@@ -3,6 +3,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
+from timm.task import TrainingTask
+
 from .options import Options, config_option
 
 SCHEDULERS = ('cosine', 'tanh', 'step', 'multistep', 'poly', 'wsd', 'rsqrt', 'constant', 'none')
@@ -126,6 +128,9 @@ class RunConfig(Options):
     def train_side(self, epoch: int) -> int | None:
         """Return the side of the training images of an epoch, None if it never changes."""
         return None
+
+    def prepare_epoch(self, task: TrainingTask, epoch: int) -> None:
+        """Change the task as the settings say, before an epoch or the rest of it."""
 
     def __post_init__(self):
         super().__post_init__()

@@ -42,6 +42,7 @@ def train_one_epoch(run: Run, epoch: int, save: Callable[[int, LossTotals], None
         totals.load_state_dict(run.resumed_totals, accelerator)
     if side := config.train_side(epoch):
         loader.set_size(side)
+    config.prepare_epoch(run.task, epoch)
     loader.set_epoch(epoch, start=min(first * config.grad_accum_steps, len(loader)))
     module = run.task.get_trainable_module()
     module.train()

@@ -1,7 +1,10 @@
 """Creation of timm models, with one sentence for the user if it fails."""
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import timm
+import torch
 from huggingface_hub import constants
 from huggingface_hub.utils import get_session
 from torch import nn
@@ -31,6 +34,39 @@ def create_model(name: str, said: str, remedy: str = '', pretrained: bool = Fals
             + (f'; {remedy}' if pretrained and remedy else '')) from e
     finally:
         constants.HF_HUB_OFFLINE = offline
+
+
+def size_error(probe: nn.Module, size: tuple[int, int, int]) -> Exception | None:
+    """Return the error of a network on the meta device if it does not take images (C, H, W) of `size`."""
+    try:
+        with torch.no_grad():
+            probe.eval()(torch.empty(2, *size, device='meta'))
+    except (RuntimeError, AssertionError, ValueError) as e:
+        return e
+    return None
+
+
+def fit_img_size(
+        build: Callable[..., nn.Module], probe: nn.Module, size: tuple[int, int, int],
+) -> tuple[dict[str, Any], nn.Module, Exception | None]:
+    """Find out whether a network needs `img_size` for images of `size`. No weights are computed.
+
+    Args:
+        build: Builds the network on the meta device with further arguments of `timm.create_model`.
+        probe: The network without further arguments.
+        size: (C, H, W) of the images.
+
+    Returns:
+        The argument, empty if it is not needed or no remedy; the network with it; the error that remains.
+    """
+    error = size_error(probe, size)
+    if error is not None:
+        needed = {'img_size': size[-1] if size[-1] == size[-2] else size[-2:]}
+        with suppress(Exception):  # after any error, img_size is no remedy
+            sized = build(**needed)
+            if size_error(sized, size) is None:
+                return needed, sized, None
+    return {}, probe, error
 
 
 def _is_on_hub(name: str, pretrained: bool) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from timm.utils import ParseKwargs
 
-from timm_alignmix.mixes import canonical, list_mixes
+from timm_alignmix.mixes import ParseMix, canonical, list_mixes
 
 # Headings of --help, in order; any others follow.
 GROUPS = (
@@ -26,15 +26,20 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 RECIPES = next((path for path in (_PACKAGE / 'recipes', _PACKAGE.parent / 'recipes') if path.is_dir()), None)
 
 
+# One name, or several with their weights.
+Weights = str | dict[str, float]
+
+
 def config_option(
-        group: str, default: Any, text: str, type: type = str, *, choices: tuple | None = None,
+        group: str, default: Any, text: str, type: Any = str, *, choices: tuple | None = None,
         nargs: str | int | None = None, const: Any = None, low: float | None = None, above: float | None = None,
         below: float | None = None, flags: tuple[str, ...] = (), affects_result: bool = True) -> Any:
     """Make a dataclass field that is also a command-line flag.
 
     Args:
         default: Default value; None if it is decided later, as `text` explains.
-        type: Type of the value, or of each value with `nargs`; dict for key=value pairs.
+        type: Type of the value, or of each value with `nargs`; dict for key=value pairs; Weights for one name, or
+            several as name=weight.
         nargs: As in argparse: a number or '+' makes the value a list, '?' allows the flag alone, meaning `const`.
         low, above, below: Smallest allowed number, exclusive lower and exclusive upper limit.
         flags: Short forms.
@@ -150,6 +155,11 @@ def _convert(option: Field, value: Any) -> Any:
         if isinstance(nargs, int) and len(values) != nargs:
             raise ValueError(f'{flag(option.name)} takes {nargs} values, got {value!r}')
         return values
+    if kind == Weights:
+        if not isinstance(value, (str, dict)):
+            raise ValueError(f'{flag(option.name)} takes a name, or name=weight pairs, got {value!r}')
+        _check_finite(flag(option.name), value)
+        return value
     if kind is dict:
         if not isinstance(value, dict):
             raise ValueError(f'{flag(option.name)} takes key=value pairs (a mapping in YAML), got {value!r}')
@@ -213,7 +223,7 @@ def find_recipe(name: str, above: Path | None = None) -> Path:
     return RECIPES / f'{recipe}.yaml'
 
 
-def read_yaml(name: str, config_class: type[Options], mix: str | None = None) -> dict[str, Any]:
+def read_yaml(name: str, config_class: type[Options], mix: Weights | None = None) -> dict[str, Any]:
     """Read the options of a YAML file and of the files it is based on.
 
     Args:
@@ -223,7 +233,8 @@ def read_yaml(name: str, config_class: type[Options], mix: str | None = None) ->
             is silent; `mixes` maps methods to options that hold where that method is chosen. An entry may name another
             `mix`, as a variant does: `alignmix_release: {mix: alignmix, mix_kwargs: {...}}`.
         config_class: The configuration that has the options.
-        mix: Method or variant chosen by a flag; None takes the file's. `mix_kwargs` of another method are left out.
+        mix: Method or variant chosen by a flag, or several methods with their weights, for which no entry of `mixes`
+            holds; None takes the file's. `mix_kwargs` of another method, or of others, are left out.
 
     Raises:
         ValueError: A file is missing, no mapping, has a key that is no option, or is its own base; or there is no such
@@ -263,25 +274,31 @@ def _read_layers(path: Path, config_class: type[Options], above: tuple[Path, ...
     return [*below, (options, mixes)]
 
 
-def _choose_mix(layers: list[_Layer], mix: str | None, name: str) -> dict[str, Any]:
-    """Options of all layers under one method: a layer's entry for it wins over that layer, a later layer over both."""
-    chosen = mix or next((str(options['mix']) for options, _ in reversed(layers) if 'mix' in options), 'none')
-    entries = [
-        next((entry for key, entry in mixes.items() if canonical(key) == canonical(chosen)), {}) for _, mixes in layers]
-    method = next((str(entry['mix']) for entry in reversed(entries) if 'mix' in entry), chosen)
-    if canonical(method) not in map(canonical, list_mixes()):
+def _choose_mix(layers: list[_Layer], mix: Weights | None, name: str) -> dict[str, Any]:
+    """Options of all layers under one choice: a layer's entry for it wins over that layer, a later layer over both."""
+    chosen = mix or next((options['mix'] for options, _ in reversed(layers) if 'mix' in options), 'none')
+    entries = [next((entry for key, entry in mixes.items() if _methods(key) == _methods(chosen)), {})
+               for _, mixes in layers]
+    method = next((entry['mix'] for entry in reversed(entries) if 'mix' in entry), chosen)
+    for unknown in (each for each in (method if isinstance(method, dict) else [str(method)])
+                    if canonical(each) not in map(canonical, list_mixes())):
         variants = sorted({key for _, mixes in layers for key, entry in mixes.items() if 'mix' in entry})
         raise ValueError(
-            f'unknown mix {method!r}{near_names(method, [*list_mixes(), *variants])}; available: '
-            f'{", ".join(list_mixes())}; in the recipe {name}: {", ".join(variants) or "no others"}')
+            f'unknown mix {unknown!r}{near_names(unknown, [*list_mixes(), *variants])}; available: '
+            f'{", ".join(list_mixes())}; in the recipe {name}, each alone: {", ".join(variants) or "no others"}')
     merged: dict[str, Any] = {}
     owner = chosen
     for (options, _), entry in zip(layers, entries, strict=True):
-        owner = str(options.get('mix', owner))
-        if canonical(owner) != canonical(chosen):
+        owner = options.get('mix', owner)
+        if _methods(owner) != _methods(chosen):
             options = {key: value for key, value in options.items() if key != 'mix_kwargs'}
         merged.update({**options, **entry})
     return {**merged, 'mix': method}
+
+
+def _methods(mix: Any) -> Any:
+    """What a choice is recognised by: the name of a method or variant, or the set of several."""
+    return {canonical(name) for name in mix} if isinstance(mix, dict) else canonical(str(mix))
 
 
 def _read_mapping(path: Path, said: str) -> dict[str, Any]:
@@ -315,6 +332,8 @@ def _add_option(group: argparse._ArgumentGroup, option: Field) -> None:
     if meta['type'] is bool:
         negatable = not option.name.startswith('no_')
         settings['action'] = argparse.BooleanOptionalAction if negatable else 'store_true'
+    elif meta['type'] == Weights:
+        settings.update(action=ParseMix, nargs='+', metavar='NAME')
     elif meta['type'] is dict:
         settings.update(action=KeyValues, nargs='*', metavar='KEY=VALUE')
     else:

@@ -20,6 +20,7 @@ from alignmix_lab.runs.options import option_words
 from detection import validate
 from detection.annotations import read_voc
 from detection.config import DetectConfig, resolve_config
+from detection.detector import create_detector
 from detection.export_checkpoint import export_detector, load_detector
 from detection.predict import predict
 from detection.task import DetectionTask
@@ -206,6 +207,31 @@ def test_mixed_precision_trains_as_float32_does(detector, rectangles, tmp_path):
 def test_one_image_cannot_train_norms_of_one_position(rectangles, tmp_path):
     with pytest.raises(ValueError, match='conv4_stride1 .* --batch-size 2 or more'):
         run(rectangles, tmp_path, 'one', batch_size=1, model_kwargs=dict(conv4_stride1=True))
+
+
+@pytest.mark.parametrize('detector, kwargs, message', [
+    ('ssd', dict(backbone_kwargs=dict(depths=3)), "^--backbone-kwargs depths=3 cannot work .*argument 'depths'"),
+    ('ssd', dict(backbone_kwargs=dict(drop_path_rate='x')), '^--backbone-kwargs drop_path_rate=x cannot work'),
+    # Torchvision takes any name, and looks at values when it first needs them.
+    ('ssd', dict(model_kwargs=dict(score_tresh=0.5)), '^--model-kwargs score_tresh=0.5: .* score_thresh, nms_thresh'),
+    ('fasterrcnn', dict(model_kwargs=dict(score_thresh=0.5)), 'fasterrcnn has no such option.* box_score_thresh,'),
+    ('fasterrcnn', dict(model_kwargs=dict(min_size=32)), 'or a flag of its own sets it'),
+    ('ssd', dict(model_kwargs=dict(frozen_stages=1), frozen_stages=1), 'or a flag of its own sets it'),
+    ('ssd', dict(model_kwargs=dict(nms_thresh='x')), '^--model-kwargs nms_thresh=x is no float; the default is 0.45'),
+    ('fasterrcnn', dict(model_kwargs=dict(fpn_channels=1.5)), 'fpn_channels=1.5 is no int'),
+    ('fasterrcnn', dict(model_kwargs=dict(fixed_size=3)), '^--model-kwargs fixed_size=3 cannot work'),
+])
+def test_arguments_that_do_not_exist_or_have_another_type(detector, kwargs, message):
+    config = DetectConfig(detector=detector, backbone='test_resnet', data_dir='.', img_size=128, **kwargs)
+    with pytest.raises(ValueError, match=message):
+        create_detector(config, ['a'])
+
+
+def test_arguments_of_the_detector_reach_it():
+    options = dict(score_thresh=1, detections_per_img=7, conv4_stride1=False)
+    detector, _ = create_detector(DetectConfig(
+        detector='ssd', backbone='test_resnet', data_dir='.', img_size=128, model_kwargs=options), ['a'])
+    assert (detector.score_thresh, detector.detections_per_img) == (1, 7)
 
 
 def test_the_script_ends_with_the_name_of_an_unreadable_image(rectangles, tmp_path):

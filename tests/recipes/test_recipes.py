@@ -19,9 +19,9 @@ from alignmix_lab.runs.options import find_recipe, recipe_mixes
 ROOT = Path(__file__).resolve().parents[2]
 FILES = [path for path in sorted((ROOT / 'recipes').rglob('*.yaml')) if path.parent.name != 'accelerate']
 NAMES = [path.relative_to(ROOT / 'recipes').with_suffix('').as_posix() for path in FILES if path.name[0] != '_']
-MODERN = [name for name in NAMES if name.startswith('modern')]
-PAPERS = [name for name in NAMES if not name.startswith(('modern', 'detection'))]
-MIXES = ('none', 'mixup', 'cutmix', 'manifold', 'alignmix', 'multimix', 'densemultimix')
+MODERN = [name for name in NAMES if name.startswith(('modern', 'study'))]
+PAPERS = [name for name in NAMES if not name.startswith(('modern', 'study', 'detection'))]
+MIXES = ('none', 'mixup', 'cutmix', 'saliencymix', 'zeta', 'manifold', 'alignmix', 'multimix', 'densemultimix')
 WITH_AE = [name for name in PAPERS if name.endswith(('2000ep', '1200ep', 'resnet50_300ep'))]
 PAIRS = [
     *((name, mix) for name in PAPERS for mix in dict.fromkeys((*MIXES, *recipe_mixes(name, TrainConfig)))),
@@ -75,8 +75,8 @@ def test_a_recipe_is_planned_without_data(name, mix):
     if mix in (None, 'none'):
         cost = step_cost(run)
         assert cost.optimizer and 0.01 < (4 * cost.parameters + cost.activations) / 2**30 < 80
-    default = 'cutmix' if 'rsb' in name else 'none'
-    assert config.mix == re.sub('_(release|softmax)$', '', mix or default)
+    default = {'mixup': 0.5, 'cutmix': 0.5} if 'rsb' in name else 'none'
+    assert config.mix == (re.sub('_release$', '', mix) if mix else default)
 
 
 @pytest.mark.filterwarnings('ignore:.*features aligned at.*')
@@ -91,11 +91,12 @@ def test_a_recipe_dry_runs_with_its_real_model(name, mix, tmp_path, capsys):
     assert (tmp_path / 'learning_rate.png').stat().st_size > 5000
 
 
-@pytest.mark.parametrize('mix', ['multimix', 'densemultimix', 'cutmix_softmax', 'none_softmax'])
-def test_methods_with_a_closed_form_train_without_binary_cross_entropy(mix):
+@pytest.mark.parametrize('mix, threshold', [
+    ('multimix', None), ('densemultimix', None), ('cutmix', 0.2), ('alignmix', 0.2), ('none', 0.2)])
+def test_mixtures_of_a_whole_batch_have_no_threshold(mix, threshold):
     for name in ('modern/rsb_a2', 'modern/rsb_a3'):
-        assert config_of(name).bce_loss and config_of(name, 'alignmix').bce_target_thresh == 0.2
-        assert not config_of(name, mix).bce_loss and config_of(name, mix).bce_target_thresh is None
+        config = config_of(name, mix)
+        assert config.bce_loss and config.bce_target_thresh == threshold
 
 
 @pytest.mark.parametrize('name, mix, batch, rates', [

@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn as nn
 import torch.nn.functional as F
+import torchvision
 from timm.data.mixup import mixup_target
 from timm.loss import (
     BinaryCrossEntropy,
@@ -22,7 +23,7 @@ from timm.loss import (
 from timm.optim import create_optimizer_v2
 from timm.task import ClassificationTask
 
-from timm_alignmix import MixTask, create_mix, dense_model_kwargs, list_mixes
+from timm_alignmix import MixTask, create_mix, create_mixup, dense_model_kwargs, list_mixes
 
 FEATURE = dict(
     manifold=dict(layers=[1]), alignmix=dict(mode_probs=(0, 1, 1)), multimix=dict(prob=1.0, n=8),
@@ -145,7 +146,8 @@ def test_eval_is_never_mixed(mix):
     ('none', {}), ('mixup', {}), ('mixup', dict(per_example=True)), ('cutmix', {}), ('manifold', dict(layers=[1])),
     ('manifold', dict(layers=['embedding'])), ('alignmix', dict(mode_probs=(0, 1, 1), per_example=True)),
     ('multimix', dict(prob=0)), ('multimix', dict(prob=1.0, n=8)), ('multimix', dict(prob=1.0, n=7, mix_at=1)),
-    ('densemultimix', dict(prob=1.0, n=8)),
+    ('densemultimix', dict(prob=1.0, n=8)), ('regmixup', {}), ('zeta', {}), ('cutout', {}), ('saliencymix', {}),
+    ('alignmix_ae', dict(mode_probs=dict(feat=1), dim=16, width=4)), (dict(mixup=1.0, none=1.0), {}),
 ])
 def test_accuracy_is_the_targets_mass_on_the_predicted_class(mix, options, kind):
     """Against a loop over rows, without label smoothing; steps with a loss in closed form have clean rows."""
@@ -156,17 +158,19 @@ def test_accuracy_is_the_targets_mass_on_the_predicted_class(mix, options, kind)
     torch.manual_seed(0)
     model = timm.create_model('test_resnet', num_classes=5)
     model.fc.weight.data *= 100  # the classes differ
-    task = MixTask(model.train(), mix, options, criterion, verbose=False)
+    task = MixTask(model.train(), mix, options, criterion, img_size=64, verbose=False)
     draw = task.mix.draw(images, task._random.at(0, images.device))
     result = task(images, target)
     means = []
     for row, logits in enumerate(result['output'].tolist()):
         predicted = logits.index(max(logits))
         mass = [float(t == predicted) if kind == 'classes' else t[predicted] for t in target.tolist()]
-        if 'perm' in draw:
-            lam, partner = draw['lam'].expand(len(y))[row].item(), draw['perm'][row].item()
-            means.append(lam * mass[row] + (1 - lam) * mass[partner])
-        elif 'weights' in draw and 'mix_at' in options:
+        if mix == 'regmixup' and row < 4:
+            means.append(mass[row])
+        elif 'perm' in draw and mix != 'alignmix_ae':
+            lam, partner = draw['lam'].expand(len(y))[row % 4].item(), draw['perm'][row % 4].item()
+            means.append(lam * mass[row % 4] + (1 - lam) * mass[partner])
+        elif 'weights' in draw and ('mix_at' in options or mix == 'zeta'):
             means.append(sum(w * m for w, m in zip(draw['weights'][row].tolist(), mass, strict=True)))
         else:
             means.append(mass[row])
@@ -335,6 +339,36 @@ def test_early_refusals():
         task(*batch(size=224))
     with pytest.raises(ValueError, match='images must be one tensor, got dict'):
         MixTask(tiny(), 'none', verbose=False)(dict(patches=images), y)
+
+
+@pytest.mark.parametrize('mix', list_mixes())
+def test_models_that_cannot_be_mixed_are_refused_in_a_sentence(mix):
+    looks_inside = create_mix(mix).binds
+    distilled = tiny('deit_tiny_distilled_patch16_224', depth=2)
+    distilled.set_distilled_training(True)
+    with torch.device('meta'):
+        weightless = tiny()
+    refused = {
+        'has no classifier': timm.create_model('test_resnet', num_classes=0),
+        'two outputs in training': distilled,
+        'meta device': weightless if looks_inside else None,
+        'ResNet is not a timm model': torchvision.models.resnet18(num_classes=5) if looks_inside else None,
+    }
+    for message, model in refused.items():
+        for make in (
+                lambda model: MixTask(model, mix, num_classes=5, verbose=False),
+                lambda model: create_mixup(mix, model, num_classes=5)):
+            if model is not None:
+                with pytest.raises(ValueError, match=message):
+                    make(model)
+                assert not any(module._forward_hooks for module in model.modules())
+    if not looks_inside:
+        MixTask(weightless, mix, verbose=False)
+        images, y = batch()
+        task = MixTask(torchvision.models.resnet18(num_classes=5), mix, num_classes=5, verbose=False)
+        result = task(images, y)
+        result['loss'].backward()
+        assert result['loss'].isfinite() and result['output'].shape == (4, 5)
 
 
 def test_ranks_come_from_torch_distributed(monkeypatch):

@@ -44,6 +44,7 @@ parser.add_argument('--mixup-off-epoch', type=int, default=0)
 parser.add_argument('--kd-model-name')
 parser.add_argument('--task', default='classification')
 parser.add_argument('--output', default='.')
+parser.add_argument('--steps', type=int, default=2)
 
 
 def _parse_args():
@@ -52,6 +53,16 @@ def _parse_args():
         parser.set_defaults(**yaml.safe_load(Path(args_config.config).read_text()))
     args = parser.parse_args(remaining)
     return args, yaml.safe_dump(args.__dict__, default_flow_style=False)
+
+
+def train_one_epoch(epoch, model, loader, optimizer, args, task=None):
+    results = []
+    for images, target in loader:
+        results.append(task(images, target))
+        results[-1]['loss'].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return results
 
 
 def main():
@@ -65,13 +76,11 @@ def main():
     optimizer = torch.optim.SGD(task.get_trainable_module().parameters(), lr=0.01)
     images, target = torch.randn(8, 3, args.img_size or 160, args.img_size or 160), torch.arange(8) % 4
     modes, losses = [], []
-    for _ in range(4):
-        result = task(images, target)
-        result['loss'].backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(result['loss'].item())
-        modes.append(result.get('mode'))
+    for epoch in range(2):
+        for result in train_one_epoch(
+                epoch, task.get_trainable_module(), [(images, target)] * args.steps, optimizer, args, task=task):
+            losses.append(result['loss'].item())
+            modes.append(result.get('mode'))
     out = Path(args.output)
     (out / 'args.yaml').write_text(args_text)
     (out / 'run.json').write_text(json.dumps(dict(
@@ -141,10 +150,28 @@ def test_flags_from_a_config_file(script, capsys):
     run(script, '--config', str(config))
     args = yaml.safe_load((script.parent / 'args.yaml').read_text())
     assert args['mix'] == 'alignmix' and args['mix_kwargs'] == {'iterations': 3}
-    config.write_text(yaml.safe_dump(dict(mix='alignmix', mixup_off_epoch=3)))
+    config.write_text(yaml.safe_dump(dict(mix='alignmix', mixup=0.8)))
     with pytest.raises(SystemExit):
         run(script, '--config', str(config))
-    assert 'drop it or --mixup-off-epoch' in capsys.readouterr().err
+    assert 'drop it or --mixup' in capsys.readouterr().err
+    config.write_text(yaml.safe_dump(dict(mix=dict(mixup=1, cutmix=1), mix_kwargs={'mixup.alpha': 0.8})))
+    assert set(run(script, '--config', str(config), '--steps', '6')['modes']) == {'mixup', 'cutmix'}
+
+
+def test_several_methods_and_timms_flags_of_when_to_mix(script):
+    flags = ('--mix', 'mixup=0.5', 'cutmix=0.5', '--mix-kwargs', 'mixup.alpha=0.8', '--steps', '5')
+    always = run(script, *flags)
+    assert set(always['modes']) == {'mixup', 'cutmix'}
+    args = yaml.safe_load((script.parent / 'args.yaml').read_text())
+    assert args['mix'] == {'mixup': 0.5, 'cutmix': 0.5} and args['mix_kwargs'] == {'mixup.alpha': 0.8}
+
+    off = run(script, *flags, '--mixup-off-epoch', '1')
+    assert (off['modes'][:5], off['losses'][:5]) == (always['modes'][:5], always['losses'][:5])
+    assert off['modes'][5:] == ['clean'] * 5
+
+    seldom = run(script, '--mix', 'multimix', '--mix-kwargs', 'n=8', 'prob=1.0', '--mixup-prob', '0.5', '--steps', '5')
+    assert set(seldom['modes']) == {'multimix/embedding', 'clean'}
+    assert set(run(script, '--mix', 'mixup', '--mixup-prob', '0')['modes']) == {'clean'}
 
 
 @pytest.mark.filterwarnings('ignore:.*alignment is .nearly. a no-op')
@@ -160,8 +187,14 @@ def test_the_split_is_checked_at_the_size_of_the_images(script):
     (('--mix', 'nomix'), 'alignmix.*densemultimix'),
     (('--mix', 'multimix', '--mix-kwargs', 'nope=1'), 'nope.*alpha'),
     (('--mix', 'mixup', '--cutmix', '1.0'), "--mix mixup takes the place of timm's mixing: drop it or --cutmix"),
-    *((('--mix', 'alignmix', f'--mixup-{name}', value), f'drop it or --mixup-{name}') for name, value in (
-        ('prob', '0.5'), ('switch-prob', '0.3'), ('mode', 'elem'), ('off-epoch', '3'))),
+    (('--mix', 'alignmix', '--mixup-switch-prob', '0.3'), 'or --mixup-switch-prob .*--mix mixup=0.5 cutmix=0.5'),
+    (('--mix', 'alignmix', '--mixup-mode', 'elem'), 'or --mixup-mode .*per_example=True'),
+    (('--mix', 'alignmix', '--mixup-prob', '1.5'), 'probability of mixing must be from 0 to 1, got 1.5'),
+    (('--mix', 'mixup', '/data/imagenet'), "takes one method.* got 'mixup /data/imagenet' .*before it"),
+    (('--mix', 'mixup=0.5', 'cutmix'), 'several with a weight each'),
+    (('--mix', 'mixup=0.5', 'mixup=0.5'), 'several with a weight each'),
+    (('--mix', 'mixup=half', 'cutmix=0.5'), 'several with a weight each'),
+    (('--mix', 'mixup=1', 'multimix=1', '--bce-loss'), r'--mix mixup.multimix cannot train with the bce loss'),
     (('--mix', 'mixup', '--naflex-loader'), '--naflex-loader loads sequences of patches.*: drop one'),
     (('--mix', 'mixup', '--jsd-loss'), '--jsd-loss compares'),
     (('--mix', 'mixup', '--torchscript'), '--torchscript makes a model that takes no hooks'),

@@ -38,6 +38,10 @@ class Anatomy:
         self.name = cfg.get('architecture') or type(model).__name__
         self.num_classes = count_classes(model)
         self.input_size = _input_size(model, cfg, img_size)
+        if any(p.is_meta for p in model.parameters()):
+            raise UnsupportedModel(
+                f'{self.name} is on the meta device, where it has no weights to examine; create it on another, or pass '
+                'mix none, mixup or cutmix, which do not look into it')
         self._trace = Trace(model, self.name, self.input_size)
 
     def linear_heads(self) -> list[Call]:
@@ -331,21 +335,24 @@ def _input_size(model: nn.Module, cfg: dict[str, Any], img_size: int | tuple[int
     return channels, *img_size
 
 
-def count_classes(model: nn.Module) -> int:
-    """Number of classes of a timm model.
+def count_classes(model: nn.Module, given: int | None = None) -> int:
+    """Number of classes of a model: the given one, or that of a timm model.
 
     Raises:
-        UnsupportedModel: It is no timm model, or has no classifier.
+        UnsupportedModel: It has no classifier, or no number is given and it is no timm model.
     """
     name = type(model).__name__
+    if getattr(model, 'num_classes', None) == 0:
+        raise UnsupportedModel(f'{name} has no classifier (num_classes=0); create it with num_classes > 0')
+    if given is not None:
+        return given
     if hasattr(model, 'timm_model'):
         raise UnsupportedModel(f'{name} is not a timm model but holds one: pass its .timm_model')
     if not hasattr(model, 'num_classes'):
         raise UnsupportedModel(
-            f"{name} is not a timm model (it has no num_classes): timm_alignmix.create_mixup('mixup', model, "
-            "num_classes=...), or 'cutmix', mixes the images of any model")
-    if not model.num_classes:
-        raise UnsupportedModel(f'{name} has no classifier (num_classes=0); create it with num_classes > 0')
+            f"{name} is not a timm model (it has no num_classes): methods that mix images only, such as "
+            "timm_alignmix.create_mixup('mixup', model, num_classes=...) or mix 'cutmix' of MixTask(..., "
+            "num_classes=...), train any network; the others need a timm model")
     return model.num_classes
 
 

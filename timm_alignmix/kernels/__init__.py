@@ -1,10 +1,9 @@
 """Triton forms of the hot functions of timm_alignmix.functional for NVIDIA GPUs.
 
 The custom operators of functional/ choose them by device, dtype and size. All else runs in PyTorch, also where Triton
-is not installed or TIMM_ALIGNMIX_TRITON=0 is set. Triton is imported when the first of them runs.
+is not installed or older than TRITON, or TIMM_ALIGNMIX_TRITON=0 is set. Triton is imported when the first of them runs.
 """
 import functools
-import importlib.util
 import os
 
 import torch
@@ -12,6 +11,7 @@ import torch
 from ..functional import losses, transport
 from ..functional._precision import full_precision
 
+TRITON = (3, 6)  # the oldest release that compiled and interpreted these kernels in tests: that of torch 2.11
 _HALF = (torch.bfloat16, torch.float16)
 
 
@@ -23,16 +23,20 @@ def register() -> None:
 
 
 def usable(device: torch.device) -> bool:
-    """Check that Triton is installed and not switched off, and the device an NVIDIA GPU, Ampere or later."""
+    """Check that a Triton of 3.6 or later is installed and not switched off, and the device an NVIDIA GPU of 8.0 on."""
     return (
-        os.environ.get('TIMM_ALIGNMIX_TRITON', '1') != '0' and torch.version.cuda is not None and triton_installed()
-        and torch.cuda.get_device_capability(device) >= (8, 0))
+        os.environ.get('TIMM_ALIGNMIX_TRITON', '1') != '0' and torch.version.cuda is not None
+        and triton_version() >= TRITON and torch.cuda.get_device_capability(device) >= (8, 0))
 
 
 @functools.cache
-def triton_installed() -> bool:
-    """Check once whether Triton can be imported."""
-    return importlib.util.find_spec('triton') is not None
+def triton_version() -> tuple[int, ...]:
+    """Major and minor version of Triton, imported here for the first time; () where there is none."""
+    try:
+        import triton
+    except ImportError:
+        return ()
+    return tuple(map(int, triton.__version__.split('.')[:2]))
 
 
 def cost_matrix(feat_a_BDR: torch.Tensor, feat_b_BDR: torch.Tensor) -> torch.Tensor:
@@ -59,12 +63,9 @@ def plan_matrix(cost_BRR, eps, iterations, last, tolerance):
 def loss_and_grads(
         logits_BRC, target, weights_RNB, attention_BR, smoothing, chunk_size, logits_grad, attention_grad,
         class_scale_C=None, pos_weight=None, threshold=None):
-    """Form of functional.losses.loss_and_grads: Triton, with neither the attention's gradient nor binary
-    cross-entropy."""
-    softmax = class_scale_C is None
-    few = weights_RNB.shape[1] <= 2 ** 15  # float16 holds N times a share
-    if (softmax and few and not attention_grad and logits_BRC.dtype != torch.float64
-            and usable(logits_BRC.device)):
+    """Form of functional.losses.loss_and_grads: Triton for softmax cross-entropy without the attention's gradient."""
+    fits = class_scale_C is None and weights_RNB.shape[1] <= 2 ** 15  # float16 holds N times a share
+    if fits and not attention_grad and logits_BRC.dtype != torch.float64 and usable(logits_BRC.device):
         from . import dense_loss
         with torch.cuda.device(logits_BRC.device), full_precision(logits_BRC.device):
             return dense_loss.loss_and_grads(logits_BRC, target, weights_RNB, attention_BR, smoothing, logits_grad)

@@ -4,15 +4,23 @@ from .alignmix import AlignMix
 from .alignmix_ae import AlignMixAE
 from .base import Mix
 from .cutmix import CutMix
+from .cutout import Cutout
 from .densemultimix import DenseMultiMix
+from .fmix import FMix
+from .guidedmixup import GuidedMixup
 from .manifold import ManifoldMixup
 from .mixup import Mixup
 from .multimix import MultiMix
 from .none import NoMix
-from .registry import canonical, create_mix, list_mixes, register_mix
+from .registry import ParseMix, canonical, create_mix, list_mixes, register_mix, with_probability
+from .regmixup import RegMixup
+from .resizemix import ResizeMix
+from .saliencymix import SaliencyMix
+from .zeta import ZetaMixup
 
 __all__ = [
-    'AlignMix', 'AlignMixAE', 'CutMix', 'DenseMultiMix', 'ManifoldMixup', 'Mix', 'Mixup', 'MultiMix', 'NoMix',
-    'canonical', 'create_mix', 'list_mixes', 'register_mix']
+    'AlignMix', 'AlignMixAE', 'CutMix', 'Cutout', 'DenseMultiMix', 'FMix', 'GuidedMixup', 'ManifoldMixup', 'Mix',
+    'Mixup', 'MultiMix', 'NoMix', 'ParseMix', 'RegMixup', 'ResizeMix', 'SaliencyMix', 'ZetaMixup', 'canonical',
+    'create_mix', 'list_mixes', 'register_mix', 'with_probability']
 
 kernels.register()

@@ -29,11 +29,12 @@ import torch
 import torch.nn.functional as F
 
 from ..anatomy import Anatomy, FeatureLayer, UnsupportedModel
-from ..criterion import Criterion
+from ..functional import target_mass
 from ..step_random import StepRandom
 from .ae_layers import AELayers
 from .alignmix import AlignedMix
 from .base import Draw, draw_mode, mix_pairs, mode_probabilities
+from .criterion import Criterion
 from .registry import register_mix
 
 _MODES = {'x': ('input',), 'A': ('feat', 'feat_prime'), 'e': ('embed',), 'E': ('embed', 'embed_prime')}
@@ -157,7 +158,11 @@ class AlignMixAE(AlignedMix):
             loss = self._reconstruction(feature_map, draw)
         else:
             loss = self._classification(output, feature_map, target, draw, criterion)
-        return loss + 0 * (output.float().sum() + sum(p.float().sum() for p in self.extra.parameters()))
+        return loss + 0 * output.float().sum()
+
+    def mass(self, output: torch.Tensor, target: torch.Tensor, draw: Draw) -> torch.Tensor:
+        # Steps that mix features mix those of the extra classifier; the output is of clean examples.
+        return super().mass(output, target, draw) if draw['mode'] == 'input' else target_mass(output, target)
 
     def _reconstruction(self, feature_map: torch.Tensor, draw: Draw) -> torch.Tensor:
         layers, images = self.extra, draw['images']

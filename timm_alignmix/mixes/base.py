@@ -4,17 +4,21 @@ A step runs straight through: `draw` (random numbers, on the device, outside any
 input) -> the model, in whose forward a tap hands the features of one layer to `features` -> `loss`. A method holds its
 options and what `bind` found in the model; everything that belongs to one step is in the `Draw` dictionary.
 """
+import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn as nn
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ..anatomy import Anatomy, DenseHead, FeatureLayer
-from ..criterion import Criterion
-from ..functional import soft_target
+from ..functional import soft_target, target_mass
 from ..step_random import StepRandom, sample_beta
+from .criterion import Criterion
 
-# One step: 'mode' (str), 'layer' (name of the tapped layer or None), 'lam' (tensor or None), and tensors of the method.
+# One step: 'mode' (str; 'clean' and 'input' leave features alone), 'layer' (name of the tapped layer or None), 'lam'
+# (tensor or None), and tensors of the method.
 Draw = dict[str, Any]
 
 
@@ -31,7 +35,9 @@ class Mix:
         layers: Feature layers to tap, by name, set by :meth:`bind`.
         head: Dense head, for methods that need one, set by :meth:`bind`.
         extra: Trainable layers of the method, set by :meth:`bind`. They are trained, averaged and saved with the model
-            but are not part of it. Every step must give each of them a gradient, even if it is 0.
+            but are not part of it. In steps that do not use them their gradient is 0.
+        normalization: Mean and deviation of the images, per channel, for pixels in [0, 1]: those of the model's
+            pretrained_cfg, or ImageNet's, until :meth:`set_normalization` says otherwise.
 
     Example:
         >>> import torch
@@ -55,9 +61,37 @@ class Mix:
         self.layers: dict[str, FeatureLayer] = {}
         self.head: DenseHead | None = None
         self.extra: nn.Module | None = None
+        self.normalization: tuple[Sequence[float], Sequence[float]] = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 
     def __repr__(self) -> str:
         return f'{type(self).__name__}({", ".join(f"{k}={v!r}" for k, v in self.options.items())})'
+
+    def signature(self) -> dict[str, inspect.Parameter]:
+        """Options that the method takes, with their types and defaults."""
+        return dict(inspect.signature(type(self)).parameters)
+
+    @property
+    def modes(self) -> dict[str, float]:
+        """Probability of each mode, by its name in logs; complete after :meth:`bind`."""
+        return getattr(self, 'probs', None) or {'clean' if self.name == 'none' else 'input': 1.0}
+
+    def mode_name(self, draw: Draw) -> str:
+        """Name of a step's mode in logs."""
+        return draw['mode']
+
+    @property
+    def binds(self) -> bool:
+        """The method looks into the model; others mix the images of any network."""
+        return type(self).bind is not Mix.bind
+
+    @property
+    def tapped(self) -> list[str]:
+        """Names of the modules whose output a step may need."""
+        return [*self.layers, *([self.head.name] if self.head else [])]
+
+    def set_normalization(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Say how a program normalises its images."""
+        self.normalization = mean, std
 
     def bind(self, anatomy: Anatomy) -> None:
         """Find out where to mix in a model.
@@ -85,6 +119,19 @@ class Mix:
     def target(self, target_BC: torch.Tensor, draw: Draw) -> torch.Tensor:
         """Soft targets for the rows of logits."""
         return target_BC
+
+    def mass(self, output: torch.Tensor, target: torch.Tensor, draw: Draw) -> torch.Tensor:
+        """Mass of each row's target, without label smoothing, on the class that the row predicts: its accuracy.
+
+        Args:
+            output: (rows, C) logits, as :meth:`output` returns them.
+            target: (B,) classes or (B, C) rows.
+            draw: The step, of another mode than 'clean'.
+
+        Returns:
+            (rows,) float32.
+        """
+        return target_mass(output, self.target(soft_target(target, output.shape[1]), draw))
 
     def loss(
             self,
@@ -154,6 +201,62 @@ class PairMix(Mix):
     def target(self, target_BC: torch.Tensor, draw: Draw) -> torch.Tensor:
         return mix_pairs(target_BC, draw) if 'perm' in draw else target_BC
 
+    def mass(self, output: torch.Tensor, target: torch.Tensor, draw: Draw) -> torch.Tensor:
+        if 'perm' not in draw:
+            return super().mass(output, target, draw)
+        target, partner, lam = pair_target(target, draw)  # of any kind, and without rows of all classes
+        return lam * target_mass(output, target) + (1 - lam) * target_mass(output, partner)
+
+
+class MaskPair(PairMix):
+    """Base class of methods that mix pairs by a mask z: it weighs pixels of the example, and 1 - z its partner's.
+
+    A method draws partners and masks in :meth:`draw_mask`; the mean of z is the example's weight in the target.
+
+    Args:
+        prob: Probability of mixing, the same on all ranks; the other steps are clean.
+        alpha: As :class:`PairMix`, for methods that draw lam.
+        per_example: As :class:`PairMix`.
+    """
+
+    def __init__(self, prob: float = 1.0, alpha: float = 1.0, per_example: bool = False) -> None:
+        super().__init__(alpha, per_example)
+        if not 0 <= prob <= 1:
+            raise ValueError(f'prob must be 0 to 1, got {prob}')
+        self.probs = {mode: p for mode, p in (('input', float(prob)), ('clean', 1 - float(prob))) if p > 0}
+
+    def draw(self, images: torch.Tensor, rng: StepRandom) -> Draw:
+        mode = draw_mode(self.probs, rng)
+        if mode == 'clean':
+            return dict(mode=mode, layer=None, lam=None)
+        draw = dict(mode=mode, layer=None, **self.draw_mask(images, rng))
+        return draw if 'lam' in draw else dict(draw, lam=mean_of(draw['mask']))
+
+    def draw_mask(self, images: torch.Tensor, rng: StepRandom) -> Draw:
+        """Draw 'perm', the partner of each example (B,), and 'mask', its z: (B, 1, H, W), or (1, 1, H, W) for all.
+
+        Masks are bool, or floats in [0, 1]. A method whose target does not have the mean of z adds its 'lam'.
+        """
+        raise NotImplementedError
+
+    def images(self, images: torch.Tensor, draw: Draw) -> torch.Tensor:
+        return mix_masked(images, partners_of(images, draw['perm']), draw['mask']) if 'mask' in draw else images
+
+
+def mix_masked(x: torch.Tensor, partner: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mix pixels: mask * x + (1 - mask) * partner."""
+    return torch.where(mask, x, partner) if mask.dtype == torch.bool else torch.lerp(partner, x, mask.to(x.dtype))
+
+
+def mean_of(mask: torch.Tensor) -> torch.Tensor:
+    """Mean of masks (K, 1, H, W), float32 or better: (K,), or a scalar for one mask. Of bool masks pixels are counted.
+    """
+    if mask.dtype == torch.bool:
+        lam = 1 - (~mask).sum(dim=(1, 2, 3)) / mask[0].numel()
+    else:
+        lam = mask.mean(dim=(1, 2, 3))
+    return lam if len(lam) > 1 else lam[0]
+
 
 def pair_target(target: torch.Tensor, draw: Draw) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Targets of the examples and of their partners, and the weight of the former, () or (B,)."""
@@ -168,8 +271,8 @@ def check_pairs(mix: Mix, targets: str) -> None:
         raise ValueError(f"targets must be 'soft' or 'pairs', got {targets!r}")
     if targets == 'pairs' and not mix.pairs:
         raise ValueError(
-            f"mix {mix.name!r} mixes more than two examples or computes its loss itself: targets='pairs' is for mix "
-            "mixup, cutmix, manifold and alignmix; use targets='soft'")
+            f"mix {mix.name!r} mixes more than two examples or computes its loss itself: targets='pairs' is for "
+            "methods such as mixup, cutmix, manifold and alignmix; use targets='soft'")
 
 
 def mix_pairs(x: torch.Tensor, draw: Draw, partner: torch.Tensor | None = None) -> torch.Tensor:
@@ -204,9 +307,23 @@ def _take(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """Take examples of a batch. index_select is faster than indexing, but would make any layout contiguous."""
     if torch.compiler.is_compiling():  # the compiler chooses layouts
         return x.index_select(0, index)
-    order = [0, *sorted(range(1, x.ndim), key=lambda dim: -x.stride(dim))]
-    back = sorted(range(x.ndim), key=order.__getitem__)
+    order, back = _memory_order(x)
     return x.permute(order).index_select(0, index).permute(back)
+
+
+def mix_examples(x: torch.Tensor, weights_NB: torch.Tensor) -> torch.Tensor:
+    """Weighted sums of the examples of a batch, (N, ...), in x's dtype, whatever autocast says, and memory layout."""
+    order, back = _memory_order(x)
+    ordered = x.permute(order)
+    with torch.autocast(x.device.type, enabled=False):
+        mixed = weights_NB.to(x.dtype) @ ordered.flatten(1)
+    return mixed.view(-1, *ordered.shape[1:]).permute(back)
+
+
+def _memory_order(x: torch.Tensor) -> tuple[list[int], list[int]]:
+    """Permutation of the dimensions into their order in memory, the batch first, and the one back."""
+    order = [0, *sorted(range(1, x.ndim), key=lambda dim: -x.stride(dim))]
+    return order, sorted(range(x.ndim), key=order.__getitem__)
 
 
 def draw_mode(probs: dict[str, float], rng: StepRandom) -> str:

@@ -8,9 +8,9 @@ of the embeddings of the mini-batch; otherwise it is input mixup. The paper leav
 import torch
 
 from ..anatomy import Anatomy, FeatureLayer
-from ..functional import convex_weights, dense_multimix_rows, multimix_loss
+from ..functional import convex_weights, dense_multimix_rows, multimix_loss, target_mass
 from ..step_random import StepRandom
-from .base import Draw, PairMix, draw_mode
+from .base import Draw, PairMix, draw_mode, mix_examples
 from .registry import register_mix
 
 
@@ -112,7 +112,11 @@ class MultiMix(HullMix):
         return criterion(*dense_multimix_rows(output.unsqueeze(1), target_BC, draw['weights'].unsqueeze(0)))
 
     def target(self, target_BC: torch.Tensor, draw: Draw) -> torch.Tensor:
-        return draw['weights'].to(target_BC.dtype) @ target_BC if 'weights' in draw else super().target(target_BC, draw)
+        return mix_examples(target_BC, draw['weights']) if 'weights' in draw else super().target(target_BC, draw)
+
+    def mass(self, output: torch.Tensor, target: torch.Tensor, draw: Draw) -> torch.Tensor:
+        is_clean = 'weights' in draw and draw['layer'] is None  # the mixed rows are never computed
+        return target_mass(output, target) if is_clean else super().mass(output, target, draw)
 
     def rows(self, output, feature_map, target, draw, smoothing):
         if draw['mode'] == 'input' or draw['layer'] is not None:

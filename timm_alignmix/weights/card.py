@@ -10,6 +10,18 @@ _MULTIMIX = ('2311.05538', 'Embedding Space Interpolation Beyond Mini-Batch, Bey
 PAPERS = {  # method: arXiv id, title
     'mixup': ('1710.09412', 'mixup: Beyond Empirical Risk Minimization'),
     'cutmix': ('1905.04899', 'CutMix: Regularization Strategy to Train Strong Classifiers with Localizable Features'),
+    'cutout': ('1708.04552', 'Improved Regularization of Convolutional Neural Networks with Cutout'),
+    'fmix': ('2002.12047', 'FMix: Enhancing Mixed Sample Data Augmentation'),
+    'guidedmixup': ('2306.16612', 'GuidedMixup: An Efficient Mixup Strategy Guided by Saliency Maps'),
+    'regmixup': (
+        '2206.14502',
+        'RegMixup: Mixup as a Regularizer Can Surprisingly Improve Accuracy and Out Distribution Robustness'),
+    'resizemix': ('2012.11101', 'ResizeMix: Mixing Data with Preserved Object Information and True Labels'),
+    'saliencymix': (
+        '2006.01791', 'SaliencyMix: A Saliency Guided Data Augmentation Strategy for Better Regularization'),
+    'zeta': (
+        '2204.03323',
+        'Multi-Sample zeta-mixup: Richer, More Realistic Synthetic Samples from a p-Series Interpolant'),
     'manifold': ('1806.05236', 'Manifold Mixup: Better Representations by Interpolating Hidden States'),
     'alignmix': _ALIGNMIX,
     'alignmix_ae': _ALIGNMIX,
@@ -93,6 +105,7 @@ def make_card(config: dict[str, Any]) -> str:
         'network': config['architecture'],
         'arguments of the network': config.get('model_args'),
         'mix': facts.get('mix'),
+        'drawn with weights': facts.get('mix_weights'),
         'options of the mix': facts.get('mix_options'),
         'data set': facts.get('dataset'),
         'classes': config['num_classes'],

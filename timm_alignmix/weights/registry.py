@@ -57,9 +57,13 @@ def registry_dir() -> Path:
         RuntimeError: There is no home directory.
     """
     named = os.environ.get('TIMM_ALIGNMIX_WEIGHTS')
-    if named:
-        return Path(named).expanduser()
-    return Path(os.environ.get('XDG_DATA_HOME') or '~/.local/share').expanduser() / 'timm_alignmix' / 'weights'
+    try:
+        if named:
+            return Path(named).expanduser()
+        return Path(os.environ.get('XDG_DATA_HOME') or '~/.local/share').expanduser() / 'timm_alignmix' / 'weights'
+    except RuntimeError as e:
+        raise RuntimeError(
+            'no home directory to keep installed weights; set TIMM_ALIGNMIX_WEIGHTS to a folder, or HOME') from e
 
 
 def list_local(registry: str | Path | None = None) -> dict[str, Path]:

@@ -180,7 +180,8 @@ class BetonInfo:
 def inspect_beton(path: str | Path) -> BetonInfo:
     """Read the index of a .beton file and check that it is complete and holds images with integer labels.
 
-    Damage inside the pages needs a full read: `python -m alignmix_lab verify FILE`.
+    The index is compared with the checksums beside the file, if there are any. Damage inside the pages needs a full
+    read: `python -m alignmix_lab verify FILE`.
 
     Raises:
         ValueError: The file is missing, of another format, truncated, inconsistent, or has other fields.
@@ -225,6 +226,9 @@ def inspect_beton(path: str | Path) -> BetonInfo:
     place = np.minimum(np.searchsorted(table['ptr'], images['data_ptr']), len(table) - 1)
     sizes = table['size'][place].astype(np.int64)
     pixels = 3 * images['height'].astype(np.int64) * images['width']
+    page_size = int(header['page_size'])
+    if page_size < 1 or page_size & (page_size - 1):
+        raise ValueError(f'{path} is damaged: pages of {page_size} bytes, which is no power of two; {CONVERT}')
     consistent = (
         (table['ptr'][place] == images['data_ptr']) & (images['data_ptr'].astype(np.int64) + sizes <= table_start)
         & (pixels > 0) & (images['mode'] <= 1) & ((images['mode'] == 0) | (sizes == pixels)) & (samples['f1'] >= 0)
@@ -233,6 +237,8 @@ def inspect_beton(path: str | Path) -> BetonInfo:
         raise ValueError(f'{path} is damaged: the index entries of {np.sum(~consistent)} samples, '
                          f'the first of them {np.argmin(consistent)}, make no sense; {CONVERT}')
     sidecar = _read_sidecar(path, len(samples), file_size)
+    if sidecar:
+        _check_index(path, sidecar['checksums'], table_start)
     return BetonInfo(
         path=path,
         labels=samples['f1'].astype(np.int64),
@@ -241,7 +247,7 @@ def inspect_beton(path: str | Path) -> BetonInfo:
         is_jpeg=images['mode'] == 0,
         pointers=images['data_ptr'].astype(np.int64),
         sizes=sizes,
-        page_size=int(header['page_size']),
+        page_size=page_size,
         class_names=sidecar.get('class_names'),
         sidecar=sidecar,
     )
@@ -253,7 +259,11 @@ def _read_sidecar(path: Path, num_samples: int, file_size: int) -> dict:
         return {}
     try:
         content = json.loads(sidecar.read_text(encoding='utf-8'))
-        described = content['num_samples'], content['checksums']['size']
+        checksums = content['checksums']
+        described = content['num_samples'], checksums['size']
+        whole = all(isinstance(checksums[name], int) for name in ('head', 'data_start', 'page_size', 'table'))
+        if not whole or not isinstance(checksums['pages'], list):
+            raise TypeError('checksums that are no numbers')
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f'{sidecar} is not the description of a .beton file ({error!r}); {CONVERT}') from error
     if described != (num_samples, file_size):
@@ -261,3 +271,11 @@ def _read_sidecar(path: Path, num_samples: int, file_size: int) -> dict:
             f'{sidecar} describes {described[0]} samples in {described[1]} bytes, but {path.name} has {num_samples} in '
             f'{file_size}: the two do not belong together; {CONVERT}')
     return content
+
+
+def _check_index(path: Path, checksums: dict, table_start: int) -> None:
+    with open(path, 'rb') as file:
+        head = zlib.crc32(file.read(checksums['data_start']))
+        file.seek(table_start)
+        if (head, zlib.crc32(file.read())) != (checksums['head'], checksums['table']):
+            raise ValueError(f'{path}: the index (labels and offsets) is damaged; copy the file again, or {CONVERT}')

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from ..device_loader import IndexedBatches
+from ..images.decode import UnusableData
 from ..options import LoaderOptions
 from ..order import quasi_shuffled, train_shard
 from .beton import IMAGE, LABEL, BetonInfo
@@ -50,9 +51,9 @@ class _Epoch(_ffcv.loader.epoch_iterator.EpochIterator):
                 views = self.run_pipeline(batch, indices, batch % slots, None)
                 damaged = indices[status[batch % slots][:len(indices)] != 0]
                 if len(damaged):
-                    raise ValueError(
-                        f'the JPEG data of sample {damaged[0]} is damaged; '
-                        f'list all such samples with: python -m alignmix_lab verify {self.loader.fname}')
+                    raise UnusableData(
+                        f'{self.loader.fname}: the JPEG data of sample {damaged[0]} is damaged; list all such samples '
+                        f'with: python -m alignmix_lab verify {self.loader.fname}, and convert the images again')
                 if not self._put(self._own(*views)):
                     return
             self._put(None)
@@ -92,6 +93,8 @@ class _Epoch(_ffcv.loader.epoch_iterator.EpochIterator):
                         f'a thread that reads {self.loader.fname} has died; does the file still exist?') from None
         if item is None:
             raise StopIteration
+        if isinstance(item, UnusableData):
+            raise item
         if isinstance(item, BaseException):
             raise RuntimeError(f'reading {self.loader.fname} failed: {type(item).__name__}: {item}') from item
         return item

@@ -163,9 +163,10 @@ def intrusion(ev: Evaluation) -> Result:
             'with its default options; the network is in evaluation mode.',
             'none: the clean images themselves. Methods that mix features: only their feature modes, as their input '
             'mode is input mixup. alignmix_ae: input of its plain classifier. densemultimix: embeddings of single '
-            'positions, mixed and clean; compare with the squared norm of positions.',
-            'undefined: some mixed embedding contains every class, so it cannot intrude on another one. multimix and '
-            'densemultimix mix a whole batch: use a smaller --intrusion-batch if there are few classes.',
+            'positions, mixed and clean; compare with the squared norm of positions. regmixup: half of the embeddings '
+            'are of clean images.',
+            'undefined: some mixed embedding contains every class, so it cannot intrude on another one. multimix, '
+            'densemultimix and zeta mix a whole batch: use a smaller --intrusion-batch if there are few classes.',
             *(f'{mix}: left out. {reason}' for mix, reason in reasons.items()),
         ],
         details={'mixes': details},
@@ -210,7 +211,8 @@ def _of_mix(
         ev: Evaluation, model: EvalModel, module: MixModule, tap: ClassifierInput, bank: Bank,
         batches: list[tuple[torch.Tensor, torch.Tensor]]) -> Intrusion:
     mix, random, distances = module.mix, StepRandom(ev.config.seed), []
-    features = {mode: p for mode, p in getattr(mix, 'probs', {}).items() if mode not in ('input', CLEAN_MODE) and p > 0}
+    modes = {mode: p for mode, p in getattr(mix, 'probs', {}).items() if mode != CLEAN_MODE and p > 0}
+    features = {mode: p for mode, p in modes.items() if mode != 'input'} or modes
     shares = {mode: p / sum(features.values()) for mode, p in features.items()}
     with ev.progress(f'intrusion {model.label} {mix.name}', len(batches)) as bar:
         for step, (mode, (pixels, labels)) in enumerate(

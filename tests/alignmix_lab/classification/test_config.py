@@ -1,5 +1,6 @@
 """Flags, YAML files and the sample's settings: what wins, what is refused, what the learning rate becomes."""
 import math
+import re
 
 import pytest
 import torch
@@ -111,6 +112,49 @@ def test_mix_kwargs_from_yaml_make_the_same_mix(script, tmp_path):
     options = script.parse_config(['-c', recipe]).mix_kwargs
     from_flags = timm_alignmix.create_mix('alignmix', mode_probs=(0.5, 0.25, 0.25))
     assert timm_alignmix.create_mix('alignmix', **options).probs == from_flags.probs
+
+
+def test_several_methods_from_flags_and_from_yaml(script, tmp_path):
+    words = ['--mix', 'mixup=0.5', 'cutmix=0.3', 'none=0.2', '--mix-kwargs', 'mixup.alpha=0.8', 'cutmix.alpha=1.0']
+    mix, kwargs = {'mixup': 0.5, 'cutmix': 0.3, 'none': 0.2}, {'mixup.alpha': 0.8, 'cutmix.alpha': 1.0}
+    config = script.parse_config(['--data-dir', 'x', *words, '--mix-prob', '0.5', '--mix-off-epoch', '7'])
+    assert (config.mix, config.mix_kwargs, config.mix_prob, config.mix_off_epoch) == (mix, kwargs, 0.5, 7)
+    assert config.mix_name == 'cutmix+mixup+none'
+    assert timm_alignmix.create_mix(*config.mixing()[:1], **config.mixing()[1]).chances == pytest.approx(
+        {'mixup': 0.25, 'cutmix': 0.15, 'none': 0.6})
+    recipe = write_yaml(tmp_path, data_dir='x', mix=mix, mix_kwargs=kwargs)
+    found = script.parse_config(['-c', recipe])
+    assert (found.mix, found.mix_kwargs) == (mix, kwargs)
+    # Options belong to the set of methods, whatever their weights.
+    found = script.parse_config(['-c', recipe, '--mix', 'cut-mix=1', 'mixup=1', 'none=0'])
+    assert (found.mix, found.mix_kwargs) == ({'cut-mix': 1, 'mixup': 1, 'none': 0}, kwargs)
+    for others in (['cutmix'], ['mixup=1', 'cutmix=1']):
+        assert script.parse_config(['-c', recipe, '--mix', *others]).mix_kwargs == {}
+
+
+def test_a_variant_of_a_recipe_may_be_several_methods(script, refusal, tmp_path):
+    recipe = write_yaml(tmp_path, data_dir='x', mix='few', mix_kwargs={'n': 5}, mixes={
+        'few': {'mix': 'multimix'}, 'cutmix': {'epochs': 3}, 'deit': {
+            'mix': {'mixup': 0.5, 'cutmix': 0.5}, 'mix_kwargs': {'mixup.alpha': 0.8}, 'epochs': 5}})
+    config = script.parse_config(['-c', recipe, '--mix', 'deit'])
+    assert (config.mix, config.mix_kwargs) == ({'mixup': 0.5, 'cutmix': 0.5}, {'mixup.alpha': 0.8})
+    assert config.epochs == 5 and script.parse_config(['-c', recipe]).mix_kwargs == {'n': 5}
+    assert script.parse_config(['-c', recipe, '--mix', 'mixup=1', 'cutmix=1']).epochs == 300
+    assert "unknown mix 'few'" in refusal('-c', recipe, '--mix', 'few=1', 'mixup=1')
+
+
+@pytest.mark.parametrize('words, said', [
+    (('--mix', 'mixup', 'cutmix'), "--mix takes one method, or several with a weight each"),
+    (('--mix', 'mixup=1', 'cutmix=-1'), '--mix mixup=1.0 cutmix=-1.0 cannot work .*a weight each'),
+    (('--mix', 'mixup=nan', 'cutmix=1'), '--mix takes finite numbers'),
+    (('--mix', 'mixup=1', 'cutmix=1', '--mix-kwargs', 'alpha=1.0'), 'such as cutmix.alpha'),
+    (('--mix', 'mixup=1', 'none=1', '--mix-kwargs', 'mixup.per_example=3'), '--mix-kwargs mixup.per_example takes'),
+    (('--mix', 'mixup', '--mix-prob', '1.5'), '--mix-prob 1.5 cannot work .*from 0 to 1'),
+    (('--mix', 'mixup', '--mix-off-epoch', '-1'), '--mix-off-epoch must be at least 0'),
+])
+def test_several_methods_that_cannot_be_are_refused(refusal, words, said):
+    message = ' '.join(refusal('--data-dir', 'x', *words).split())
+    assert re.search(said, message), message
 
 
 def test_mix_kwargs_without_equals_sign_are_refused(refusal):

@@ -7,7 +7,7 @@ import yaml
 from PIL import Image
 
 from alignmix_lab.classification import TrainConfig
-from alignmix_lab.classification.build import classifier_parameters
+from alignmix_lab.classification.build import classifier_parameters, create_task, model_arguments
 from alignmix_lab.classification.dry_run import describe_cost, learning_rates, mode_probabilities, plan_run, step_cost
 
 SIZES = dict(dataset_size=(1000, 100), num_classes=10, model='test_resnet', img_size=64, device='cpu')
@@ -15,6 +15,12 @@ SIZES = dict(dataset_size=(1000, 100), num_classes=10, model='test_resnet', img_
 
 def plan(**options):
     return plan_run(TrainConfig(**{**SIZES, **options}))
+
+
+def test_methods_know_how_the_run_normalises_its_images():
+    run = plan(mix='saliencymix', mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6])
+    task = create_task(run.config, model_arguments(run.config), run.data_config, 10, torch.device('cpu'))
+    assert [list(values) for values in task.mix.normalization] == [[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]]
 
 
 def test_nothing_is_needed_but_sizes(run_training, monkeypatch, tmp_path):
@@ -56,17 +62,20 @@ def test_the_data_is_read_where_it_is_there(digits):
 @pytest.mark.parametrize('options, expected', [
     (dict(mix='none'), {'clean': 1}),
     (dict(mix='cutmix'), {'input': 1}),
+    (dict(mix='saliencymix', mix_kwargs=dict(prob=0.25)), {'input': 0.25, 'clean': 0.75}),
     (dict(mix='alignmix', mix_kwargs={'mode_probs': (2, 1, 1)}), {'input': 0.5, 'feat': 0.25, 'feat_prime': 0.25}),
     (dict(mix='multimix', mix_kwargs={'prob': 0.7}), {'embedding': 0.7, 'input': 0.3}),
     (dict(mix='manifold', mix_kwargs={'layers': ['input', 'embedding']}), {'input': 0.5, 'embedding': 0.5}),
+    (dict(mix={'mixup': 2, 'multimix': 2, 'none': 1}, mix_kwargs={'multimix.prob': 0.75}, mix_prob=0.5),
+     {'mixup': 0.2, 'multimix/embedding': 0.15, 'multimix/input': 0.05, 'clean': 0.6}),
 ])
 def test_modes_have_the_probabilities_asked_for(options, expected):
     assert mode_probabilities(plan(**options)) == pytest.approx(expected)
 
 
 def test_a_mix_that_the_run_would_refuse_is_refused():
-    with pytest.raises(ValueError, match='in closed form'):
-        mode_probabilities(plan(mix='multimix', bce_loss=True))
+    with pytest.raises(ValueError, match='gradient checkpointing would compute the layers again'):
+        mode_probabilities(plan(mix='alignmix', grad_checkpointing=True))
 
 
 @pytest.mark.parametrize('opt, states', [('momentum', 1), ('adamw', 2), ('lamb', 2)])

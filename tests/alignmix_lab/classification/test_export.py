@@ -8,8 +8,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from alignmix_lab.classification import TrainConfig, train
+from alignmix_lab.classification import TrainConfig, build, train
 from alignmix_lab.classification.build import model_arguments
+from alignmix_lab.runs.models import create_model
 from timm_alignmix import weights
 
 
@@ -65,6 +66,28 @@ def test_a_vit_is_built_for_the_images_of_the_run(photos, tmp_path, size):
 def test_only_networks_of_another_fixed_size_are_told_the_size(photos, tmp_path, model, options, expected):
     arguments = model_arguments(TrainConfig(model=model, img_size=96, model_kwargs=options))
     assert arguments.get('img_size') == expected
+
+
+@pytest.mark.parametrize('model, size, builds', [
+    ('test_resnet', 96, 1), ('test_vit', None, 1), ('vit_tiny_patch16_224', 96, 2), ('levit_128s', 300, 2)])
+def test_a_run_builds_and_tries_each_form_of_the_network_once(monkeypatch, model, size, builds):
+    built, tried = [], []
+
+    def create(*args, **kwargs):
+        built.append(create_model(*args, **kwargs))
+        built[-1].register_forward_pre_hook(lambda *_: tried.append(1))
+        return built[-1]
+
+    monkeypatch.setattr(build, 'create_model', create)
+    config = TrainConfig(model=model, img_size=size)
+    if model == 'levit_128s':  # img_size is no remedy
+        with pytest.raises(ValueError, match='pass --img-size 224'):
+            build.resolve_model(config)
+    else:
+        arguments, data_config = build.resolve_model(config)
+        assert arguments.get('img_size') == (size if builds == 2 else None)
+        assert data_config['input_size'][-1] == (size or 160)
+    assert len(built) == builds and len(tried) <= builds
 
 
 def test_no_export(photos, tmp_path):

@@ -1,4 +1,5 @@
 """The export of a training checkpoint: its weights, its facts, and checkpoints that are refused."""
+import json
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 from alignmix_lab.classification import TrainConfig
 from alignmix_lab.classification.export_checkpoint import export_checkpoint
 from alignmix_lab.commands.export import main
+from alignmix_lab.evaluation.published import method_name
 from timm_alignmix import weights
 
 
@@ -105,6 +107,24 @@ def test_configuration_carries_the_runs_facts(cnn):
 def test_options_of_the_mix_are_complete(vit):
     options = weights.read_config(vit.folder)['training']['mix_options']
     assert options['n'] == 1000 and options['attention'] == 'gap'  # defaults, written out
+
+
+def test_several_methods_and_when_they_mix_are_facts(cnn, tmp_path):
+    own = dict(mix={'mixup': 0.5, 'cutmix': 0.5}, mix_kwargs={'mixup.alpha': 0.8}, mix_prob=0.7, mix_off_epoch=280)
+    folder = export_checkpoint(cnn.save(tmp_path / 'last.pth.tar', args={**cnn.args, **own}), tmp_path / 'out')
+    config = json.loads((folder / 'config.json').read_text())
+    facts, options = config['training'], {'mixup.alpha': 0.8, 'cutmix.alpha': 1.0}
+    assert facts['mix'] == 'cutmix+mixup' and facts['mix_weights'] == own['mix']
+    assert (facts['mix_prob'], facts['mix_off_epoch']) == (0.7, 280)
+    assert options.items() <= facts['mix_options'].items() and own.items() <= facts['recipe'].items()
+    assert config['pretrained_cfg']['tag'].startswith('cutmix_mixup_')
+    assert "- drawn with weights: {'mixup': 0.5, 'cutmix': 0.5}" in (folder / 'README.md').read_text()
+    assert method_name(facts['mix_weights'], facts['mix_options'], facts) == (
+        '0.5 input mixup + 0.5 CutMix (mixup.alpha=0.8, mix_prob=0.7, mix_off_epoch=280)')
+    timms = {'model': 'test_resnet', 'num_classes': 7, 'mix': 'mixup', 'mixup_prob': 0.6, 'mixup_off_epoch': 3}
+    folder = export_checkpoint(cnn.save(tmp_path / 'timm.pth.tar', args=timms), tmp_path / 'timm')
+    facts = json.loads((folder / 'config.json').read_text())['training']
+    assert (facts['mix'], facts['mix_prob'], facts['mix_off_epoch']) == ('mixup', 0.6, 3)
 
 
 def test_no_path_of_the_machine_is_written(cnn):

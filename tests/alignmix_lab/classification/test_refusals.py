@@ -39,7 +39,6 @@ def test_a_missing_folder(refused, tmp_path):
     (dict(opt='adamv'), '--opt adamv: timm has no such optimizer; did you mean '),
     (dict(mix='alignmx'), 'alignmix'),
     (dict(mix='multimix', mix_kwargs={'nn': 3}), 'nn'),
-    (dict(mix='multimix', bce_loss=True), 'closed form'),
     (dict(initial_checkpoint='/none.pth'), '--initial-checkpoint /none.pth: no such file'),
     (dict(batch_size=85), '--batch-size 84 or less'),
     (dict(sync_bn=True), '--sync-bn needs GPUs'),

@@ -84,9 +84,12 @@ def test_a_description_of_another_file_is_refused(beton):
     sidecar_path(beton).write_text(json.dumps({**description, 'num_samples': 12}))
     with pytest.raises(ValueError, match='describes 12 samples in .* bytes, but val.beton has 11'):
         inspect_beton(beton)
-    sidecar_path(beton).write_text('{}')
-    with pytest.raises(ValueError, match='is not the description of a .beton file'):
-        inspect_beton(beton)
+    checksums = description['checksums']
+    without, no_number = {k: v for k, v in checksums.items() if k != 'pages'}, {**checksums, 'data_start': None}
+    for content in ({}, {**description, 'checksums': without}, {**description, 'checksums': no_number}):
+        sidecar_path(beton).write_text(json.dumps(content))
+        with pytest.raises(ValueError, match='is not the description of a .beton file'):
+            inspect_beton(beton)
 
 
 def test_a_file_of_ffcv_itself_is_accepted(foreign, crops):
@@ -110,8 +113,30 @@ def test_verify_finds_a_changed_label(beton):
     content = beton.read_bytes()
     pointer = int(inspect_beton(beton).pointers[3]).to_bytes(8, 'little')
     overwrite(beton, content.index(pointer) + 8, (7).to_bytes(8, 'little'))
-    with pytest.raises(ValueError, match='the index .* is damaged'):
+    with pytest.raises(ValueError, match='val.beton: the index .* is damaged; .*alignmix_lab convert'):
         verify_beton(beton, progress=False)
+    with pytest.raises(ValueError, match='the index .* is damaged'):  # before a run begins, too
+        inspect_beton(beton)
+
+
+@pytest.mark.parametrize('described', [True, False])
+@pytest.mark.parametrize('size', [0, 3 << 20])
+def test_an_impossible_page_size_is_refused(beton, size, described):
+    if not described:
+        sidecar_path(beton).unlink()
+    overwrite(beton, 4, size.to_bytes(4, 'little'))
+    with pytest.raises(ValueError, match=f'val.beton is damaged: pages of {size} bytes.*alignmix_lab convert'):
+        inspect_beton(beton)
+
+
+def test_every_changed_byte_of_the_head_is_found(beton):
+    whole = beton.read_bytes()
+    for place in [*range(24), 30, 40, 1000, 1100, 2100, 2200, len(whole) - 5]:
+        overwrite(beton, place, bytes([whole[place] ^ 1]))
+        with pytest.raises(ValueError, match='val.beton.*alignmix_lab convert'):
+            inspect_beton(beton)
+        overwrite(beton, place, whole[place:place + 1])
+    assert inspect_beton(beton).num_samples == 11
 
 
 def test_verify_decodes_files_without_checksums(foreign, tmp_path):

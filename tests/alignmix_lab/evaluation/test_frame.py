@@ -9,8 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
+from timm.layers import resample_abs_pos_embed
 
 from alignmix_lab.classification import TrainConfig
 from alignmix_lab.evaluation import EvalConfig, NotApplicable, base, evaluate, options_class, register_protocol, resolve
@@ -18,6 +20,7 @@ from alignmix_lab.evaluation.models import open_models, short_labels
 from alignmix_lab.evaluation.result import Column, Result
 from alignmix_lab.evaluation.runner import command_line
 from alignmix_lab.runs.options import Options, config_option, create_parser, parse_flags
+from timm_alignmix import weights
 
 ROOT = Path(__file__).resolve().parents[3]
 CLASSES = ('blob', 'cross', 'stripe')
@@ -96,6 +99,26 @@ def test_ways_to_name_a_model(models, networks, checkpoint, tmp_path):
     assert other.label == 'mine' and other.fingerprint != opened[0].fingerprint
     random = open_models(EvalConfig(model=['test_resnet'], pretrained=False), CPU)[0]
     assert random.num_classes == 1000 and random.class_names is None
+
+
+def test_vits_are_built_for_the_images(tmp_path):
+    torch.manual_seed(0)
+    trained = timm.create_model('vit_tiny_patch16_224', num_classes=3)
+    folder = weights.export(trained, tmp_path / 'vit', license='unknown')
+    small = timm.create_model('vit_tiny_patch16_224', num_classes=3, img_size=64)
+    torch.save(small.state_dict(), tmp_path / 'vit64.pth')
+    for options in (dict(model=['vit_tiny_patch16_224'], pretrained=False), dict(model=[str(folder)]),
+                    dict(model=['vit_tiny_patch16_224'], checkpoint=[str(tmp_path / 'vit64.pth')], num_classes=3)):
+        model = open_models(EvalConfig(img_size=64, **options), CPU)[0]
+        assert model.network.network.patch_embed.img_size == (64, 64)
+        assert model.network(torch.rand(1, 3, 64, 64)).isfinite().all()
+    # The exported table of positions is resized as timm does it; a size of its own leaves it as it is.
+    expected = resample_abs_pos_embed(trained.pos_embed, (4, 4))
+    resized, own = (open_models(EvalConfig(img_size=side, model=[str(folder)]), CPU)[0] for side in (64, 224))
+    torch.testing.assert_close(resized.network.network.pos_embed, expected)
+    assert torch.equal(own.network.network.pos_embed, trained.pos_embed)
+    with pytest.raises(ValueError, match='--model levit_128s does not take images of 300x300; pass --img-size 224'):
+        open_models(EvalConfig(img_size=300, model=['levit_128s'], pretrained=False), CPU)
 
 
 def test_last_and_best_epoch_are_both_named(run, networks, checkpoint, tmp_path):

@@ -13,7 +13,7 @@ from alignmix_lab import plots
 from alignmix_lab.commands.plot import main
 from alignmix_lab.plots.alignment import _grid_height
 from alignmix_lab.plots.attention import position_shares
-from alignmix_lab.plots.gallery import mixed_pair
+from alignmix_lab.plots.gallery import input_mixes, mixed_pairs
 from alignmix_lab.plots.images import network_input, to_pixels
 from timm_alignmix import MixTask
 from timm_alignmix.anatomy import feature_map
@@ -60,16 +60,22 @@ def test_images_are_found_spread_and_read(photos, tmp_path):
 
 
 def test_gallery_mixes_as_the_targets_say():
+    """A black and a white image: the mean of every mixed image is the weight of the white one."""
     pixels = torch.stack([torch.zeros(3, 20, 20), torch.ones(3, 20, 20)])
-    for lam in (0.9, 0.5, 0.25):
-        image, weight = mixed_pair('mixup', pixels, lam, (0.5, 0.5))
-        torch.testing.assert_close(image, torch.full((3, 20, 20), 1 - lam))
-        assert weight == lam
-        image, weight = mixed_pair('cutmix', pixels, lam, (0.9, 0.1))
-        assert set(image.unique().tolist()) == {0.0, 1.0}
-        assert abs(image.mean() - (1 - weight)) < 1e-6 and weight >= lam
-    titles = drawn(plots.gallery(pixels, ('dark', 'light'), lams=(0.75,)))
-    assert set(titles) == {'A: dark', '0.75 A + 0.25 B', 'B: light'}
+    for name in set(input_mixes()) - {'cutout'}:
+        for image, lam, _ in mixed_pairs(name, pixels, (0.9, 0.5)):
+            assert image.mean().item() == pytest.approx(1 - lam, abs=1 / 400), name
+    assert [round(lam, 1) for _, lam, _ in mixed_pairs('mixup', pixels, (0.9, 0.5, 0.3))] == [0.9, 0.5, 0.3]
+    figure = plots.gallery(pixels, ('dark', 'light'), lams=(0.75, 0.5))
+    assert [ax.get_ylabel() for ax in figure.axes if ax.get_ylabel()] == input_mixes()
+    titles = drawn(figure)
+    assert {'A: dark', 'B: light'} <= set(titles)
+    assert len([ax for ax in figure.axes if ax.images and ax.get_subplotspec().rowspan.start == 1]) == 3  # cutout: one
+
+
+def test_gallery_has_all_methods_that_mix_images():
+    assert {'mixup', 'cutmix', 'saliencymix', 'zeta'} <= set(input_mixes())
+    assert not {'none', 'manifold', 'alignmix', 'alignmix_ae', 'multimix', 'densemultimix'} & set(input_mixes())
 
 
 def test_alignment_draws_the_plan():

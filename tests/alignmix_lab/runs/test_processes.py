@@ -76,6 +76,10 @@ def two(make_config, on_processes, tmp_path_factory):
         'asked': (align, {'at': (2, 'signal')}),
         'asked-on': (dict(align, resume='auto', output=folder / 'asked'), {}),
         'spoilt': (dict(align, epochs=1), {'at': (3, 'spoil')}),
+        # Layers of a method's own, which DistributedDataParallel would miss in steps that do not use them.
+        'several': (dict(
+            batch_size=8, mix={'alignmix_ae': 0.5, 'mixup': 0.5}, mix_off_epoch=1,
+            mix_kwargs={'alignmix_ae.dim': 8, 'alignmix_ae.width': 4}), {}),
     }
     on_processes(2, 'train_all', {
         name: {**make_config(options.pop('output', folder / name), **options).to_dict(), **extra}
@@ -96,6 +100,13 @@ def test_modes_are_shared_and_draws_are_not(two):
     assert lams and all(one != other for one, other in lams)
 
 
+def test_several_methods_are_shared_and_end_together(two):
+    first, second = ([mode for mode, _, _ in part['steps']] for part in two[1]('several'))
+    assert first == second and len(first) == 10
+    assert {mode.partition('/')[0] for mode in first[:5]} == {'alignmix_ae', 'mixup'}
+    assert first[5:] == ['clean'] * 5
+
+
 def test_machines_that_see_different_checkpoints_are_refused(two, make_config, on_processes, tmp_path):
     """Two machines without a common folder: one would resume, the other begin anew."""
     config = make_config(two[0] / 'plain', batch_size=8, resume='auto', **PLAIN)
@@ -111,7 +122,7 @@ def test_gradients_are_reduced_once_an_update(two):
     assert [part['reductions'] for part in two[1]('plain')] == [5, 5]
 
 
-@pytest.mark.parametrize('name', ['dense', 'plain', 'whole', 'spoilt'])
+@pytest.mark.parametrize('name', ['dense', 'plain', 'whole', 'spoilt', 'several'])
 def test_both_processes_end_with_the_same_model(two, name):
     """Parameters, running statistics (averaged, or those of the first) and averages; all report the same history."""
     first, second = two[1](name)
@@ -267,15 +278,31 @@ def test_threads_are_changed_only_where_accelerate_launch_set_one(
         torch.set_num_threads(1)
 
 
-def test_a_launch_of_several_that_starts_one_is_refused(launch, tmp_path):
+@pytest.mark.parametrize('asked, exported, refused', [
+    (2, {}, True),
+    (2, dict(MASTER_ADDR='10.0.0.1', MASTER_PORT='29500', WORLD_SIZE='1', RANK='0'), True),
+    (2, dict(MASTER_ADDR='127.0.0.1'), True),  # the launcher adds the port
+    (1, dict(MASTER_ADDR='10.0.0.1', MASTER_PORT='29500'), False),
+    (1, dict(MASTER_ADDR='10.0.0.1', MASTER_PORT='29500', WORLD_SIZE='1', RANK='0'), False),
+])
+def test_a_launch_of_several_that_starts_one_is_refused(launch, tmp_path, asked, exported, refused):
     script = tmp_path / 'one.py'
     script.write_text(
         'from alignmix_lab.runs.accelerator import create_accelerator\n'
         'try:\n'
-        "    create_accelerator('cpu')\n"
+        "    print('processes', create_accelerator('cpu').num_processes)\n"
         'except ValueError as e:\n'
         '    print(e)\n')
-    assert '--multi_gpu --num_processes N' in launch('--cpu', '--num_processes', '2', str(script))
+    output = launch('--cpu', '--num_processes', str(asked), str(script), **exported)
+    assert ('--multi_gpu --num_processes N' if refused else 'processes 1') in output
+
+
+def test_processes_that_would_train_alone_are_refused(monkeypatch):
+    monkeypatch.setenv('WORLD_SIZE', '2')  # alone, left over from something else
+    assert create_accelerator().num_processes == 1
+    monkeypatch.setenv('RANK', '0')
+    with pytest.raises(ValueError, match='started 2 processes, but each would train alone'):
+        create_accelerator()
 
 
 @pytest.mark.parametrize('variable, value, amp, said', [

@@ -70,6 +70,19 @@ def test_a_stopped_run_continues_bit_by_bit(stopped, continued, finished):
     assert not any('changed arguments' in line for line in run.log)
 
 
+@pytest.mark.parametrize('stop_epoch', [1, 2])
+def test_a_run_continues_where_mixing_is_switched_off(make_config, run_training, tmp_path, stop_epoch):
+    """Stopped at the epoch that switches it off, or in the middle of those without."""
+    options = dict(
+        mix={'mixup': 0.4, 'densemultimix': 0.4, 'none': 0.2}, mix_kwargs={'densemultimix.n': 12}, epochs=3,
+        mix_off_epoch=1, model_ema=True, model_ema_decay=0.7, drop=0.1)
+    full = run_training(make_config(tmp_path / 'full', **options))
+    modes = [set(entry['train']['modes']) for entry in full.result['history']]
+    assert modes[0] & {'mixup', 'densemultimix/dense', 'densemultimix/input'} and modes[1:] == [{'clean'}] * 2
+    run_training(make_config(tmp_path / 'stopped', **options, stop_epoch=stop_epoch))
+    assert_same_end(run_training(make_config(tmp_path / 'stopped', **options, resume='auto')), full, stop_epoch)
+
+
 def test_resume_auto_falls_back_from_a_truncated_file(continued, finished):
     def damage(folder):
         truncate(folder / 'last.pth.tar')

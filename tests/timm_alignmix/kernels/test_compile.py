@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-triton = pytest.importorskip('triton', reason='Triton is not installed: its kernels are not used either')
+triton = pytest.importorskip('triton', '3.6', 'needs Triton 3.6 or later, else its kernels are not used either')
 CUOBJDUMP = Path(triton.__file__).parent / 'backends' / 'nvidia' / 'bin' / 'cuobjdump'
 pytestmark = pytest.mark.skipif(
     os.environ.get('TRITON_INTERPRET') == '1' or not CUOBJDUMP.exists(),

@@ -26,10 +26,11 @@ def test_import_without_triton_and_the_operators_on_a_cpu():
     subprocess.run([sys.executable, '-c', program], check=True, timeout=120)
 
 
-@pytest.mark.parametrize('case', ('cuda', 'no triton', 'no cuda', 'old gpu', 'switched off'))
+@pytest.mark.parametrize('case', ('cuda', 'no triton', 'old triton', 'no cuda', 'old gpu', 'switched off'))
 def test_usable(monkeypatch, case):
     monkeypatch.setattr(torch.version, 'cuda', None if case == 'no cuda' else '13.2')
-    monkeypatch.setattr(kernels, 'triton_installed', lambda: case != 'no triton')
+    versions = {'no triton': (), 'old triton': (3, 5)}
+    monkeypatch.setattr(kernels, 'triton_version', lambda: versions.get(case, (3, 10)))
     monkeypatch.setattr(
         torch.cuda, 'get_device_capability', lambda device: (7, 5) if case == 'old gpu' else (9, 0))
     if case == 'switched off':

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-triton = pytest.importorskip('triton', reason='Triton is not installed: its kernels are not used either')
+triton = pytest.importorskip('triton', '3.6', 'needs Triton 3.6 or later, else its kernels are not used either')
 
 
 def version_of(module):

@@ -8,7 +8,7 @@ import torch
 
 from timm_alignmix.functional import convex_weights, losses, transport
 
-pytest.importorskip('triton', reason='Triton is not installed: its kernels are not used either')
+pytest.importorskip('triton', '3.6', 'needs Triton 3.6 or later, else its kernels are not used either')
 HALF = (torch.bfloat16, torch.float16)
 
 

@@ -7,12 +7,11 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.data.mixup import Mixup as TimmMixup
-from timm.data.mixup import rand_bbox
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import timm_alignmix
 from timm_alignmix import MixTask, create_mix, list_mixes
 from timm_alignmix.mixes.base import partners_of
-from timm_alignmix.mixes.cutmix import box_around
 from timm_alignmix.step_random import StepRandom
 
 
@@ -58,16 +57,6 @@ def test_input_methods_equal_timm(name, smoothing, monkeypatch):
     torch.testing.assert_close(mix.images(images, draw), expected_x)
     clean = timm_alignmix.functional.soft_target(y, 5, smoothing)
     torch.testing.assert_close(mix.target(clean, draw), expected_target, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize('lam', [0.0, 0.031, 0.5, 0.77, 1.0])
-def test_box_is_timms(lam, monkeypatch):
-    for centre in ((0, 0), (31, 5), (16, 47), (7, 20)):
-        draws = iter(centre)
-        monkeypatch.setattr(np.random, 'randint', lambda low, high, size=None, draws=draws: np.asarray(next(draws)))
-        top, bottom, left, right = rand_bbox((32, 48), lam)
-        ours = box_around(torch.tensor([centre]), torch.tensor([[lam]], dtype=torch.float64), 32, 48)
-        assert ours[0].tolist() == [top, left, bottom, right]
 
 
 def test_cutmix_per_example_pastes_each_box_and_corrects_each_lam():
@@ -299,7 +288,8 @@ def test_hull_methods_are_input_mixup_otherwise(name):
 
 def test_names_and_options():
     assert list_mixes() == [
-        'alignmix', 'alignmix_ae', 'cutmix', 'densemultimix', 'manifold', 'mixup', 'multimix', 'none']
+        'alignmix', 'alignmix_ae', 'cutmix', 'cutout', 'densemultimix', 'fmix', 'guidedmixup', 'manifold', 'mixup',
+        'multimix', 'none', 'regmixup', 'resizemix', 'saliencymix', 'zeta']
     assert create_mix('AlignMix-AE', dim=16).name == 'alignmix_ae'
     assert create_mix('Dense_Multi-Mix', n=5).name == 'densemultimix'
     with pytest.raises(ValueError, match="unknown mix 'cutmixx'; available: alignmix, alignmix_ae, cutmix"):
@@ -318,6 +308,15 @@ def test_names_and_options():
     ('multimix', dict(alpha=(2, 1)), '0 < low <= high'),
     ('densemultimix', dict(attention='cls'), "attention must be 'gap', 'cam' or 'none'"),
     ('densemultimix', dict(prob=1.5), '0 <= prob <= 1'),
+    ('saliencymix', dict(prob=-0.1), 'prob must be 0 to 1'),
+    ('saliencymix', dict(box='pair'), "box must be 'example' or 'batch'"),
+    ('saliencymix', dict(per_example=True, box='batch'), "needs box='example'"),
+    ('guidedmixup', dict(saliency='ap'), "saliency must be 'sr'"),
+    ('resizemix', dict(high=1.1), '0 < low <= high <= 1'),
+    ('zeta', dict(gamma=0), 'gamma must be > 0'),
+    ('cutout', dict(length=0), 'length >= 1'),
+    ('regmixup', dict(eta=-1), 'eta must be >= 0'),
+    ('fmix', dict(decay=-1), 'decay must be >= 0'),
 ])
 def test_options_out_of_range(name, options, match):
     with pytest.raises(ValueError, match=match):
@@ -330,6 +329,7 @@ def test_options_out_of_range(name, options, match):
     ('manifold', {}, dict(input=1 / 3, layer1=1 / 3, layer2=1 / 3)),
     ('multimix', {}, dict(embedding=0.5, input=0.5)),
     ('densemultimix', dict(prob=0.2, n=1), dict(dense=0.2, input=0.8)),
+    ('saliencymix', dict(prob=0.3, centre='random'), dict(input=0.3, clean=0.7)),
 ])
 def test_mode_frequencies_and_modes_shared_by_ranks(name, options, expected):
     task = MixTask(tiny(torch.float32), name, options, verbose=False)
@@ -341,17 +341,96 @@ def test_mode_frequencies_and_modes_shared_by_ranks(name, options, expected):
         # Five standard deviations of a binomial.
         assert abs(modes[0].count(mode) / 600 - p) < 5 * math.sqrt(p * (1 - p) / 600)
     first = [next(d for d in draws if d['mode'] == 'input') for draws in ranks]
-    assert first[0]['lam'] != first[1]['lam']
+    assert not torch.equal(first[0]['lam'], first[1]['lam'])
 
 
-def test_draws_are_a_function_of_seed_step_and_rank():
-    mix, images = create_mix('mixup', per_example=True), batch()[0]
-    lam = mix.draw(images, random(3, 7, 1))['lam']
+@pytest.mark.parametrize('name, options', [
+    ('mixup', dict(per_example=True)), ('cutmix', {}), ('cutout', dict(length=20)), ('fmix', {}),
+    ('guidedmixup', dict(prob=1, pairing='random')), ('regmixup', {}), ('resizemix', {}),
+    ('saliencymix', dict(prob=1)), ('zeta', {}),
+])
+def test_draws_are_a_function_of_seed_step_and_rank(name, options):
+    mix, images = create_mix(name, **options), batch()[0]
+    mixed = mix.images(images, mix.draw(images, random(3, 7, 1)))
     torch.manual_seed(99)
     np.random.seed(99)
-    assert torch.equal(mix.draw(images, random(3, 7, 1))['lam'], lam)
-    others = [mix.draw(images, random(*key))['lam'] for key in ((4, 7, 1), (3, 8, 1), (3, 7, 0))]
-    assert not any(torch.equal(other, lam) for other in others)
+    assert torch.equal(mix.images(images, mix.draw(images, random(3, 7, 1))), mixed)
+    others = [mix.images(images, mix.draw(images, random(*key))) for key in ((4, 7, 1), (3, 8, 1), (3, 7, 0))]
+    assert not any(torch.equal(other, mixed) for other in others)
+
+
+INPUT = [
+    ('cutmix', dict(per_example=True)), ('cutmix', {}), ('fmix', dict(per_example=True)), ('fmix', {}),
+    ('guidedmixup', dict(prob=1)), ('resizemix', {}), ('saliencymix', dict(prob=1)),
+    ('saliencymix', dict(prob=1, box='batch', centre='random')), ('saliencymix', dict(prob=1, per_example=True)),
+]
+
+
+@pytest.mark.parametrize('name, options', INPUT)
+def test_masks_weigh_pixels_and_targets(name, options):
+    """Images that are one number, and the same number as target: the mean of the mixed image is the mixed target."""
+    number = torch.tensor([0.0, 1, 2, 3, 5, 8], dtype=torch.float64)
+    images = number.view(6, 1, 1, 1).expand(6, 3, 24, 40)
+    for step in range(6):
+        mix = create_mix(name, **options)
+        draw = mix.draw(batch(size=40)[0][:, :, :24], random(step=step))
+        mean = mix.images(images, draw).mean(dim=(1, 2, 3))
+        counted = 1 / (24 * 40) if name == 'fmix' else 1e-6  # of fmix lam is what was drawn
+        torch.testing.assert_close(mean, mix.target(number[:, None], draw)[:, 0], rtol=0, atol=8 * counted)
+        assert mean.min() >= 0 and mean.max() <= 8
+
+
+@pytest.mark.parametrize('name, options', [
+    ('cutmix', {}), ('fmix', {}), ('guidedmixup', dict(prob=1)), ('mixup', {}), ('regmixup', {}),
+    ('saliencymix', dict(prob=1)), ('zeta', {}),
+])
+def test_equal_images_stay_and_so_do_layouts_and_dtypes(name, options):
+    one = batch(B=1, dtype=torch.float32)[0].expand(4, 3, 64, 64)
+    mix = create_mix(name, **options)
+    for images in (one.contiguous(), one.contiguous(memory_format=torch.channels_last), one.bfloat16()):
+        mixed = mix.images(images, mix.draw(images, random()))
+        tolerance = 0.02 if images.dtype == torch.bfloat16 else 1e-5
+        torch.testing.assert_close(mixed, images.repeat(len(mixed) // 4, 1, 1, 1), rtol=tolerance, atol=tolerance)
+        assert mixed.stride()[1:] == images.stride()[1:]
+
+
+@pytest.mark.parametrize('name', ['saliencymix', 'guidedmixup', 'zeta'])
+def test_autocast_does_not_change_what_is_drawn_and_mixed(name):
+    images, mix = batch(dtype=torch.float32)[0], create_mix(name, **({} if name == 'zeta' else dict(prob=1)))
+    target = onehot(torch.arange(6) % 5).float()
+    mixed, rows = (f(x, mix.draw(images, random())) for f, x in ((mix.images, images), (mix.target, target)))
+    with torch.autocast('cpu', torch.bfloat16):
+        draw = mix.draw(images, random())
+        assert torch.equal(mix.images(images, draw), mixed) and torch.equal(mix.target(target, draw), rows)
+
+
+class Recorder(TorchDispatchMode):
+    """Names of the operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize('name, options', [
+    ('cutout', {}), ('fmix', dict(per_example=True)), ('guidedmixup', dict(prob=1)), ('regmixup', {}),
+    ('saliencymix', dict(prob=1)), ('saliencymix', dict(prob=1, box='batch', centre='random')), ('zeta', {}),
+])
+def test_nothing_waits_for_the_device_or_is_copied_to_it(name, options):
+    """On a GPU, reading a number or making a tensor of Python's numbers would; the mode is drawn on the host."""
+    images, mix = batch(B=8, size=140, dtype=torch.float32)[0], create_mix(name, **options)
+    rng = random()
+    with Recorder() as recorder:
+        draw = mix.draw(images, rng)
+        mix.images(images, draw)
+        mix.target(torch.eye(8), draw)
+    assert recorder.names.count('_local_scalar_dense') == (name in ('fmix', 'guidedmixup', 'saliencymix'))
+    assert len(recorder.names) > 3
+    assert not {'lift_fresh', 'nonzero', 'masked_select', 'index', 'index_put_'} & set(recorder.names)
 
 
 def test_lam_is_beta_and_partners_a_permutation():
@@ -364,7 +443,7 @@ def test_lam_is_beta_and_partners_a_permutation():
     assert all(torch.equal(draw['perm'].sort().values, torch.arange(64)) for draw in draws)
 
 
-@pytest.mark.parametrize('name', ['mixup', 'cutmix', 'manifold', 'alignmix', 'multimix', 'densemultimix'])
+@pytest.mark.parametrize('name', sorted(set(list_mixes()) - {'alignmix_ae', 'none'}))
 @pytest.mark.parametrize('B', [1, 3])
 def test_any_batch_size(name, B):
     options = dict(n=4) if 'multi' in name else {}

@@ -1,6 +1,7 @@
 """Tags of a local registry in timm, and what of timm they rely on."""
 import json
 import os
+import pwd
 import shutil
 from pathlib import Path
 
@@ -283,6 +284,11 @@ def test_registry_folder(monkeypatch, tmp_path):
     assert weights.registry_dir() == tmp_path / 'timm_alignmix' / 'weights'
     monkeypatch.delenv('XDG_DATA_HOME')
     assert weights.registry_dir() == Path.home() / '.local' / 'share' / 'timm_alignmix' / 'weights'
+    monkeypatch.delenv('HOME')
+    monkeypatch.setattr(pwd, 'getpwuid', {}.__getitem__)  # a container whose user has no entry
+    with pytest.raises(RuntimeError, match='no home directory .*; set TIMM_ALIGNMIX_WEIGHTS to a folder'):
+        weights.registry_dir()
+    assert weights.register_local() == []
 
 
 def test_timm_is_as_it_was_after_the_import():

@@ -13,7 +13,7 @@ from timm.loss import (
 )
 
 from timm_alignmix import MixTask, create_mixup
-from timm_alignmix.criterion import Criterion
+from timm_alignmix.mixes.criterion import Criterion
 
 WEIGHT = torch.tensor([0.5, 2.0, 1.0, 0.0, 1.5], dtype=torch.float64)
 BINARY = [
@@ -187,7 +187,7 @@ def test_pairs_equal_soft_targets_where_the_loss_is_linear(name, options, criter
     models = tiny(), tiny()
     losses = []
     for model, targets in zip(models, ('soft', 'pairs'), strict=True):
-        task = MixTask(model, name, options, criterion=criterion, targets=targets, img_size=images.shape[2], verbose=False)
+        task = MixTask(model, name, options, criterion=criterion, targets=targets, img_size=32, verbose=False)
         losses.append(task(images, y)['loss'])
         losses[-1].backward()
     torch.testing.assert_close(*losses, rtol=1e-6, atol=1e-8)
@@ -211,7 +211,8 @@ def test_pairs_take_criteria_of_classes(name, options, criterion):
     assert lam > 0
 
     model = tiny()
-    x, (y_a, y_b, function_lam) = create_mixup(name, model, targets='pairs', img_size=images.shape[2], **options)(images, y)
+    mixup_fn = create_mixup(name, model, targets='pairs', img_size=32, **options)
+    x, (y_a, y_b, function_lam) = mixup_fn(images, y)
     output = model(x)
     loss = function_lam * criterion(output, y_a) + (1 - function_lam) * criterion(output, y_b)
     torch.testing.assert_close(loss, expected)

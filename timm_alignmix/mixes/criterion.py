@@ -8,7 +8,7 @@ import torch.nn as nn
 from timm.loss import BinaryCrossEntropy as TimmBinaryCrossEntropy
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 
-from .functional import BinaryCrossEntropy, soft_target, soft_target_cross_entropy
+from ..functional import BinaryCrossEntropy, soft_target, soft_target_cross_entropy
 
 
 @dataclass(frozen=True)
