@@ -86,7 +86,8 @@ def test_options_of_several_labels(shapes):
 def test_smoothing_moves_labels_towards_one_half(shapes, make_config, tmp_path):
     """As timm's MultiLabelClassificationTask smooths, not towards the number of classes."""
     config = make_config(tmp_path, data_dir=str(shapes[0]), multi_label=True, smoothing=0.2)
-    task = create_task(config, model_arguments(config), (3, 64, 64), 3, torch.device('cpu'))
+    images = dict(input_size=(3, 64, 64), mean=(0.5,) * 3, std=(0.25,) * 3)
+    task = create_task(config, model_arguments(config), images, 3, torch.device('cpu'))
     target = torch.tensor([[1., 0, 0], [1, 1, 0]])
     result = task(torch.randn(2, 3, 64, 64), target)
     expected = torch.nn.functional.binary_cross_entropy_with_logits(result['output'], target * 0.8 + 0.1)
