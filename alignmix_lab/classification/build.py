@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError
 from timm.data import resolve_data_config
 from timm.layers import convert_sync_batchnorm
+from timm.loss import create_classification_loss
 from timm.models import load_checkpoint
 from timm.utils import random_seed
 from torch import nn
@@ -157,12 +158,13 @@ def create_task(
     if config.channels_last:
         model.to(memory_format=torch.channels_last)
     bce = dict(loss_type='bce', bce_sum=config.bce_sum, bce_target_thresh=config.bce_target_thresh)
-    loss = dict(criterion_kwargs=dict(smoothing=config.smoothing, **(bce if config.bce_loss else {})))
+    criterion = create_classification_loss(
+        multi_label=config.multi_label, smoothing=config.smoothing, **(bce if config.bce_loss else {}))
     if class_weights is not None:
-        loss = dict(criterion=nn.CrossEntropyLoss(class_weights.to(device), label_smoothing=config.smoothing))
+        criterion = nn.CrossEntropyLoss(class_weights.to(device), label_smoothing=config.smoothing)
     mix, mix_kwargs = config.mixing()
     task = timm_alignmix.MixTask(
-        model, mix=mix, mix_kwargs=mix_kwargs, **loss, seed=config.seed, rank=rank,
+        model, mix=mix, mix_kwargs=mix_kwargs, criterion=criterion, seed=config.seed, rank=rank,
         img_size=data_config['input_size'][-2:], device=device, verbose=rank == 0)
     task.mix.set_normalization(data_config['mean'], data_config['std'])
     return task

@@ -12,7 +12,10 @@ from .seeding import SeededErasing
 
 
 class Batches(Protocol):
-    """Source of CPU batches: (B, C, H, W) uint8 images and (B,) int64 labels. Batches do not share memory."""
+    """Source of CPU batches: (B, C, H, W) uint8 images, and (B,) int64 labels or (B, classes) float32 rows of several.
+
+    Batches do not share memory.
+    """
     num_samples: int
 
     def set_epoch(self, epoch: int, start: int = 0) -> None: ...
@@ -94,7 +97,8 @@ class IndexedBatches:
 
 
 class DeviceLoader:
-    """Loader of (images, labels) on a device: (B, C, H, W) float32, normalised there from uint8, and (B,) int64.
+    """Loader of (images, labels) on a device: (B, C, H, W) float32, normalised there from uint8, and (B,) int64 or
+    (B, classes) float32.
 
     It wraps timm's PrefetchLoader: the next batch is transferred while the current one is used. Every batch has its own
     memory, so tensors stay valid after the loop moves on. `num_samples` counts the whole split, over all ranks.

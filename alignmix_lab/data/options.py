@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from alignmix_lab.runs.options import Options, config_option
+from alignmix_lab.runs.options import Options, config_option, flag
 
 # Without timm's 'random', which only training has.
 INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
@@ -25,12 +25,29 @@ class SourceOptions(Options):
     dataset: str = _data('', 'timm dataset name, e.g. torch/cifar10, hfds/<repo>, wds/<name>; default: read --data-dir')
     dataset_download: bool = _data(False, 'let torch/ datasets download themselves', bool, affects_result=False)
     class_map: str = _data('', 'file that maps class names to indices')
+    multi_label: bool = _data(
+        False, 'images with any number of labels, read from SPLIT.csv or COCO annotations in --data-dir; trains with '
+        'binary cross-entropy and ranks by map (timm loader)', bool)
     loader: str = _data(
         'auto', 'data loader; auto picks ffcv if it is installed and the data is in .beton files, else timm',
         choices=('auto', 'ffcv', 'timm'))
     val_share: float = _data(
         0.0, 'without a validation split: share of the training images of each class, chosen by --seed, to evaluate on '
         '(timm loader); the same in training and evaluation', float, low=0, below=1)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.multi_label:
+            return
+        if not self.data_dir:
+            raise ValueError('--multi-label needs --data-dir, a folder with files of labels')
+        for name in ('dataset', 'class_map'):
+            if getattr(self, name):
+                raise ValueError(
+                    f'--multi-label reads files of labels in --data-dir; leave {flag(name)} {getattr(self, name)} out')
+        if self.loader == 'ffcv':
+            raise ValueError('--loader ffcv has one label for each image; use --loader timm with --multi-label')
+        self.loader = 'timm'
 
 
 @dataclass

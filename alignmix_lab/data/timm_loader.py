@@ -14,12 +14,13 @@ import numpy as np
 import torch
 import torch.utils.data
 from PIL import Image
+from timm.data import MultiLabelTarget
 from timm.data.loader import fast_collate
 from timm.data.readers.shared_count import SharedCount
 
 from .device_loader import IndexedBatches
 from .images.decode import UnusableData, decode_image, read_bytes
-from .images.sources import ImageSource
+from .images.sources import ImageSource, MultiLabelSource
 from .options import LoaderOptions
 from .order import REPEAT
 from .seeding import generators_kept, seed_generators
@@ -76,14 +77,17 @@ class _TransformedImages(torch.utils.data.Dataset):
             raise UnusableData(
                 f'{self.source.describe(index)} cannot be read ({type(error).__name__}: {error}); repair or remove it, '
                 'or convert the data with python -m alignmix_lab convert, which skips such images') from error
-        _check_label(label, self.options.num_classes, self.source.describe(index))
+        if isinstance(self.source, MultiLabelSource):
+            label = MultiLabelTarget(self.options.num_classes)(label)
+        else:
+            _check_label(label, self.options.num_classes, self.source.describe(index))
         with generators_kept():
             seed_generators(self.options.seed, epoch, number)
             return self.make_transform(size)(image), label
 
 
 class TimmBatches(IndexedBatches):
-    """CPU batches of one rank from a dataset with random access: uint8 images and int64 labels.
+    """CPU batches of one rank from a dataset with random access: uint8 images and int64 labels, or float32 rows.
 
     `make_transform` returns timm's create_transform(use_prefetcher=True) for a (height, width).
     """

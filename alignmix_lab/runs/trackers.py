@@ -41,5 +41,6 @@ def track_epoch(run: Run, entry: dict[str, Any]) -> None:
     """Send the results of an epoch to the trackers."""
     if run.accelerator.trackers:
         values = {f'eval/{name}': value for name, value in entry.get('validation', {}).items()}
-        values.update({'epoch': entry['epoch'], 'epoch/train_loss': entry['train']['loss']})
+        train = {f'epoch/train_{key}': entry['train'][key] for key in ('loss', 'accuracy') if key in entry['train']}
+        values.update({'epoch': entry['epoch'], **train})
         run.accelerator.log(values, step=(entry['epoch'] + 1) * run.updates_per_epoch)

@@ -13,7 +13,7 @@ import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ..anatomy import Anatomy, DenseHead, FeatureLayer
-from ..functional import soft_target
+from ..functional import soft_target, target_mass
 from ..step_random import StepRandom, sample_beta
 from .criterion import Criterion
 
@@ -120,6 +120,19 @@ class Mix:
         """Soft targets for the rows of logits."""
         return target_BC
 
+    def mass(self, output: torch.Tensor, target: torch.Tensor, draw: Draw) -> torch.Tensor:
+        """Mass of each row's target, without label smoothing, on the class that the row predicts: its accuracy.
+
+        Args:
+            output: (rows, C) logits, as :meth:`output` returns them.
+            target: (B,) classes or (B, C) rows.
+            draw: The step, of another mode than 'clean'.
+
+        Returns:
+            (rows,) float32.
+        """
+        return target_mass(output, self.target(soft_target(target, output.shape[1]), draw))
+
     def loss(
             self,
             output: torch.Tensor,
@@ -187,6 +200,12 @@ class PairMix(Mix):
 
     def target(self, target_BC: torch.Tensor, draw: Draw) -> torch.Tensor:
         return mix_pairs(target_BC, draw) if 'perm' in draw else target_BC
+
+    def mass(self, output: torch.Tensor, target: torch.Tensor, draw: Draw) -> torch.Tensor:
+        if 'perm' not in draw:
+            return super().mass(output, target, draw)
+        target, partner, lam = pair_target(target, draw)  # of any kind, and without rows of all classes
+        return lam * target_mass(output, target) + (1 - lam) * target_mass(output, partner)
 
 
 class MaskPair(PairMix):

@@ -89,6 +89,9 @@ class MixChoice(Mix):
     def target(self, target_BC: torch.Tensor, draw: Draw) -> torch.Tensor:
         return self.mixes[draw['method']].target(target_BC, draw)
 
+    def mass(self, output: torch.Tensor, target: torch.Tensor, draw: Draw) -> torch.Tensor:
+        return self.mixes[draw['method']].mass(output, target, draw)
+
     def loss(self, output, feature_map, target, draw, *args):
         return self.mixes[draw['method']].loss(output, feature_map, target, draw, *args)
 

@@ -8,7 +8,7 @@ of the embeddings of the mini-batch; otherwise it is input mixup. The paper leav
 import torch
 
 from ..anatomy import Anatomy, FeatureLayer
-from ..functional import convex_weights, dense_multimix_rows, multimix_loss
+from ..functional import convex_weights, dense_multimix_rows, multimix_loss, target_mass
 from ..step_random import StepRandom
 from .base import Draw, PairMix, draw_mode, mix_examples
 from .registry import register_mix
@@ -113,6 +113,10 @@ class MultiMix(HullMix):
 
     def target(self, target_BC: torch.Tensor, draw: Draw) -> torch.Tensor:
         return mix_examples(target_BC, draw['weights']) if 'weights' in draw else super().target(target_BC, draw)
+
+    def mass(self, output: torch.Tensor, target: torch.Tensor, draw: Draw) -> torch.Tensor:
+        is_clean = 'weights' in draw and draw['layer'] is None  # the mixed rows are never computed
+        return target_mass(output, target) if is_clean else super().mass(output, target, draw)
 
     def rows(self, output, feature_map, target, draw, smoothing):
         if draw['mode'] == 'input' or draw['layer'] is not None:

@@ -214,6 +214,34 @@ def test_any_number_of_processes_evaluates_1001_images_alike(thousand_and_one, m
             assert part['metrics']['loss'] == pytest.approx(one['metrics']['loss'], rel=1e-6)
 
 
+def test_any_number_of_processes_ranks_all_labels_together(digits, make_config, on_processes, tmp_path):
+    """Average precision is not the mean of that of the processes: of four, three have 7 images and one has 6."""
+    files = sorted(digits.glob('*/*/*.png'))
+    for split in ('train', 'validation'):
+        with open(tmp_path / f'{split}.csv', 'w', newline='') as file:
+            writer = csv.writer(file)
+            writer.writerow(['file', 'labels'])
+            for path in files:
+                digit = int(path.parent.name)
+                names = ['even'] * (digit % 2 == 0) + ['round'] * (digit in (0, 3, 6, 8, 9))
+                if path.parts[-3] == split:
+                    writer.writerow([path, ' '.join(names)])
+    torch.save(timm.create_model('test_resnet', num_classes=2).state_dict(), tmp_path / 'weights.pth')
+    found = {}
+    for count in (1, 4):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        config = make_config(folder, data_dir=str(tmp_path), multi_label=True, img_size=32, batch_size=8)
+        on_processes(count, 'evaluate', config.to_dict(), tmp_path / 'weights.pth', folder)
+        found[count] = [torch.load(folder / f'{rank}.pt', weights_only=True) for rank in range(count)]
+    (one,), parts = found[1], found[4]
+    assert sorted(image for part in parts for image in part['seen']) == sorted(one['seen']) and len(one['seen']) == 27
+    for part in parts:
+        assert part['metrics'].keys() == one['metrics'].keys()
+        for name, value in one['metrics'].items():
+            assert part['metrics'][name] == pytest.approx(value, rel=1e-6)
+
+
 def test_metrics_of_two_processes_are_those_of_one(two, new_model, evaluate):
     folder, saved = two
     history = saved('dense')[0]['history']

@@ -43,13 +43,15 @@ def test_trackers_get_every_figure(make_config, run_training, monkeypatch, tmp_p
     train = [(step, values) for step, values in recorder.logged if 'train/lr' in values]
     assert [step for step, _ in train] == [1, 3, 5, 6, 8, 10]
     assert set(train[0][1]) == {
-        f'train/{name}' for name in ('loss', 'loss/input', 'share/input', 'lam', 'lr', 'grad_norm', 'images_per_second',
-                                     'data_wait_share', 'skipped_updates')}
+        f'train/{name}' for name in (
+            'loss', 'loss/input', 'accuracy', 'accuracy/input', 'share/input', 'lam', 'lr', 'grad_norm',
+            'images_per_second', 'data_wait_share', 'skipped_updates')}
     history = run.result['history']
     for epoch, part in enumerate((train[:3], train[3:])):
         steps = np.array([1, 2, 2])  # since the line before
-        mean = sum(count * values['train/loss'] for count, (_, values) in zip(steps, part, strict=True)) / 5
-        assert mean == pytest.approx(history[epoch]['train']['loss'], rel=1e-5)
+        for name in ('loss', 'accuracy'):
+            mean = sum(count * values[f'train/{name}'] for count, (_, values) in zip(steps, part, strict=True)) / 5
+            assert mean == pytest.approx(history[epoch]['train'][name], rel=1e-5)
         for _, values in part:
             assert values['train/share/input'] == 1 and 0 < values['train/lam'] < 1
             assert values['train/grad_norm'] > 0.01  # before clipping
