@@ -127,7 +127,7 @@ class MixTask(ClassificationTask):
         Raises:
             ValueError: Targets of the wrong shape; in the first step, classes that do not exist or, for softmax
                 cross-entropy, rows that do not sum to 1.
-            RuntimeError: Gradient checkpointing by-passes the mixed layer.
+            RuntimeError: The forward pass by-passes the mixed layer, or reentrant gradient checkpointing runs it.
         """
         draw = None
         if self.trainable_module.training:
