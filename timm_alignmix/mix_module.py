@@ -20,8 +20,8 @@ from .mixes.criterion import Criterion
 class Step:
     """The step that a model runs, shared by the hooks on the model.
 
-    Gradient checkpointing runs layers again in the backward pass, after the forward and possibly others. The gradient of
-    the forward's output, which comes before those of its layers, brings the step back.
+    Gradient checkpointing runs layers again in the backward pass, after the forward and possibly others. The gradient
+    of the forward's output, which comes before those of its layers, brings the step back.
 
     A plain object, so that copies of the model (EMA) get an idle one of their own and a pickled model can be loaded.
     """

@@ -182,8 +182,8 @@ class MixTask(ClassificationTask):
     def compile(self, backend: str = 'inductor', mode: str | None = None, **compile_kwargs: Any) -> nn.Module:
         """Compile the training step and, separately, the plain model for evaluation.
 
-        Sets an option of torch.compile for the process: the tap of a layer that gradient checkpointing computes again is
-        read once, in the forward pass.
+        Sets an option of torch.compile for the process: the tap of a layer that gradient checkpointing computes again
+        is read once, in the forward pass.
         """
         torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
         options = dict(backend=backend, mode=mode, **compile_kwargs)

@@ -23,7 +23,7 @@ SEVERAL = {'manifold': 1, 'alignmix': 1, 'densemultimix': 1}, {'densemultimix.al
 MODELS = dict(
     test_resnet=dict(size=128),
     test_vit=dict(size=160),
-    test_convnext=dict(size=128),
+    test_convnext=dict(size=64),
     swin_s3_tiny_224=dict(size=224, embed_dim=8, depths=(1, 1, 2, 1), num_heads=(1, 1, 2, 2)),
 )
 
@@ -63,8 +63,8 @@ def assert_same(actual, expected):
 
 
 @pytest.mark.parametrize('name, mix', [
-    *((name, mix) for name in MODELS for mix in METHODS if mix != 'alignmix_ae'),
-    ('test_resnet', 'alignmix_ae'), ('test_convnext', 'alignmix_ae'),
+    *(('test_resnet', mix) for mix in METHODS), *(('test_vit', mix) for mix in METHODS if mix != 'alignmix_ae'),
+    ('test_convnext', 'alignmix'), ('test_convnext', 'multimix'), ('swin_s3_tiny_224', 'alignmix'),
 ])
 def test_losses_and_gradients_are_those_without_checkpointing(name, mix):
     options = METHODS[mix]
@@ -72,16 +72,14 @@ def test_losses_and_gradients_are_those_without_checkpointing(name, mix):
 
 
 @pytest.mark.parametrize('name, mix, options', [
-    *((name, *SEVERAL) for name in ('test_resnet', 'test_vit', 'test_convnext')),
-    ('test_resnet', 'alignmix', METHODS['alignmix']),
+    ('test_resnet', *SEVERAL), ('test_vit', 'alignmix', METHODS['alignmix']),
 ])
 def test_each_of_several_forwards_is_computed_again_with_its_own_draw(name, mix, options):
-    assert_same(run(name, mix, options, True, forwards=4), run(name, mix, options, False, forwards=4))
+    assert_same(run(name, mix, options, True, forwards=3), run(name, mix, options, False, forwards=3))
 
 
 @pytest.mark.parametrize('name, mix, options', [
     ('test_resnet', 'alignmix', dict(mode_probs=(0, 1, 0))), ('test_vit', 'alignmix', dict(mode_probs=(0, 1, 0))),
-    ('test_convnext', 'multimix', METHODS['multimix']),
     ('test_resnet', 'alignmix_ae', dict(METHODS['alignmix_ae'], mode_probs=dict(feat=1))),
 ])
 def test_compiled_without_graph_breaks(name, mix, options):

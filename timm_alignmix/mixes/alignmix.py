@@ -82,6 +82,7 @@ class AlignMix(AlignedMix):
         >>> task(torch.randn(4, 3, 64, 64), torch.arange(4))['mode']
         'feat'
     """
+
     def __init__(
             self,
             alpha: float = 2.0,
