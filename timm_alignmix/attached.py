@@ -88,7 +88,7 @@ class AttachedMix:
                 'the model ran in train mode twice without a call of loss in between; call loss(model(images), target) '
                 'once for each batch, and model.eval() for forwards that are not trained on')
         if self._armed is not None:  # the forward before ended with an error
-            self._module.disarm(self._armed[0])
+            self._module.disarm()
         images, *rest = (*inputs, *kwargs.values())
         draw = self._task._draw(images)
         self.mode, self.lam = self.mix.mode_name(draw), draw['lam']
@@ -101,7 +101,7 @@ class AttachedMix:
         if not model.training:
             return None
         (draw, batch), self._armed = self._armed, None
-        feature_map = self._module.disarm(draw)
+        feature_map = self._module.disarm()
         self._module.check_ran(draw, output, feature_map)
         device = output.device.type
         autocast = torch.autocast(

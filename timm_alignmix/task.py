@@ -130,7 +130,7 @@ class MixTask(ClassificationTask):
         Raises:
             ValueError: Targets of the wrong shape; in the first step, classes that do not exist or, for softmax
                 cross-entropy, rows that do not sum to 1.
-            RuntimeError: Gradient checkpointing by-passes the mixed layer.
+            RuntimeError: The forward pass by-passes the mixed layer, or reentrant gradient checkpointing runs it.
         """
         draw = None
         if self.trainable_module.training:
@@ -199,7 +199,12 @@ class MixTask(ClassificationTask):
         return (lam * loss + (1 - lam) * partner_loss).mean()
 
     def compile(self, backend: str = 'inductor', mode: str | None = None, **compile_kwargs: Any) -> nn.Module:
-        """Compile the training step and, separately, the plain model for evaluation."""
+        """Compile the training step and, separately, the plain model for evaluation.
+
+        Sets an option of torch.compile for the process: the tap of a layer that gradient checkpointing computes again
+        is read once, in the forward pass.
+        """
+        torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
         options = dict(backend=backend, mode=mode, **compile_kwargs)
         self.eval_model = torch.compile(self.trainable_module.model, **options)
         self.trainable_module = torch.compile(self.trainable_module, **options)

@@ -112,7 +112,6 @@ class AlignMixAE(AlignedMix):
         self.probs = mode_probabilities([1] * len(modes) if mode_probs is None else mode_probs, modes)
         self.mixed_layers, self.decoder, self.variational, self.aligned = chosen, decoder, variational, aligned
         self.resolution, self.plain_weight = resolution, plain_weight
-        self.replaces_features = not plain_weight
         self.recon_weight, self.kl_weight = recon_weight, kl_weight
         self.dim, self.width, self.decode_size = dim, width, decode_size
 

@@ -30,7 +30,6 @@ class Mix:
         closed_form: The loss weighs mixed examples, so the criterion must have a closed form: softmax or binary
             cross-entropy.
         pairs: Targets are those of pairs, draw['perm'] being the partners and draw['lam'] the weights.
-        replaces_features: The method replaces the output of an inner layer, as its options are.
         options: Options the method was created with, for logs.
         layers: Feature layers to tap, by name, set by :meth:`bind`.
         head: Dense head, for methods that need one, set by :meth:`bind`.
@@ -54,7 +53,6 @@ class Mix:
     name = ''
     closed_form = False
     pairs = False
-    replaces_features = False
 
     def __init__(self) -> None:
         self.options: dict[str, Any] = {}

@@ -27,7 +27,6 @@ class MixChoice(Mix):
         self.name = '+'.join(mixes)
         self.closed_form = any(mix.closed_form for mix in mixes.values())
         self.pairs = all(mix.pairs for mix in mixes.values())
-        self.replaces_features = any(mix.replaces_features for mix in mixes.values())
         self.options = {f'{name}.{key}': value for name, mix in mixes.items() for key, value in mix.options.items()}
 
     def __repr__(self) -> str:

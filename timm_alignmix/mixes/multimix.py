@@ -83,7 +83,6 @@ class MultiMix(HullMix):
     ) -> None:
         super().__init__(n, m, alpha, prob, input_alpha, per_example, mode='embedding')
         self.mix_at = mix_at
-        self.replaces_features = mix_at != 'embedding'
 
     def bind(self, anatomy: Anatomy) -> None:
         if self.mix_at == 'embedding':

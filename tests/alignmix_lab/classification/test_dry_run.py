@@ -74,11 +74,6 @@ def test_modes_have_the_probabilities_asked_for(options, expected):
     assert mode_probabilities(plan(**options)) == pytest.approx(expected)
 
 
-def test_a_mix_that_the_run_would_refuse_is_refused():
-    with pytest.raises(ValueError, match='gradient checkpointing would compute the layers again'):
-        mode_probabilities(plan(mix='alignmix', grad_checkpointing=True))
-
-
 @pytest.mark.parametrize('opt, states', [('momentum', 1), ('adamw', 2), ('lamb', 2)])
 def test_memory_is_that_of_a_real_step(opt, states):
     """Counted on real tensors: bytes that autograd holds after the forward pass, and the optimizer after its step."""
