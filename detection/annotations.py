@@ -4,18 +4,18 @@ Boxes are (x1, y1, x2, y2) in pixels, 0-based and half-open: a box around the fi
 count pixels from 1 and include the last one, so (xmin, ymin, xmax, ymax) becomes (xmin - 1, ymin - 1, xmax, ymax).
 Labels start at 1; 0 is the background.
 """
-import json
 import logging
 import math
 import xml.etree.ElementTree as ET
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from alignmix_lab.data.images.coco import coco_file, find_images, read_coco_file
 from alignmix_lab.data.images.folders import EXTENSIONS
 from alignmix_lab.runs.options import near_names
 
@@ -201,85 +201,30 @@ def read_coco(data_dir: str | Path, split: str, class_names: Sequence[str] | Non
             unknown.
     """
     path = coco_file(Path(data_dir), split)
-    images, annotations, categories = _read_coco_file(path)
-    categories = sorted(categories, key=lambda category: category['id'])
+    images, annotations, categories = read_coco_file(path, ('width', 'height'), ('bbox',))
+    _check_coco(path, images, annotations)
     known = list(class_names) if class_names else [category['name'] for category in categories]
     used = {annotation['category_id'] for annotation in annotations}
     labels = {c['id']: _label(c['name'], known, path) for c in categories if c['id'] in used or c['name'] in known}
     by_image: dict[int, list[dict[str, Any]]] = {image['id']: [] for image in images}
     for annotation in annotations:
         by_image[annotation['image_id']].append(annotation)
-    folder = _coco_images(Path(data_dir), split, images, path)
+    folder = find_images(Path(data_dir), split, [image['file_name'] for image in images], path)
     records = [_coco_record(image, by_image[image['id']], labels, folder) for image in images]
     return Annotations(records, known, category_ids={category['name']: category['id'] for category in categories})
 
 
-def _read_coco_file(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
-    """Read images, annotations and categories; every entry is checked once and named where it is wrong."""
-    try:
-        content = json.loads(path.read_text(encoding='utf-8'))
-        images = _coco_entries(content, 'images', ('file_name', 'width', 'height'), path)
-        categories = _coco_entries(content, 'categories', ('name',), path)
-        annotations = _coco_entries(content, 'annotations', ('image_id', 'category_id', 'bbox'), path)
-    except (ValueError, KeyError, TypeError) as e:
-        raise ValueError(f'{path} is damaged or no COCO annotation file ({e})') from e
-    for kind, entries, key in (
-            ('images', images, 'id'), ('images', images, 'file_name'), ('categories', categories, 'id'),
-            ('categories', categories, 'name')):
-        repeated = [value for value, count in Counter(entry[key] for entry in entries).items() if count > 1]
-        if repeated:
-            raise ValueError(f'{path}: several {kind} have the {key} {repeated[0]!r}')
+def _check_coco(path: Path, images: list[dict[str, Any]], annotations: list[dict[str, Any]]) -> None:
     for image in images:
         if not all(isinstance(image[side], int) and image[side] > 0 for side in ('width', 'height')):
             raise ValueError(f'{path}: image {image["id"]} is {image["width"]!r} x {image["height"]!r} pixels')
-    image_ids, category_ids = ({entry['id'] for entry in entries} for entries in (images, categories))
     for annotation in annotations:
-        for key, ids in (('image_id', image_ids), ('category_id', category_ids)):
-            if annotation[key] not in ids:
-                raise ValueError(
-                    f'{path}: annotation {annotation.get("id")} has the {key} {annotation[key]!r}, which the file does '
-                    'not list')
         box = annotation['bbox']
         if not (isinstance(box, list) and len(box) == 4 and all(
                 isinstance(value, (int, float)) and math.isfinite(value) for value in box)):
             raise ValueError(
                 f'{path}: annotation {annotation.get("id")} has the bbox {box!r}; it takes four finite numbers: x, y, '
                 'width, height')
-    return images, annotations, categories
-
-
-def _coco_entries(content: Any, kind: str, keys: Sequence[str], path: Path) -> list[dict[str, Any]]:
-    """Return a list of a COCO file whose entries have what is read of them; images and categories need an id."""
-    keys = keys if kind == 'annotations' else ('id', *keys)
-    for place, entry in enumerate(content[kind]):
-        missing = [key for key in keys if key not in entry]
-        if missing:
-            raise ValueError(f'{kind}[{place}] (id {entry.get("id")}) has no {", ".join(missing)}')
-    return content[kind]
-
-
-def coco_file(root: Path, split: str) -> Path:
-    """Find the annotation file of a split of a COCO-format folder."""
-    candidates = (
-        root / 'annotations' / f'instances_{split}.json', root / 'annotations' / f'{split}.json',
-        root / split / '_annotations.coco.json')
-    for path in candidates:
-        if path.is_file():
-            return path
-    raise ValueError(f'{root} has no annotations of split {split}: looked for ' + ', '.join(map(str, candidates)))
-
-
-def _coco_images(root: Path, split: str, images: Iterable[dict[str, Any]], source: Path) -> Path:
-    """Find the folder that has all the images."""
-    names = {image['file_name'] for image in images}
-    missing: dict[Path, str] = {}
-    for folder in (root / split, root / 'images' / split, root / 'images', root):
-        if folder.is_dir():
-            absent = sorted(name for name in names if not (folder / name).is_file())
-            if not absent:
-                return folder
-            missing[folder] = f'{len(absent)} of {len(names)} are not in {folder} (the first is {absent[0]})'
-    raise ValueError(f'images of {source} are missing: ' + '; '.join(missing.values()))
 
 
 def _coco_record(

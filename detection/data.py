@@ -10,10 +10,11 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision import tv_tensors
 from torchvision.transforms.v2.functional import pil_to_tensor
 
+from alignmix_lab.data.images.coco import coco_file
 from alignmix_lab.data.images.decode import UnusableData, decode_image
 from alignmix_lab.data.worker_signals import end_with_parent, iterate
 
-from .annotations import VOC_CLASSES, Annotations, Record, clean, coco_file, read_coco, read_voc
+from .annotations import VOC_CLASSES, Annotations, Record, clean, read_coco, read_voc
 from .batches import TrainBatches, aspect_ratio_groups
 
 _logger = logging.getLogger(__name__)

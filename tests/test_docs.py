@@ -14,7 +14,7 @@ from alignmix_lab.runs.options import find_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / 'README.md', *(
-    page for folder in ('docs', 'benchmarks', 'recipes') for page in sorted((ROOT / folder).rglob('*.md')))]
+    page for folder in ('docs', 'benchmarks', 'examples', 'recipes') for page in sorted((ROOT / folder).rglob('*.md')))]
 HAVE_COMMANDS = ('evaluate', 'weights', 'plot', 'detect')  # commands of their own
 PROGRAMS = {  # what starts a program besides `alignmix`, and the command that is the same
     'alignmix_lab': [],

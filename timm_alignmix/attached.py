@@ -1,4 +1,5 @@
 """Mixing methods for frameworks that call the model and the loss themselves, such as Hugging Face's Trainer."""
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from .task import MixTask
 class AttachedMix:
     """Mixing method of a model, made by :func:`attach`."""
 
-    def __init__(self, model: nn.Module, mix: str | Mix, **kwargs: Any) -> None:
+    def __init__(self, model: nn.Module, mix: str | Mapping[str, float] | Mix, **kwargs: Any) -> None:
         self._model, self._task = model, MixTask(model, mix, verbose=False, **kwargs)
         self._module, self.mix = self._task.trainable_module, self._task.mix
         if self.mix.extra is not None:
@@ -27,7 +28,7 @@ class AttachedMix:
                 'the model does not get; use timm_alignmix.MixTask or timm_alignmix.create_mixup')
         self.mode: str | None = None
         self.lam: torch.Tensor | None = None
-        self._armed: tuple[dict[str, Any], int] | None = None
+        self._armed: tuple[dict[str, Any] | None, int] | None = None
         self._ran: tuple[Any, ...] | None = None
         self._handles = [
             model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
@@ -66,10 +67,21 @@ class AttachedMix:
             draw, batch, feature_map, autocast = self._ran
             self._ran = None
             self._task._check(target, batch)
-            with autocast:  # some frameworks leave it with the model's forward
-                loss = self.mix.loss(output, feature_map, target, draw, Criterion.of(self._task.criterion))
+            loss = None
+            if draw is not None:
+                with autocast:  # some frameworks leave it with the model's forward
+                    loss = self.mix.loss(output, feature_map, target, draw, Criterion.of(self._task.criterion))
             loss = self._task._loss(output, target, draw) if loss is None else loss
         return loss if num_items_in_batch is None else loss * (target.numel() / num_items_in_batch)
+
+    @property
+    def mix_enabled(self) -> bool:
+        """False trains without mixing, as of :class:`timm_alignmix.MixTask`."""
+        return self._task.mix_enabled
+
+    @mix_enabled.setter
+    def mix_enabled(self, enabled: bool) -> None:
+        self._task.mix_enabled = enabled
 
     def remove_hooks(self) -> None:
         """Remove the hooks from the model and so end mixing."""
@@ -93,11 +105,14 @@ class AttachedMix:
                 'the model ran in train mode twice without a call of loss in between; call loss(model(images), target) '
                 'once for each batch, and model.eval() for forwards that are not trained on')
         if self._armed is not None:  # the forward before ended with an error
-            self._module.disarm(self._armed[0])
+            self._module.disarm()
         images, *rest = (*inputs, *kwargs.values())
         draw = self._task._draw(images)
-        self.mode, self.lam = self.mix.mode_name(draw), draw['lam']
         self._armed = draw, len(images)
+        if draw is None:
+            self.mode, self.lam = 'clean', None
+            return None
+        self.mode, self.lam = self.mix.mode_name(draw), draw['lam']
         self._module.arm(draw)
         mixed = (self.mix.images(images, draw), *rest)
         return mixed[:len(inputs)], dict(zip(kwargs, mixed[len(inputs):], strict=True))
@@ -106,18 +121,19 @@ class AttachedMix:
         if not model.training:
             return None
         (draw, batch), self._armed = self._armed, None
-        feature_map = self._module.disarm(draw)
-        self._module.check_ran(draw, output, feature_map)
+        feature_map = self._module.disarm()
+        if draw is not None:
+            self._module.check_ran(draw, output, feature_map)
         device = output.device.type
         autocast = torch.autocast(
             device, dtype=torch.get_autocast_dtype(device), enabled=torch.is_autocast_enabled(device))
         self._ran = draw, batch, feature_map, autocast
-        return self.mix.output(output, draw)
+        return None if draw is None else self.mix.output(output, draw)
 
 
 def attach(
         model: nn.Module,
-        mix: str | Mix = 'none',
+        mix: str | Mapping[str, float] | Mix = 'none',
         mix_kwargs: dict[str, Any] | None = None,
         criterion: nn.Module | Any | None = None,
         criterion_kwargs: dict[str, Any] | None = None,
@@ -140,8 +156,8 @@ def attach(
 
     Args:
         model: The timm model, before DDP or torch.compile wrap it.
-        mix: Name of a method (see :func:`timm_alignmix.list_mixes`) or a method.
-        mix_kwargs: Options of a method given by name.
+        mix: Name of a method (see :func:`timm_alignmix.list_mixes`), names and weights of several, or a method.
+        mix_kwargs: Options of a method given by name; with several, 'method.option'.
         criterion: Loss of (logits, soft targets), as :class:`timm_alignmix.MixTask` takes it.
         criterion_kwargs: Arguments of timm.loss.create_classification_loss, instead of a criterion.
         seed: Seed of the draws; each is a function of (seed, step, rank).
@@ -151,8 +167,8 @@ def attach(
         num_classes: Number of classes; None takes the model's.
 
     Returns:
-        An object with `loss(output, target)`, `mode` and `lam` of the last training forward, `remove_hooks()`, and
-        `state_dict` and `load_state_dict`, with which a resumed run continues its draws.
+        An object with `loss(output, target)`, the switch `mix_enabled`, `mode` and `lam` of the last training forward,
+        `remove_hooks()`, and `state_dict` and `load_state_dict`, with which a resumed run continues its draws.
 
     Raises:
         ValueError: As of :class:`timm_alignmix.MixTask`, or a method that trains layers of its own or computes a

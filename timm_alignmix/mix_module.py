@@ -11,48 +11,98 @@ import torch
 import torch.nn as nn
 from timm.models import group_parameters
 
-from .anatomy import Anatomy
+from .anatomy import Anatomy, output_module
 from .clean_pass import gradient_saliency
 from .mixes import Mix, create_mix
 from .mixes.base import Draw
 from .mixes.criterion import Criterion
 
 
-def is_checkpointed(model: nn.Module, name: str) -> bool:
-    """Check whether timm's gradient checkpointing, of the model or of a stage, runs a module again."""
-    parents = name.split('.')[:-1]
-    return any(
-        getattr(model.get_submodule('.'.join(parents[:depth])), 'grad_checkpointing', False)
-        for depth in range(len(parents) + 1))
+class Step:
+    """The step that a model runs, shared by the hooks on the model.
 
+    Gradient checkpointing runs layers again in the backward pass, after the forward and possibly others. The gradient
+    of the forward's output, which comes before those of its layers, brings the step back.
 
-class Tap:
-    """Forward hook on a layer. When armed, it records the layer's output and lets the method replace it.
-
-    A plain object, so that copies of the model (EMA) get idle taps of their own and a pickled model can be loaded.
+    A plain object, so that copies of the model (EMA) get an idle one of their own and a pickled model can be loaded.
     """
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self) -> None:
         self.mix: Mix | None = None
         self.draw: Draw | None = None
         self.output: torch.Tensor | None = None
-
-    def __call__(self, module: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor | None:
-        if self.draw is None:
-            return None
-        self.output = output
-        layer = self.mix.layers.get(self.name)
-        return None if layer is None else self.mix.features(output, layer, self.draw)
+        self._grad_enabled, self._first = False, 0
+        # By autograd's number of a backward pass: first and last node of a forward, its method and draw.
+        self._again: dict[int, list[tuple[int, int, Mix, Draw]]] = {}
 
     def arm(self, mix: Mix, draw: Draw) -> None:
-        self.mix, self.draw = mix, draw
+        self.mix, self.draw, self.output = mix, draw, None
+        self._grad_enabled = torch.is_grad_enabled()
+        if not torch.compiler.is_compiling():
+            self._first = torch.autograd._get_sequence_nr()
 
     def disarm(self) -> torch.Tensor | None:
         """Go idle and return the recorded output."""
         output = self.output
         self.mix = self.draw = self.output = None
         return output
+
+    def record(self, output: torch.Tensor) -> None:
+        """Keep the output of the tapped layer.
+
+        Raises:
+            RuntimeError: Reentrant checkpointing, which makes an output without gradient.
+        """
+        if self._grad_enabled and not torch.is_grad_enabled():
+            raise RuntimeError(
+                f'module {self.draw["layer"]!r} ran without gradient in a training forward, as in reentrant gradient '
+                'checkpointing, which cannot be mixed; call timm.layers.set_reentrant_ckpt(False), the default')
+        self.output = output
+        self.return_with(output)
+
+    def __call__(self, model: nn.Module, inputs: tuple, output: Any) -> None:
+        """Forward hook of the model."""
+        if self.draw is not None:
+            self.return_with(output)
+
+    def return_with(self, output: Any) -> None:
+        """Bring the step back when the gradient of this output is known."""
+        if torch.compiler.is_compiling() or getattr(output, 'grad_fn', None) is None:
+            return  # the compiler computes layers again with the draw in its graph
+        forward = (self._first, output.grad_fn._sequence_nr(), self.mix, self.draw)
+        output.register_hook(lambda grad: self._bring_back(forward))
+
+    def _bring_back(self, forward: tuple[int, int, Mix, Draw]) -> None:
+        backward = torch._C._current_graph_task_id()
+        if backward not in self._again:
+            self._again[backward] = []
+            torch.autograd.Variable._execution_engine.queue_callback(lambda: self._again.pop(backward))
+        self._again[backward].append(forward)
+
+    def recomputed(self) -> tuple[Mix | None, Draw | None]:
+        """Method and draw of the forward a layer of which the backward pass computes again, if it was mixed."""
+        if self._again:
+            for first, last, mix, draw in self._again.get(torch._C._current_graph_task_id(), ()):
+                if first <= torch._C._current_autograd_node()._sequence_nr() <= last:
+                    return mix, draw
+        return None, None
+
+
+class Tap:
+    """Forward hook on a layer. In a step, it records the layer's output and lets the method replace it."""
+
+    def __init__(self, name: str, step: Step) -> None:
+        self.name, self.step = name, step
+
+    def __call__(self, module: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor | None:
+        step = self.step
+        mix, draw = step.recomputed() if step.draw is None else (step.mix, step.draw)
+        if draw is None or draw['layer'] != self.name:
+            return None
+        if step.draw is not None:
+            step.record(output)
+        layer = mix.layers.get(self.name)
+        return None if layer is None else mix.features(output, layer, draw)
 
 
 class MixModule(nn.Module):
@@ -88,19 +138,18 @@ class MixModule(nn.Module):
             raise ValueError(
                 f'{type(model).__name__} returns two outputs in training; call model.set_distilled_training(False)')
         self.mix = copy.deepcopy(mix) if isinstance(mix, Mix) else create_mix(mix, **(mix_kwargs or {}))
-        if self.mix.replaces_features and getattr(model, 'grad_checkpointing', False):
-            raise ValueError(self._recomputed())
         cfg, (mean, std) = getattr(model, 'pretrained_cfg', None) or {}, self.mix.normalization
         self.mix.set_normalization(cfg.get('mean', mean), cfg.get('std', std))
         if self.mix.binds:
             self.mix.bind(Anatomy(model, img_size))
-        if any(is_checkpointed(model, name) for name in self.mix.layers):
-            raise ValueError(self._recomputed())
         # Before the model: timm's clipping takes the last two parameters for the classifier.
         self.extra = self.mix.extra
         self.model = model
-        self.taps = {name: Tap(name) for name in self.mix.tapped}
-        self._handles = [model.get_submodule(name).register_forward_hook(tap) for name, tap in self.taps.items()]
+        self.step = Step()
+        self._handles = [
+            output_module(model, name).register_forward_hook(Tap(name, self.step)) for name in self.mix.tapped]
+        if self._handles:
+            self._handles.append(model.register_forward_hook(self.step))
 
     def remove_hooks(self) -> None:
         """Remove the hooks from the model and so end mixing."""
@@ -125,24 +174,12 @@ class MixModule(nn.Module):
             return self.mix.complete(images, draw, saliency_BHW)
 
     def arm(self, draw: Draw) -> None:
-        """Make the next forward of the model the step that was drawn.
+        """Make the next forward of the model the step that was drawn."""
+        self.step.arm(self.mix, draw)
 
-        Raises:
-            RuntimeError: Gradient checkpointing would recompute the layer without the mix.
-        """
-        if draw['layer'] is not None:
-            if draw['layer'] in self.mix.layers and is_checkpointed(self.model, draw['layer']):
-                raise RuntimeError(self._recomputed())
-            self.taps[draw['layer']].arm(self.mix, draw)
-
-    def _recomputed(self) -> str:
-        return (
-            'gradient checkpointing would compute the layers again without the features that mix '
-            f'{self.mix.name!r} replaces; turn it off, or use mix none, mixup, cutmix, multimix or densemultimix')
-
-    def disarm(self, draw: Draw) -> torch.Tensor | None:
+    def disarm(self) -> torch.Tensor | None:
         """Return the model to its own forward; returns the tapped layer's output."""
-        return None if draw['layer'] is None else self.taps[draw['layer']].disarm()
+        return self.step.disarm()
 
     def check_ran(self, draw: Draw, output: Any, feature_map: torch.Tensor | None) -> None:
         """Raise RuntimeError if the tapped layer was by-passed, or the output is not one tensor of logits."""
@@ -152,8 +189,8 @@ class MixModule(nn.Module):
                 'model.set_distilled_training(False), or turn its auxiliary outputs off')
         if draw['layer'] is not None and feature_map is None:
             raise RuntimeError(
-                f'module {draw["layer"]!r} was not called in this forward pass, so nothing was mixed; gradient '
-                'checkpointing calls the blocks of a stage one by one: turn it off for this mix')
+                f'module {draw["layer"]!r} was not called in this forward pass, so nothing was mixed; its hook was '
+                'removed, or the model by-passes it in training')
 
     def forward(
             self,
@@ -179,7 +216,7 @@ class MixModule(nn.Module):
         try:
             output = self.model(images)
         finally:
-            feature_map = self.disarm(draw)
+            feature_map = self.disarm()
         self.check_ran(draw, output, feature_map)
         output = self._reaching_extra(self.mix.output(output, draw))
         loss = self.mix.loss(output, feature_map, target, draw, criterion)

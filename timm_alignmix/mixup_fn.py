@@ -142,7 +142,7 @@ class MixupFn:
             return None
         draw, _, target, soft = self._pending
         self._pending = None
-        feature_map = self._module.disarm(draw)
+        feature_map = self._module.disarm()
         self._module.check_ran(draw, output, feature_map)
         output = self.mix.output(output, draw)
         if soft is None:

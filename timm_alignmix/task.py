@@ -9,7 +9,7 @@ from timm.task import ClassificationTask
 from timm.utils import unwrap_model
 
 from .anatomy import count_classes
-from .functional import check_target, check_values
+from .functional import check_target, check_values, target_mass
 from .mix_module import MixModule
 from .mixes import Mix
 from .mixes.base import check_pairs, pair_target
@@ -18,7 +18,7 @@ from .step_random import StepRandom
 
 
 class MixTask(ClassificationTask):
-    """Train a timm model with a mixing method: model + method -> {'loss', 'output', 'mode', 'lam'}.
+    """Train a timm model with a mixing method: model + method -> {'loss', 'output', 'mode', 'lam', 'accuracy'}.
 
     EMA, compilation, DDP and checkpoints are timm's, and checkpoints have the keys of the plain model. Evaluation,
     export and fine-tuning use the model itself, which gets forward hooks that are idle outside a training step and is
@@ -60,7 +60,7 @@ class MixTask(ClassificationTask):
         >>> result = task(torch.randn(4, 3, 160, 160), torch.tensor([1, 2, 3, 4]))
         >>> result['loss'].backward()
         >>> sorted(result)
-        ['lam', 'loss', 'mode', 'output']
+        ['accuracy', 'lam', 'loss', 'mode', 'output']
     """
 
     def __init__(
@@ -122,12 +122,15 @@ class MixTask(ClassificationTask):
 
         Returns:
             'loss', a scalar; 'output', logits (B, num_classes), of mixed examples if the step mixes images or an inner
-            layer; 'mode', the mode drawn; 'lam', the weight of each example against its partner, () or (B,), or None.
+            layer; 'mode', the mode drawn; 'lam', the weight of each example against its partner, () or (B,), or None;
+            'accuracy', a scalar on the device from 0 to 1: the mean of :func:`timm_alignmix.functional.target_mass`
+            over the rows of 'output', which are the clean examples where the loss is in closed form; None for targets
+            that are neither classes nor rows.
 
         Raises:
             ValueError: Targets of the wrong shape; in the first step, classes that do not exist or, for softmax
                 cross-entropy, rows that do not sum to 1.
-            RuntimeError: Gradient checkpointing by-passes the mixed layer.
+            RuntimeError: The forward pass by-passes the mixed layer, or reentrant gradient checkpointing runs it.
         """
         draw = None
         if self.trainable_module.training:
@@ -141,11 +144,16 @@ class MixTask(ClassificationTask):
             draw = unwrap_model(self.trainable_module).complete(input, target, draw)
         if draw is None:
             output = self.trainable_module(input)
-            return dict(loss=self._loss(output, target, None), output=output, mode='clean', lam=None)
+            return dict(
+                loss=self._loss(output, target, None), output=output, mode='clean', lam=None,
+                accuracy=self._accuracy(output, target, None))
         result = self.trainable_module(self.mix.images(input, draw), target, draw, Criterion.of(self.criterion))
+        output = result['output']
         if 'loss' not in result:
-            result['loss'] = self._loss(result['output'], target, draw)
-        return dict(loss=result['loss'], output=result['output'], mode=self.mix.mode_name(draw), lam=draw['lam'])
+            result['loss'] = self._loss(output, target, draw)
+        return dict(
+            loss=result['loss'], output=output, mode=self.mix.mode_name(draw), lam=draw['lam'],
+            accuracy=self._accuracy(output, target, draw))
 
     def _draw(self, images: torch.Tensor) -> dict[str, Any] | None:
         draw = self.mix.draw(images, self._random.at(self.step, images.device)) if self.mix_enabled else None
@@ -171,6 +179,17 @@ class MixTask(ClassificationTask):
         target_BC = criterion.soft_target(target, output)
         return criterion(output, self.mix.target(target_BC, draw) if mixed else target_BC)
 
+    @torch.no_grad()
+    def _accuracy(
+            self, output: torch.Tensor, target: torch.Tensor, draw: dict[str, Any] | None) -> torch.Tensor | None:
+        is_rows = isinstance(output, torch.Tensor) and output.ndim == 2
+        if not is_rows or not isinstance(target, torch.Tensor) or not (
+                target.ndim == 1 and not target.is_floating_point() or target.shape[1:] == output.shape[1:]):
+            return None
+        if draw is None or draw['mode'] == 'clean':
+            return target_mass(output, target).mean()
+        return self.mix.mass(output, target, draw).mean()
+
     def _pair_loss(self, output: torch.Tensor, target: torch.Tensor, draw: dict[str, Any]) -> torch.Tensor:
         target, partner, lam = pair_target(target, draw)
         loss, partner_loss = self.criterion(output, target), self.criterion(output, partner)
@@ -182,7 +201,12 @@ class MixTask(ClassificationTask):
         return (lam * loss + (1 - lam) * partner_loss).mean()
 
     def compile(self, backend: str = 'inductor', mode: str | None = None, **compile_kwargs: Any) -> nn.Module:
-        """Compile the training step and, separately, the plain model for evaluation."""
+        """Compile the training step and, separately, the plain model for evaluation.
+
+        Sets an option of torch.compile for the process: the tap of a layer that gradient checkpointing computes again
+        is read once, in the forward pass.
+        """
+        torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
         options = dict(backend=backend, mode=mode, **compile_kwargs)
         self.eval_model = torch.compile(self.trainable_module.model, **options)
         self.trainable_module = torch.compile(self.trainable_module, **options)

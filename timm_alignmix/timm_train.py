@@ -104,10 +104,6 @@ def check_args(args: Namespace, defaults: dict[str, Any]) -> None:
     loss = 'bce' if getattr(args, 'bce_loss', False) else getattr(args, 'loss', None) or 'ce'
     if loss in ('jsd', 'asl') or mix.closed_form and loss not in ('ce', 'bce'):
         raise ValueError(f'--mix {mix.name} cannot train with the {loss} loss: drop one, or take the ce or bce loss.')
-    if mix.replaces_features and getattr(args, 'grad_checkpointing', False):
-        raise ValueError(
-            f'--grad-checkpointing would compute layers again without the features that --mix {mix.name} replaces: '
-            'drop one.')
     task = getattr(args, 'task', 'classification')
     if task != 'classification':
         raise ValueError(f'--mix needs --task classification, got --task {task}.')

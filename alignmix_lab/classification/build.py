@@ -4,11 +4,13 @@ import os
 import pickle
 from typing import Any
 
+import numpy as np
 import timm
 import torch
 from safetensors import SafetensorError
 from timm.data import resolve_data_config
 from timm.layers import convert_sync_batchnorm
+from timm.loss import create_classification_loss
 from timm.models import load_checkpoint
 from timm.utils import random_seed
 from torch import nn
@@ -17,7 +19,7 @@ import timm_alignmix
 from alignmix_lab.data.loaders import Loaders, open_loaders
 from alignmix_lab.data.options import LoaderOptions
 from alignmix_lab.runs.accelerator import start_processes
-from alignmix_lab.runs.models import create_model, fit_img_size, size_error
+from alignmix_lab.runs.models import classifier_parameters, create_model, fit_img_size, freeze, size_error
 from alignmix_lab.runs.options import blaming, near_names
 from alignmix_lab.runs.run import Run
 
@@ -72,6 +74,8 @@ def _chosen_arguments(config: TrainConfig) -> dict[str, Any]:
     extra = {}
     if 'densemultimix' in timm_alignmix.create_mix(config.mix, **config.mix_kwargs).name.split('+'):
         extra = timm_alignmix.dense_model_kwargs(config.model)
+        if config.pretrained:
+            extra.pop('class_token', None)  # pretrained weights have it; what counts is that it is not classified
         if extra:
             _logger.info(f'{config.model} is built with {extra}: dense mixing trains the classifier on every position')
     arguments = dict(
@@ -127,8 +131,12 @@ def create_data(
 
 def create_task(
         config: TrainConfig, arguments: dict[str, Any], data_config: dict[str, Any], num_classes: int,
-        device: torch.device, rank: int = 0, world_size: int = 1) -> timm_alignmix.MixTask:
-    """Create the model on the run's device, inside its training task."""
+        device: torch.device, rank: int = 0, world_size: int = 1,
+        class_weights: torch.Tensor | None = None) -> timm_alignmix.MixTask:
+    """Create the model on the run's device, inside its training task.
+
+    `class_weights` (num_classes,) float32 weigh the loss.
+    """
     if config.initial_checkpoint and not os.path.isfile(config.initial_checkpoint):
         raise ValueError(f'--initial-checkpoint {config.initial_checkpoint}: no such file')
     random_seed(config.seed)
@@ -144,15 +152,20 @@ def create_task(
             raise ValueError(f'--grad-checkpointing: {config.model} does not have it; leave it out') from e
     if config.sync_bn and world_size > 1:
         model = convert_sync_batchnorm(model)
+    if config.freeze:
+        freeze(model, config.freeze, config.model)  # after sync_bn, which replaces the norms
     model.to(device)
     if config.channels_last:
         model.to(memory_format=torch.channels_last)
     bce = dict(loss_type='bce', bce_sum=config.bce_sum, bce_target_thresh=config.bce_target_thresh)
+    criterion = create_classification_loss(
+        multi_label=config.multi_label, smoothing=config.smoothing, **(bce if config.bce_loss else {}))
+    if class_weights is not None:
+        criterion = nn.CrossEntropyLoss(class_weights.to(device), label_smoothing=config.smoothing)
     mix, mix_kwargs = config.mixing()
     task = timm_alignmix.MixTask(
-        model, mix=mix, mix_kwargs=mix_kwargs,
-        criterion_kwargs=dict(smoothing=config.smoothing, **(bce if config.bce_loss else {})), seed=config.seed,
-        rank=rank, img_size=data_config['input_size'][-2:], device=device, verbose=rank == 0)
+        model, mix=mix, mix_kwargs=mix_kwargs, criterion=criterion, seed=config.seed, rank=rank,
+        img_size=data_config['input_size'][-2:], device=device, verbose=rank == 0)
     task.mix.set_normalization(data_config['mean'], data_config['std'])
     return task
 
@@ -164,7 +177,9 @@ def _load_initial(model: nn.Module, path: str) -> None:
     except (RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError, pickle.UnpicklingError,
             SafetensorError) as e:  # foreign content raises any of these
         reason = ' '.join(str(e).split())
-        raise ValueError(f'--initial-checkpoint {path} has no weights for this model ({reason[:300]})') from e
+        raise ValueError(
+            f'--initial-checkpoint {path} has no weights for this model ({reason[:300]}); a model of other classes is '
+            'taken from its exported folder: --model local-dir:FOLDER --pretrained') from e
 
 
 def build_run(config: TrainConfig) -> Run:
@@ -179,7 +194,8 @@ def build_run(config: TrainConfig) -> Run:
     with accelerator.local_main_process_first():  # the first process of each machine writes the shared files
         loaders = create_data(config, data_config, *place)
     data_config.update(loader=loaders.kind, class_names=loaders.class_names)
-    task = create_task(config, arguments, data_config, loaders.num_classes, *place)
+    weights = balanced_weights(loaders.train.labels(), loaders.num_classes) if config.class_weights != 'none' else None
+    task = create_task(config, arguments, data_config, loaders.num_classes, *place, class_weights=weights)
     run = Run(config, accelerator, loaders, task, data_config, MixTotals)
     run.add_optimizer(scaled=classifier_parameters(task.get_eval_model()), scale=config.head_lr_scale)
     if config.num_processes not in (None, accelerator.num_processes):
@@ -189,7 +205,13 @@ def build_run(config: TrainConfig) -> Run:
     return run
 
 
-def classifier_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
-    """List the parameters of a timm model's classifier, or of all its classifiers."""
-    heads = model.get_classifier()
-    return [p for head in (heads if isinstance(heads, (tuple, list)) else [heads]) for p in head.parameters()]
+def balanced_weights(labels: np.ndarray, num_classes: int) -> torch.Tensor:
+    """Weights (num_classes,) inverse to the frequencies of classes, as scikit-learn's 'balanced'; absent ones get 0.
+
+    Example:
+        >>> balanced_weights(np.array([0, 0, 0, 2]), 3)
+        tensor([0.6667, 0.0000, 2.0000])
+    """
+    counts = np.bincount(labels, minlength=num_classes)
+    weights = np.divide(len(labels), np.count_nonzero(counts) * counts, where=counts > 0, out=np.zeros(num_classes))
+    return torch.from_numpy(weights).float()

@@ -5,9 +5,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from types import UnionType
-from typing import Any, ClassVar, get_args, get_origin
+from typing import Any, get_args, get_origin
 
 import numpy as np
+from timm.task import ClassificationEvaluator
+from timm.task import MultiLabelClassificationEvaluator as MultiLabelEvaluator
 
 from alignmix_lab.data.options import INTERPOLATIONS, TrainDataOptions
 from alignmix_lab.runs.config import RunConfig, aug_, data_, device_, model_, norm_, run_, sched_
@@ -42,7 +44,6 @@ RESOLUTION_STEP = 32  # intermediate sides of progressive resizing are multiples
 @dataclass
 class TrainConfig(RunConfig, TrainDataOptions):
     """Options of a classification run. Options of timm's train.py have its names and defaults."""
-    metrics: ClassVar[tuple[str, ...]] = ('loss', 'top1', 'top5')
 
     dataset_size: list[int] | None = data_(
         None, 'numbers of training and validation images, for --dry-run without the data', int, nargs=2, low=1,
@@ -61,6 +62,8 @@ class TrainConfig(RunConfig, TrainDataOptions):
     model: str = model_('resnet50', 'timm model name')
     pretrained: bool = model_(False, "start from the model's pretrained weights", bool)
     initial_checkpoint: str = model_('', 'file of weights to start from')
+    freeze: str = model_('', "part of the model to keep as it is: 'backbone', all but the classifier; or a number, the "
+                         'stem and the first so many stages (of transformers: blocks)')
     num_classes: int | None = model_(None, 'number of classes; default: those of the data', int, low=1)
     gp: str | None = model_(None, "global pooling (avg, max, ...); default: the model's")
     in_chans: int = model_(3, 'input channels', int, low=1)
@@ -87,11 +90,14 @@ class TrainConfig(RunConfig, TrainDataOptions):
                          low=0)
     smoothing: float = aug_(0.0, "label smoothing; the papers use none (timm's own default is 0.1)", float,
                             low=0, below=1)
-    bce_loss: bool = aug_(False, 'binary cross-entropy', bool)
+    bce_loss: bool = aug_(False, 'binary cross-entropy; implied by --multi-label', bool)
     bce_sum: bool = aug_(False, 'sum binary cross-entropy over classes', bool)
     bce_target_thresh: float | None = aug_(
         None, 'threshold that makes soft targets binary; hardly any class of a mixture of a whole batch (multimix, '
         'densemultimix) reaches one', float)
+    class_weights: str = aug_(
+        'none', 'weigh the loss of each class: balanced, by the inverse of its number of training images; not for '
+        'methods with a loss in closed form', choices=('none', 'balanced'))
     drop: float = aug_(0.0, 'dropout before the classifier', float, low=0, below=1)
     drop_path: float | None = aug_(None, "stochastic depth; default: the model's", float, low=0, below=1)
     drop_block: float | None = aug_(None, "drop block; default: the model's", float, low=0, below=1)
@@ -104,8 +110,9 @@ class TrainConfig(RunConfig, TrainDataOptions):
         low=1)
     torchcompile: str | None = device_(
         None, 'compile with this backend; the flag alone means inductor', nargs='?', const='inductor')
-    eval_metric: str = run_('top1', 'metric that ranks checkpoints', choices=('top1', 'top5', 'loss'),
-                            affects_result=True)
+    eval_metric: str | None = run_(
+        None, 'metric that ranks checkpoints; default: top1, or map with --multi-label', affects_result=True,
+        choices=tuple(dict.fromkeys((*ClassificationEvaluator.metric_names, *MultiLabelEvaluator.metric_names))))
     export: str = run_(
         'auto', "weights to export for timm into the run's folder export/: the moving average (ema), the trained "
         'weights (raw), the moving average if there is one (auto), or none', choices=('auto', 'ema', 'raw', 'none'))
@@ -113,6 +120,15 @@ class TrainConfig(RunConfig, TrainDataOptions):
     @property
     def arch(self) -> str:
         return self.model
+
+    @property
+    def evaluator(self) -> type[ClassificationEvaluator]:
+        """timm's measurement of the validation set."""
+        return MultiLabelEvaluator if self.multi_label else ClassificationEvaluator
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        return self.evaluator.metric_names
 
     @property
     def mix_name(self) -> str:
@@ -147,8 +163,20 @@ class TrainConfig(RunConfig, TrainDataOptions):
         return [side for side in dict.fromkeys(sides) if side is not None]
 
     def __post_init__(self):
+        self.freeze = str(self.freeze)  # a number in YAML
         super().__post_init__()
+        if self.freeze not in ('', 'backbone') and not self.freeze.isdecimal():
+            raise ValueError(f"--freeze takes 'backbone' or a number of stages, got {self.freeze!r}")
         self._check_mix()
+        self.bce_loss = self.bce_loss or self.multi_label
+        self.eval_metric = self.eval_metric or self.evaluator.default_metric
+        if self.eval_metric not in self.metrics:
+            raise ValueError(
+                f'--eval-metric {self.eval_metric}: with{"" if self.multi_label else "out"} --multi-label the metrics '
+                f'are {", ".join(self.metrics)}')
+        self._check_class_weights()
+        if self.multi_label and self.balanced_sampling:
+            raise ValueError('--balanced-sampling needs one class for each image: leave it or --multi-label out')
         if self.bce_target_thresh is not None and not self.bce_loss:
             raise ValueError('--bce-target-thresh needs --bce-loss')
         if self.export == 'ema' and not self.model_ema:
@@ -169,6 +197,17 @@ class TrainConfig(RunConfig, TrainDataOptions):
             is_known = kinds.isdisjoint({Any, inspect.Parameter.empty})
             if is_known and not (isinstance(value, tuple(kinds)) and (bool in kinds or not isinstance(value, bool))):
                 raise ValueError(f'--mix-kwargs {name} takes {inspect.formatannotation(kind)}, got {value!r}')
+
+    def _check_class_weights(self) -> None:
+        if self.class_weights == 'none':
+            return
+        if self.bce_loss:
+            raise ValueError('--class-weights weighs softmax cross-entropy: leave --bce-loss out')
+        mix = create_mix(self.mix, **self.mix_kwargs)
+        if mix.closed_form:
+            raise ValueError(
+                f'--class-weights {self.class_weights}: the loss of --mix {mix.name} is a closed form without class '
+                'weights; pass --balanced-sampling instead, which works with all methods')
 
     def _check_resolutions(self) -> None:
         if (self.min_res is None) != (self.max_res is None):

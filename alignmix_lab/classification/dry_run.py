@@ -20,10 +20,11 @@ from alignmix_lab.data.loaders import Loaders
 from alignmix_lab.data.order import train_batches
 from alignmix_lab.runs.accelerator import choose_precision
 from alignmix_lab.runs.files import write_whole
+from alignmix_lab.runs.models import classifier_parameters, freeze
 from alignmix_lab.runs.plotting import as_png, figure
 from alignmix_lab.runs.run import Run
 
-from .build import classifier_parameters, create_data, create_task, model_arguments, resolve_model
+from .build import create_data, create_task, model_arguments, resolve_model
 from .config import TrainConfig
 from .totals import MixTotals
 
@@ -79,6 +80,8 @@ def plan_run(config: TrainConfig) -> Run:
         loaders = create_data(config, data_config, torch.device('cpu'), world_size=processes)
     with torch.device('meta'):
         model = timm.create_model(config.model, num_classes=loaders.num_classes, **arguments)
+    if config.freeze:
+        freeze(model, config.freeze, config.model)
     precision = choose_precision(config.amp, config.amp_dtype)
     task = ClassificationTask(model, device=torch.device('meta'), verbose=False)
     run = Run(config, PlannedProcesses(processes, precision), loaders, task, data_config, MixTotals)
@@ -126,7 +129,8 @@ def _describe_resolutions(run: Run) -> list[str]:
 @dataclass
 class StepEstimate:
     """Estimated cost of a training step for one process, in bytes."""
-    parameters: int  # the weights in float32, and also the gradients
+    parameters: int  # the weights in float32
+    gradients: int  # of those that are not frozen
     optimizer: int | None  # its state; None if it cannot step without values
     average: int  # the moving average on the device
     activations: int  # in float32, those that the forward pass saves for the backward pass
@@ -160,7 +164,8 @@ def step_cost(run: Run) -> StepEstimate:
     parameters = [p for p in model.parameters() if p.requires_grad]
     average = [*model.parameters(), *model.buffers()] if config.model_ema and not config.model_ema_force_cpu else []
     return StepEstimate(
-        parameters=_bytes(parameters), optimizer=_optimizer_bytes(run.optimizer, parameters), average=_bytes(average),
+        parameters=_bytes(list(model.parameters())), gradients=_bytes(parameters),
+        optimizer=_optimizer_bytes(run.optimizer, parameters), average=_bytes(average),
         activations=sum(storage.nbytes() for storage in saved.values()),
         flops=counter.get_total_flops() / config.batch_size)
 
@@ -183,9 +188,9 @@ def _optimizer_bytes(optimizer: torch.optim.Optimizer, parameters: list[torch.nn
 def describe_cost(run: Run, cost: StepEstimate) -> list[str]:
     """Describe memory and compute, and how they were estimated."""
     config = run.config
-    parts = {'parameters': cost.parameters, 'gradients': cost.parameters, 'optimizer': cost.optimizer}
+    parts = {'parameters': cost.parameters, 'gradients': cost.gradients, 'optimizer': cost.optimizer}
     if run.accelerator.num_processes > 1:
-        parts['buckets of gradients'] = cost.parameters
+        parts['buckets of gradients'] = cost.gradients
     if cost.average:
         parts['moving average'] = cost.average
     parts['activations'] = cost.activations // 2 if config.amp else cost.activations

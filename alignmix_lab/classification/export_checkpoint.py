@@ -85,6 +85,7 @@ def _facts(path: Path, state: dict[str, Any], args: dict[str, Any], weights: str
         # Where a run does not mix at each step; the names are train_imagenet.py's and timm's.
         'mix_prob': next((args[name] for name in ('mix_prob', 'mixup_prob') if args.get(name, 1) != 1), None),
         'mix_off_epoch': args.get('mix_off_epoch') or args.get('mixup_off_epoch') or None,
+        'multi_label': args.get('multi_label') or None,
         'dataset': None,
         'weights': weights,
         'loader': state.get('data_config', args).get('loader'),

@@ -5,11 +5,14 @@ from alignmix_lab.runs.totals import LossTotals, Sums
 
 
 class MixTotals(LossTotals):
-    """Loss, modes and mixing factors of an epoch."""
+    """Loss, accuracy in per cent, modes and mixing factors of an epoch."""
 
     def add(self, result: dict[str, Any]) -> None:
         super().add(result)
         self.count(f'loss/{result["mode"]}', result['loss'])
+        if result['accuracy'] is not None:
+            for name in ('accuracy', f'accuracy/{result["mode"]}'):
+                self.count(name, 100 * result['accuracy'])
         if result['lam'] is not None:
             self.count('lam', result['lam'])
 
@@ -21,11 +24,13 @@ class MixTotals(LossTotals):
             for name, count in sorted(steps.items()) if name.startswith('loss/') and count}
 
     def describe(self, sums: Sums) -> str:
-        """Describe the share and mean loss of every mode, and the mean lam, over all processes."""
-        means = sums.means()
-        parts = [
-            f'{mode} {100 * share:.1f}% (loss {means["loss/" + mode]:#.3g})'
-            for mode, share in self.modes(sums).items()]
+        """Describe the share, mean loss and accuracy of every mode, and the mean lam, over all processes."""
+        means, parts = sums.means(), []
+        for mode, share in self.modes(sums).items():
+            accuracy = means.get(f'accuracy/{mode}')
+            parts.append(
+                f'{mode} {100 * share:.1f}% (loss {means["loss/" + mode]:#.3g}'
+                + ('' if accuracy is None else f', accuracy {accuracy:.1f}%') + ')')
         if 'lam' in means:
             parts.append(f'mean lam {means["lam"]:.3f}')
         return 'modes: ' + ', '.join(parts)

@@ -4,7 +4,6 @@ import time
 from collections import OrderedDict
 
 import torch
-from timm.task import ClassificationEvaluator
 from torch import nn
 
 from alignmix_lab.runs.logs import progress_bar
@@ -15,13 +14,19 @@ _logger = logging.getLogger(__name__)
 
 @torch.inference_mode()
 def validate(run: Run, model: nn.Module, name: str = 'Test') -> OrderedDict[str, float]:
-    """Evaluate a model on the whole validation set, every image once: `loss`, and `top1` and `top5` in per cent.
+    """Evaluate a model on the whole validation set, every image once.
 
     Processes may have different numbers of batches, so they only synchronise after the last one.
+
+    Returns:
+        `loss`, and `top1` and `top5` in per cent. With --multi-label binary cross-entropy, and in per cent `map`, the
+        average precision of a class averaged over all classes, and F1 of the labels with a probability of at least
+        0.5: `micro_f1` of all labels, `macro_f1` averaged over classes and `sample_f1` over images. A class without
+        images counts as 0.
     """
     loader, interval = run.loaders.val, run.config.log_interval
     model.eval()
-    evaluator = ClassificationEvaluator(device=run.accelerator.device)
+    evaluator = run.config.evaluator(device=run.accelerator.device)
     batches, start = len(loader), time.perf_counter()
     with progress_bar(run, name, batches) as bar:
         for index, (images, target) in enumerate(loader):
@@ -37,6 +42,8 @@ def validate(run: Run, model: nn.Module, name: str = 'Test') -> OrderedDict[str,
 
 
 def _log_test(name: str, index: int, batches: int, start: float, metrics: OrderedDict[str, float]) -> None:
-    _logger.info(
-        f'{name}: [{index:>4d}/{batches - 1}]  Time: {(time.perf_counter() - start) / max(1, index + 1):.3f}  '
-        f'Loss: {metrics["loss"]:>6.3f}  Acc@1: {metrics["top1"]:>7.3f}  Acc@5: {metrics["top5"]:>7.3f}')
+    shown = {'top1': 'Acc@1', 'top5': 'Acc@5', 'map': 'mAP', 'macro_f1': 'macro F1'}
+    values = [f'{text}: {metrics[key]:>7.3f}' for key, text in shown.items() if key in metrics]
+    _logger.info('  '.join([
+        f'{name}: [{index:>4d}/{batches - 1}]',
+        f'Time: {(time.perf_counter() - start) / max(1, index + 1):.3f}', f'Loss: {metrics["loss"]:>6.3f}', *values]))

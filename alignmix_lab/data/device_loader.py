@@ -7,12 +7,15 @@ import torch
 from timm.data.loader import PrefetchLoader
 
 from .options import LoaderOptions
-from .order import eval_shard, shuffled, train_batches, train_shard
+from .order import REPEAT, balanced, eval_shard, numbered, repeated, shuffled, train_batches, train_shard
 from .seeding import SeededErasing
 
 
 class Batches(Protocol):
-    """Source of CPU batches: (B, C, H, W) uint8 images and (B,) int64 labels. Batches do not share memory."""
+    """Source of CPU batches: (B, C, H, W) uint8 images, and (B,) int64 labels or (B, classes) float32 rows of several.
+
+    Batches do not share memory.
+    """
     num_samples: int
 
     def set_epoch(self, epoch: int, start: int = 0) -> None: ...
@@ -24,6 +27,8 @@ class Batches(Protocol):
     def numbers(self) -> Iterator[int]:
         """A number for each sample of the next iteration, in order and unique within the epoch."""
 
+    def labels(self) -> np.ndarray: ...
+
     def __len__(self) -> int: ...
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]: ...
@@ -32,8 +37,8 @@ class Batches(Protocol):
 class IndexedBatches:
     """Order and number of the batches of one rank, for data with random access.
 
-    Training: shuffled by (seed, epoch), full batches only, each sample at most once per epoch over all ranks.
-    Evaluation: each sample exactly once over all ranks, in order.
+    Training: shuffled by (seed, epoch), full batches only, each sample at most once per epoch over all ranks, unless
+    --balanced-sampling or --aug-repeats repeat some. Evaluation: each sample exactly once over all ranks, in order.
 
     Raises:
         ValueError: There are too few training samples for a batch.
@@ -46,20 +51,40 @@ class IndexedBatches:
         self._batch_size = options.split_batch_size(train)
         self._rank_of = options.rank, options.world_size
         self._epoch, self._start = 0, 0
+        self._repeats = options.aug_repeats
+        self._labels = self.labels() if train and options.balanced_sampling else None
         len(self)  # raises if there are too few samples
+
+    def labels(self) -> np.ndarray:
+        """Labels (N,) int64 of all samples."""
+        raise NotImplementedError
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
         self._epoch, self._start = epoch, start
 
     def order(self) -> np.ndarray:
         """Indices of this rank's samples in the current epoch."""
+        return self._numbers() % REPEAT
+
+    def _numbers(self) -> np.ndarray:
+        """Numbers of this rank's samples in the current epoch; see :func:`numbered`."""
         if not self._train:
             return eval_shard(self.num_samples, *self._rank_of)
-        return train_shard(shuffled(self.num_samples, self._seed, self._epoch), self._batch_size, *self._rank_of)
+        if self._labels is not None:
+            return self._shard(balanced(self._labels, self._seed, self._epoch))
+        return self._shard(shuffled(self.num_samples, self._seed, self._epoch))
+
+    def _shard(self, order: np.ndarray, contiguous: bool = False) -> np.ndarray:
+        """This rank's part of a training order, numbered."""
+        if self._repeats:
+            order = repeated(order, self._repeats)
+        if self._repeats or self._labels is not None:
+            order = numbered(order)
+        return train_shard(order, self._batch_size, *self._rank_of, contiguous)
 
     def remaining(self) -> np.ndarray:
-        """Indices of the samples that the next iteration yields."""
-        return self.order()[self._start * self._batch_size:]
+        """Numbers of the samples that the next iteration yields."""
+        return self._numbers()[self._start * self._batch_size:]
 
     def numbers(self) -> Iterator[int]:
         return iter(self.remaining().tolist())
@@ -72,7 +97,8 @@ class IndexedBatches:
 
 
 class DeviceLoader:
-    """Loader of (images, labels) on a device: (B, C, H, W) float32, normalised there from uint8, and (B,) int64.
+    """Loader of (images, labels) on a device: (B, C, H, W) float32, normalised there from uint8, and (B,) int64 or
+    (B, classes) float32.
 
     It wraps timm's PrefetchLoader: the next batch is transferred while the current one is used. Every batch has its own
     memory, so tensors stay valid after the loop moves on. `num_samples` counts the whole split, over all ranks.
@@ -121,6 +147,14 @@ class DeviceLoader:
             RuntimeError: The dataset is read sequentially, so that its samples have no indices.
         """
         return self.batches.order()
+
+    def labels(self) -> np.ndarray:
+        """Labels (N,) int64 of all samples of the split.
+
+        Raises:
+            ValueError: The dataset is read sequentially.
+        """
+        return self.batches.labels()
 
     def __len__(self) -> int:
         """Number of batches of this rank in a whole epoch."""

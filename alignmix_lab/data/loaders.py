@@ -8,7 +8,7 @@ from .device_loader import DeviceLoader
 from .ffcv.beton import BetonInfo, inspect_beton
 from .ffcv.importing import import_ffcv
 from .images.folders import find_split_folder
-from .images.sources import ImageSource, open_source
+from .images.sources import ImageSource, MultiLabelSource, open_source
 from .options import LoaderOptions
 from .sample import sample_dir
 from .transforms import SizedTransform
@@ -33,8 +33,9 @@ class Loaders:
 def create_loaders(data_dir: str | None = None, **options) -> Loaders:
     """Create the training and the evaluation loader of one rank.
 
-    Both yield images (B, C, H, W) float32, normalised on the device, and labels (B,) int64, on the device. Training
-    gives every rank the same number of full batches and uses each sample at most once per epoch. Evaluation yields each
+    Both yield images (B, C, H, W) float32, normalised on the device, and labels (B,) int64, on the device, or rows of 0
+    and 1 (B, classes) float32 with multi_label. Training gives every rank the same number of full batches and uses each
+    sample at most once per epoch, unless `balanced_sampling` or `aug_repeats` repeat some. Evaluation yields each
     sample exactly once over all ranks, so ranks may differ by a batch. Call set_epoch() before each epoch.
 
     Args:
@@ -155,13 +156,24 @@ def _timm_loaders(o: LoaderOptions) -> Loaders:
         val = open_split_source(o, o.val_split, False, train.class_to_idx)
     if o.train_samples:
         train = train.first(o.train_samples)
-    where, labels = o.dataset or o.data_dir, [max(source.labels) for source in (train, val) if source.labels]
-    largest = max(labels, default=None)
+    where, labels = o.dataset or o.data_dir, [source.largest_label for source in (train, val)]
+    largest = max((label for label in labels if label is not None), default=None)
     found = max(len(train.class_names or []), 0 if largest is None else largest + 1) or None
     o = replace(o, num_classes=_resolve_num_classes(o.num_classes, found, largest, where))
+    for source in (train, val):
+        if isinstance(source, MultiLabelSource):
+            _warn_of_empty_classes(source)
     made = [timm_loader(train, o, True), timm_loader(val, o, False)]
     loaders = _loaders(made, o.num_classes, train.class_names, 'timm', f"timm's loader, {where}")
     return replace(loaders, val_listing=val.listing() if o.val_share else None)
+
+
+def _warn_of_empty_classes(source: MultiLabelSource) -> None:
+    empty = [name for name, count in source.count_images().items() if not count]
+    if empty:
+        _logger.warning(
+            f'{source.title}: no image has the class {", ".join(empty[:20])}; in evaluation its average precision and '
+            'F1 count as 0')
 
 
 def open_split_source(
@@ -170,8 +182,8 @@ def open_split_source(
     if o.val_share and split in (o.train_split, o.val_split):
         return open_divided(o, class_to_idx)[split == o.val_split]
     return open_source(
-        o.data_dir, o.dataset, split, o.class_map, o.dataset_download, class_to_idx, is_training=train,
-        batch_size=o.batch_size, seed=o.seed)
+        o.data_dir, o.dataset, split, o.class_map, o.dataset_download, class_to_idx, o.multi_label,
+        is_training=train, batch_size=o.batch_size, seed=o.seed)
 
 
 def open_divided(o: LoaderOptions, class_to_idx: dict[str, int] | None = None) -> tuple[ImageSource, ImageSource]:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from alignmix_lab.runs.options import Options, config_option
+from alignmix_lab.runs.options import Options, config_option, flag
 
 # Without timm's 'random', which only training has.
 INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
@@ -25,12 +25,29 @@ class SourceOptions(Options):
     dataset: str = _data('', 'timm dataset name, e.g. torch/cifar10, hfds/<repo>, wds/<name>; default: read --data-dir')
     dataset_download: bool = _data(False, 'let torch/ datasets download themselves', bool, affects_result=False)
     class_map: str = _data('', 'file that maps class names to indices')
+    multi_label: bool = _data(
+        False, 'images with any number of labels, read from SPLIT.csv or COCO annotations in --data-dir; trains with '
+        'binary cross-entropy and ranks by map (timm loader)', bool)
     loader: str = _data(
         'auto', 'data loader; auto picks ffcv if it is installed and the data is in .beton files, else timm',
         choices=('auto', 'ffcv', 'timm'))
     val_share: float = _data(
         0.0, 'without a validation split: share of the training images of each class, chosen by --seed, to evaluate on '
         '(timm loader); the same in training and evaluation', float, low=0, below=1)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.multi_label:
+            return
+        if not self.data_dir:
+            raise ValueError('--multi-label needs --data-dir, a folder with files of labels')
+        for name in ('dataset', 'class_map'):
+            if getattr(self, name):
+                raise ValueError(
+                    f'--multi-label reads files of labels in --data-dir; leave {flag(name)} {getattr(self, name)} out')
+        if self.loader == 'ffcv':
+            raise ValueError('--loader ffcv has one label for each image; use --loader timm with --multi-label')
+        self.loader = 'timm'
 
 
 @dataclass
@@ -42,6 +59,9 @@ class TrainDataOptions(SourceOptions):
     train_samples: int | None = _data(
         None, 'train on the first so many images of each class only, to study small training sets (timm loader)', int,
         low=1)
+    balanced_sampling: bool = _data(
+        False, 'draw every class equally often: in an epoch of the usual length, images of rare classes are repeated, '
+        'each time augmented anew', bool)
 
     no_aug: bool = _aug(False, 'turn off training augmentation', bool)
     scale: list[float] = _aug([0.08, 1.0], 'area range of the random resized crop', float, nargs=2, low=0)
@@ -60,6 +80,14 @@ class TrainDataOptions(SourceOptions):
     reprob: float = _aug(0.0, 'probability of random erasing (timm loader)', float, low=0)
     remode: str = _aug('pixel', 'fill of erased regions', choices=('const', 'rand', 'pixel'))
     recount: int = _aug(1, 'maximum number of erased regions per image', int, low=1)
+    aug_repeats: float = _aug(
+        0.0, 'repeated augmentation: so many copies of an image, augmented differently, on different processes of a '
+        'step or in one batch; an epoch keeps its length', float, low=0)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if 0 < self.aug_repeats < 1:
+            raise ValueError(f'--aug-repeats {self.aug_repeats:g} repeats nothing; pass 1 or more, or 0')
 
 
 @dataclass

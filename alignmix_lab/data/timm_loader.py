@@ -14,13 +14,15 @@ import numpy as np
 import torch
 import torch.utils.data
 from PIL import Image
+from timm.data import MultiLabelTarget
 from timm.data.loader import fast_collate
 from timm.data.readers.shared_count import SharedCount
 
 from .device_loader import IndexedBatches
 from .images.decode import UnusableData, decode_image, read_bytes
-from .images.sources import ImageSource
+from .images.sources import ImageSource, MultiLabelSource
 from .options import LoaderOptions
+from .order import REPEAT
 from .seeding import generators_kept, seed_generators
 from .transforms import Size
 from .worker_signals import end_with_parent, iterate
@@ -55,7 +57,7 @@ def _data_loader(
 
 
 class _TransformedImages(torch.utils.data.Dataset):
-    """Indexed by (epoch, size, index), because workers live through all epochs."""
+    """Indexed by (epoch, size, number of the sample), because workers live through all epochs."""
 
     def __init__(self, source: ImageSource, make_transform: MakeTransform, options: LoaderOptions):
         self.source = source
@@ -66,7 +68,8 @@ class _TransformedImages(torch.utils.data.Dataset):
             raise ValueError(f'images have 1 or 3 channels, not {options.input_size[0]}')
 
     def __getitem__(self, key: tuple[int, Size, int]) -> tuple[Any, int]:
-        epoch, size, index = key
+        epoch, size, number = key
+        index = number % REPEAT
         try:
             image, label = self.source.read(index)
             image = decode_image(image if isinstance(image, Image.Image) else read_bytes(image), self.mode)
@@ -74,29 +77,36 @@ class _TransformedImages(torch.utils.data.Dataset):
             raise UnusableData(
                 f'{self.source.describe(index)} cannot be read ({type(error).__name__}: {error}); repair or remove it, '
                 'or convert the data with python -m alignmix_lab convert, which skips such images') from error
-        _check_label(label, self.options.num_classes, self.source.describe(index))
+        if isinstance(self.source, MultiLabelSource):
+            label = MultiLabelTarget(self.options.num_classes)(label)
+        else:
+            _check_label(label, self.options.num_classes, self.source.describe(index))
         with generators_kept():
-            seed_generators(self.options.seed, epoch, index)
+            seed_generators(self.options.seed, epoch, number)
             return self.make_transform(size)(image), label
 
 
 class TimmBatches(IndexedBatches):
-    """CPU batches of one rank from a dataset with random access: uint8 images and int64 labels.
+    """CPU batches of one rank from a dataset with random access: uint8 images and int64 labels, or float32 rows.
 
     `make_transform` returns timm's create_transform(use_prefetcher=True) for a (height, width).
     """
 
     def __init__(self, source: ImageSource, make_transform: MakeTransform, options: LoaderOptions, train: bool):
+        self._source = source
         super().__init__(source.num_samples, options, train)
         self._size = tuple(options.input_size[1:])
         self._loader = _data_loader(
             _TransformedImages(source, make_transform, options), options, train, sampler=_Keys(self))
 
+    def labels(self) -> np.ndarray:
+        return np.array(self._source.read_labels())
+
     def set_size(self, side: int) -> None:
         self._size = side, side
 
     def keys(self) -> Iterator[tuple[int, Size, int]]:
-        """(epoch, size, index) of the samples that the next iteration yields."""
+        """(epoch, size, number) of the samples that the next iteration yields."""
         return zip(itertools.repeat(self._epoch), itertools.repeat(self._size), self.numbers())
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -167,6 +177,10 @@ class StreamBatches:
         self.num_samples = source.num_samples
         self._source = source
         self._train = train
+        if train and (options.balanced_sampling or options.aug_repeats):
+            raise ValueError(
+                f'{source.title} is read in sequence, and --balanced-sampling and --aug-repeats choose samples; leave '
+                'them out, or convert the data with python -m alignmix_lab convert')
         self._rank, self._world_size = options.rank, options.world_size
         self._batch_size = options.split_batch_size(train)
         self._start = 0
@@ -193,6 +207,9 @@ class StreamBatches:
         raise RuntimeError(
             f'{self._source.title} is read in sequence: its samples have no indices, and their order is not known; '
             'convert it with python -m alignmix_lab convert')
+
+    def labels(self) -> np.ndarray:
+        return np.array(self._source.read_labels())
 
     def numbers(self) -> Iterator[int]:
         """Positions in this rank's stream, marked with the rank."""

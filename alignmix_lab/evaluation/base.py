@@ -51,6 +51,7 @@ class Protocol:
     options: type[Options]  # its own
     run: Callable[[Evaluation], Result]
     timed: bool = False  # whether it measures time, so that the result also depends on the machine
+    multi_label: bool = False  # whether it also measures images with any number of labels
 
     @property
     def help(self) -> str:
@@ -61,7 +62,8 @@ _protocols: dict[str, Protocol] = {}
 
 
 def register_protocol(
-        name: str, options: type[Options] = Options, timed: bool = False) -> Callable[[Callable], Callable]:
+        name: str, options: type[Options] = Options, timed: bool = False,
+        multi_label: bool = False) -> Callable[[Callable], Callable]:
     """Register a function as the protocol `name`.
 
     Raises:
@@ -77,7 +79,7 @@ def register_protocol(
         raise ValueError(f'protocol {name!r}: taken already: {", ".join(taken)}')
 
     def register(run: Callable[[Evaluation], Result]) -> Callable[[Evaluation], Result]:
-        _protocols[name] = Protocol(name, options, run, timed)
+        _protocols[name] = Protocol(name, options, run, timed, multi_label)
         return run
     return register
 

@@ -58,7 +58,12 @@ class Evaluation:
         """Open this process's share of a split (default: --split) in the form that a model takes.
 
         Models that take the same share get the same loader.
+
+        Raises:
+            ValueError: The data does not fit, or the model was trained on images with several labels.
         """
+        if model.training.get('multi_label') and not self.config.multi_label:
+            raise ValueError(f'{model.label} was trained on images with several labels; pass --multi-label')
         split, names = split or self.config.split, model.class_names
         options = self._loader_options(model, num_classes=model.num_classes)
         key = (split, *(names or ()), str(options))

@@ -18,7 +18,7 @@ from alignmix_lab.data.options import LoaderOptions
 class Batch:
     """Images of this process."""
     images: torch.Tensor  # (B, C, H, W) float32 pixels in [0, 1], on the device
-    labels: torch.Tensor  # (B,) int64, on the device
+    labels: torch.Tensor  # (B,) int64 or, with --multi-label, (B, classes) float32, on the device
     indices: torch.Tensor  # (B,) int64 positions in the dataset, on the CPU
 
 

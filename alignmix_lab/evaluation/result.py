@@ -43,6 +43,7 @@ class Result:
     notes: list[str] = field(default_factory=list)  # definitions and facts that a reader of the table needs
     details: dict[str, Any] = field(default_factory=dict)  # anything more for the JSON file
     figures: dict[str, Figure] = field(default_factory=dict)  # by suffix of the file; '' is the protocol's own
+    tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # rows of further CSV files, by suffix
 
 
 def plain(value: Any) -> Any:
@@ -131,19 +132,20 @@ def markdown(title: str, result: Result, facts: dict[str, Any], pictures: list[s
     return '\n'.join(lines)
 
 
-def as_csv(result: Result) -> str:
-    """The rows with their values in full."""
-    keys = ['model', *result.columns]
-    keys += [key for key in dict.fromkeys(key for row in result.rows for key in row) if key not in keys]
+def as_csv(rows: Sequence[dict[str, Any]], first: Sequence[str] = ()) -> str:
+    """Rows with their values in full; the columns `first` come first."""
+    keys = list(dict.fromkeys([*first, *(key for row in rows for key in row)]))
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=keys, lineterminator='\n')
     writer.writeheader()
-    writer.writerows(plain(result.rows))
+    writer.writerows(plain(rows))
     return text.getvalue()
 
 
 def write_result(folder: Path, name: str, help: str, result: Result, facts: dict[str, Any]) -> list[Path]:
-    """Write NAME.csv, NAME.md, its pictures NAME.png and NAME-SUFFIX.png, and last NAME.json; returns the files.
+    """Write NAME.csv, NAME.md, further NAME-SUFFIX.csv, pictures NAME.png and NAME-SUFFIX.png, and last NAME.json.
+
+    Returns the files.
 
     `facts` are what else the JSON file holds; `environment`, `command` and `data` are also shown on the page.
     """
@@ -151,7 +153,8 @@ def write_result(folder: Path, name: str, help: str, result: Result, facts: dict
     for suffix, figure in result.figures.items():
         files[f'{name}-{suffix}.png' if suffix else f'{name}.png'] = as_png(figure)
     pictures = list(files)
-    files[f'{name}.csv'] = as_csv(result)
+    files[f'{name}.csv'] = as_csv(result.rows, ['model', *result.columns])
+    files.update({f'{name}-{suffix}.csv': as_csv(rows) for suffix, rows in result.tables.items()})
     files[f'{name}.md'] = markdown(f'{name}: {help.rstrip(".")}', result, facts, pictures)
     content = plain({
         'protocol': name, **facts, 'columns': {key: asdict(column) for key, column in result.columns.items()},

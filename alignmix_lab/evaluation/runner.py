@@ -36,6 +36,8 @@ def evaluate(name: str, config: EvalConfig) -> dict[str, Result]:
         if protocol.name in skipped:
             continue
         try:
+            if config.multi_label and not protocol.multi_label:
+                raise NotApplicable(f'{protocol.name} takes images with one label; leave --multi-label out')
             results[protocol.name] = run_protocol(ev, protocol)
         except NotApplicable as e:
             if name != 'all':

@@ -116,6 +116,10 @@ class RunConfig(Options):
     log_interval: int = run_(50, 'updates between log lines', int, low=1)
     log_trackers: list[str] = run_(
         [], 'also log to these, through Accelerate', choices=('tensorboard', 'wandb'), nargs='+')
+    wandb_project: str = run_('timm-alignmix', "project in wandb, and folder of TensorBoard's files")
+    wandb_entity: str | None = run_(None, "user or team of wandb; default: that of wandb's login")
+    wandb_group: str | None = run_(None, 'group of the run in wandb')
+    wandb_tags: list[str] = run_([], 'tags of the run in wandb', nargs='+')
     curves: bool = run_(True, 'draw curves.png after each epoch', bool)
     progress: bool = run_(False, 'show the progress bar even if the output is not a terminal', bool)
     dry_run: bool = run_(False, 'print the resolved configuration, steps and parameter groups, then stop', bool)
@@ -136,6 +140,8 @@ class RunConfig(Options):
         super().__post_init__()
         if self.resume == 'auto' and not self.experiment:
             raise ValueError('--resume auto looks in the folder of --experiment: name one')
+        if (self.wandb_entity or self.wandb_group or self.wandb_tags) and 'wandb' not in self.log_trackers:
+            raise ValueError('--wandb-entity, --wandb-group and --wandb-tags need --log-trackers wandb')
         if self.decay_milestones != sorted(self.decay_milestones):
             raise ValueError(f'--decay-milestones must increase, got {self.decay_milestones}')
         if self.model_ema and not self.model_ema_decay < 1:

@@ -27,8 +27,9 @@ def train_one_epoch(run: Run, epoch: int, save: Callable[[int, LossTotals], None
     all processes.
 
     Returns:
-        `loss`, the mean over the steps of all processes; `skipped`, the number of skipped updates; if the task draws
-        modes, `modes`, the share and mean loss of each, and `lam`, the mean weight of an example against its partner.
+        `loss`, the mean over the steps of all processes; `skipped`, the number of skipped updates; if the task tells,
+        `accuracy` in per cent; if it draws modes, `modes`, the share, mean loss and accuracy of each, and `lam`, the
+        mean weight of an example against its partner.
 
     Raises:
         RuntimeError: The loss was not finite in --max-nonfinite consecutive updates.
@@ -148,7 +149,8 @@ def _summarize(run: Run, epoch: int, totals: LossTotals) -> OrderedDict[str, Any
     summary = OrderedDict(loss=means.get('loss', math.nan), skipped=totals.skipped)
     if modes:
         summary['modes'] = {
-            mode: {'share': share, 'loss': means[f'loss/{mode}']} for mode, share in modes.items()}
-    if 'lam' in means:
-        summary['lam'] = means['lam']
+            mode: {'share': share, **{
+                name: means[f'{name}/{mode}'] for name in ('loss', 'accuracy') if f'{name}/{mode}' in means}}
+            for mode, share in modes.items()}
+    summary.update({name: means[name] for name in ('accuracy', 'lam') if name in means})
     return summary

@@ -21,6 +21,7 @@ from .config import RunConfig
 from .engine import train_one_epoch
 from .files import lock_file, write_whole
 from .logs import append_summary, mean_lr
+from .models import trained_norms
 from .options import changed_options
 from .run import Run
 from .run_report import draw_curves, write_report
@@ -238,7 +239,8 @@ def _evaluate(run: Run, evaluate: Callable) -> dict[str, float]:
         models['Test (EMA)'] = task.get_eval_model(ema=True)
     for name, model in models.items():
         if config.dist_bn and processes > 1:
-            distribute_bn(model, processes, config.dist_bn == 'reduce')
+            for norm in trained_norms(model):
+                distribute_bn(norm, processes, config.dist_bn == 'reduce')
         metrics = evaluate(run, model, name)
     return metrics
 

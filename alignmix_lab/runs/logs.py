@@ -104,13 +104,18 @@ def mean_lr(run: Run) -> float:
 def append_summary(
         path: Path, epoch: int, train_metrics: dict[str, Any], eval_metrics: dict[str, float] | None, lr: float,
         metrics: tuple[str, ...]) -> None:
-    """Add an epoch to summary.csv, with a header if it is new; epochs without evaluation have empty cells."""
-    columns = ['epoch', 'train_loss', *(f'eval_{key}' for key in metrics), 'lr']
-    row = {'epoch': epoch, 'train_loss': train_metrics['loss'], 'lr': lr}
+    """Add an epoch to summary.csv, with a header if it is new; epochs without evaluation have empty cells.
+
+    A file keeps the columns that it has, which may be those of an earlier version.
+    """
+    train = {f'train_{key}': train_metrics[key] for key in ('loss', 'accuracy') if key in train_metrics}
+    row = {'epoch': epoch, **train, 'lr': lr}
     row.update({f'eval_{key}': eval_metrics[key] for key in metrics if eval_metrics})
     text = io.StringIO(newline='')
-    writer = csv.DictWriter(text, fieldnames=columns)
     old = path.read_bytes().decode() if path.exists() else ''
+    columns = ['epoch', *train, *(f'eval_{key}' for key in metrics), 'lr']
+    columns = next(csv.reader(old.splitlines()), columns)
+    writer = csv.DictWriter(text, fieldnames=columns, extrasaction='ignore')
     if not old:
         writer.writeheader()
     writer.writerow(row)

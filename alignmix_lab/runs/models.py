@@ -1,15 +1,18 @@
-"""Creation of timm models, with one sentence for the user if it fails."""
-from collections.abc import Callable
+"""Creation of timm models, with one sentence for the user if it fails, and their frozen parts."""
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from types import MethodType
 from typing import Any
 
 import timm
 import torch
 from huggingface_hub import constants
 from huggingface_hub.utils import get_session
+from timm.models._manipulate import group_with_matcher
 from torch import nn
 
 PROBE_SECONDS = 5
+_RUNNING_STATISTICS = ('running_mean', 'running_var')
 
 
 def create_model(name: str, said: str, remedy: str = '', pretrained: bool = False, **kwargs: Any) -> nn.Module:
@@ -82,3 +85,61 @@ def _hub_answers() -> bool:
     except Exception:  # the types differ by version of the client
         return False
     return True
+
+
+def classifier_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """List the parameters of a timm model's classifier, or of all its classifiers."""
+    heads = model.get_classifier()
+    return [p for head in (heads if isinstance(heads, (tuple, list)) else [heads]) for p in head.parameters()]
+
+
+def freeze(model: nn.Module, part: str, name: str) -> None:
+    """Keep a part of a timm model as it is: parameters do not train, batch norms stay in eval mode after `train()`.
+
+    Copies of the model, such as moving averages, are frozen alike.
+
+    Args:
+        part: 'backbone', all but the classifier; or a number: the stem and the first so many stages (of transformers:
+            blocks), which are the groups of the model's `group_matcher(coarse=True)`.
+        name: Name of the model for messages.
+
+    Raises:
+        ValueError: The model does not have as many stages.
+    """
+    frozen = _layers_of(model, part, name)
+    for key, parameter in model.named_parameters():
+        if key in frozen:
+            parameter.requires_grad = False
+    for key, _ in model.named_buffers():
+        owner, _, kind = key.rpartition('.')
+        if key in frozen and kind in _RUNNING_STATISTICS:
+            norm = model.get_submodule(owner).eval()
+            norm.train = MethodType(_stay, norm)
+
+
+def _stay(norm: nn.Module, mode: bool = True) -> nn.Module:
+    """Take the place of a frozen norm's `train`."""
+    return norm
+
+
+def trained_norms(model: nn.Module) -> Iterator[nn.Module]:
+    """Modules with running statistics, except frozen ones."""
+    return (module for module in model.modules()
+            if set(_RUNNING_STATISTICS) & module._buffers.keys() and 'train' not in vars(module))
+
+
+def _layers_of(model: nn.Module, part: str, name: str) -> set[str]:
+    """Names of the parameters and buffers of a part."""
+    tensors = dict([*model.named_parameters(), *model.named_buffers()])
+    head = {id(parameter) for parameter in classifier_parameters(model)}
+    body = {key for key, tensor in tensors.items() if id(tensor) not in head}
+    if part == 'backbone':
+        owners = {key.rpartition('.')[0] for key in tensors.keys() - body}
+        return {key for key in body if key.rpartition('.')[0] not in owners}  # buffers of the classifier's own norm
+    matcher = model.group_matcher(coarse=True)
+    groups = group_with_matcher(((key, key) for key in tensors), matcher, reverse=True)
+    stages = max(groups.values()) - 1  # without the stem and the head
+    if int(part) > stages:
+        raise ValueError(
+            f'--freeze {part}: {name} has {stages} stages or blocks; --freeze backbone leaves only the classifier')
+    return {key for key in body if groups[key] <= int(part)}

@@ -105,6 +105,7 @@ class Run:
     def describe(self) -> str:
         """Describe the run: data, processes, batch, steps, learning rate and parameter groups."""
         config = self.config
+        frozen = [p for p in self.task.get_trainable_module().parameters() if not p.requires_grad]
         shown = ('input_size', 'mean', 'std', 'interpolation', 'crop_pct')
         lines = [
             f'Data: {self.loaders.description}',
@@ -116,6 +117,7 @@ class Run:
             f'Steps: {self.num_epochs} epochs x {self.updates_per_epoch} updates ({len(self.loaders.train)} batches)',
             f'Learning rate: {config.lr:.4g}, {config.sched} schedule'
             + (f', too short to decay at {self.missed_decays()}' if self.missed_decays() else ''),
+            *([f'Frozen: {len(frozen)} tensors, {sum(p.numel() for p in frozen):,} values'] if frozen else []),
             f'Parameter groups ({config.opt}):',
             *(f'  {len(group["params"])} tensors, {sum(p.numel() for p in group["params"]):,} values, '
               f'weight decay {group.get("weight_decay", 0.0):g}, learning rate x{group.get("lr_scale", 1.0):g}'

@@ -27,7 +27,7 @@ def draw_curves(summary: Path, picture: Path) -> None:
     losses = [name for name in columns if name.endswith('loss')]
     shown = {
         'loss': losses,
-        'metrics (%)': [name for name in columns if name.startswith('eval_') and name not in losses],
+        'metrics (%)': [name for name in columns if name not in (*losses, 'lr')],
         'learning rate': ['lr'],
     }
     fig, axes = panels(len(shown), size=(4, 3.6))
@@ -70,8 +70,9 @@ def write_report(run: Run, folder: Path, last: dict[str, float], best: dict[str,
         figures = ' | '.join(f'{entry[name]:.4g}' for name in names)
         lines.append(f'| {entry["epoch"]} ({which}) | {figures} |')
     if 'modes' in train:
-        lines += ['', 'Training, last epoch:', '', '| mode | share of the steps | mean loss |', '|---|---|---|']
-        lines += [f'| {mode} | {values["share"]:.1%} | {values["loss"]:.4g} |'
+        lines += ['', 'Training, last epoch:', '', '| mode | share of the steps | mean loss | accuracy (%) |',
+                  '|---|---|---|---|']
+        lines += [f'| {mode} | {values["share"]:.1%} | {values["loss"]:.4g} | {values.get("accuracy", math.nan):.4g} |'
                   for mode, values in train['modes'].items()]
     lines += ['', f'Updates skipped in the last epoch because the loss was not finite: {train["skipped"]}', '',
               '![curves](curves.png)', '']

@@ -19,7 +19,7 @@ def check_trackers(names: list[str]) -> None:
 
 def start_trackers(run: Run, folder: Path) -> None:
     """Start the trackers of --log-trackers. TensorBoard writes to the folder; a resumed run continues its records."""
-    names, accelerator = run.config.log_trackers, run.accelerator
+    config, names, accelerator = run.config, run.config.log_trackers, run.accelerator
     if not names:
         return
     first = run.start_epoch * run.updates_per_epoch + run.start_update
@@ -27,19 +27,20 @@ def start_trackers(run: Run, folder: Path) -> None:
         'tensorboard': dict(purge_step=first),
         'wandb': dict(
             name=folder.name, id=hashlib.sha1(os.fsencode(folder.resolve())).hexdigest()[:16], resume='allow',
-            dir=str(folder)),
+            dir=str(folder), entity=config.wandb_entity, group=config.wandb_group, tags=config.wandb_tags),
     }
     accelerator.project_configuration.set_directories(str(folder))
     accelerator.log_with = filter_trackers(names, str(folder))
     options = {
         key: value if isinstance(value, (int, float, str, bool)) else str(value)
-        for key, value in run.config.to_dict().items()}
-    accelerator.init_trackers('timm-alignmix', options, settings)
+        for key, value in config.to_dict().items()}
+    accelerator.init_trackers(config.wandb_project, options, settings)
 
 
 def track_epoch(run: Run, entry: dict[str, Any]) -> None:
     """Send the results of an epoch to the trackers."""
     if run.accelerator.trackers:
         values = {f'eval/{name}': value for name, value in entry.get('validation', {}).items()}
-        values.update({'epoch': entry['epoch'], 'epoch/train_loss': entry['train']['loss']})
+        train = {f'epoch/train_{key}': entry['train'][key] for key in ('loss', 'accuracy') if key in entry['train']}
+        values.update({'epoch': entry['epoch'], **train})
         run.accelerator.log(values, step=(entry['epoch'] + 1) * run.updates_per_epoch)

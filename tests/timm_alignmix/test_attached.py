@@ -137,6 +137,35 @@ def test_unmatched_calls_raise():
         attached.loss(output, y[:2])
 
 
+def test_mix_enabled_trains_clean_and_counts_the_step():
+    images, y = batch()
+    model, other = tiny(), tiny()
+    attached = attach(other, 'densemultimix', FEATURE['densemultimix'], img_size=64)
+    attached.mix_enabled = False
+    output = other(images)
+    assert torch.equal(output, model(images)) and attached.mode == 'clean' and attached.lam is None
+    torch.testing.assert_close(attached.loss(output, y), nn.functional.cross_entropy(output, y))
+    failing = other.fc.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        other(images)
+    failing.remove()
+    attached.mix_enabled = True
+    assert attached.mix_enabled and attached.loss(other(images), y).isfinite()
+    assert attached.mode == 'dense' and attached.state_dict()['step'] == 3
+
+
+def test_several_methods():
+    images, y = batch()
+    attached = attach(model := tiny(), {'mixup': 0.5, 'multimix': 0.5}, {'multimix.n': 8}, img_size=64)
+    task = MixTask(tiny(), {'mixup': 0.5, 'multimix': 0.5}, {'multimix.n': 8}, img_size=64, verbose=False)
+    modes = set()
+    for _ in range(6):
+        assert torch.equal(attached.loss(model(images), y), (result := task(images, y))['loss'])
+        assert attached.mode == result['mode']
+        modes.add(attached.mode)
+    assert len(modes) > 1
+
+
 def test_a_forward_that_fails_leaves_nothing_armed():
     images, y = batch()
     model = tiny()

@@ -200,7 +200,6 @@ def test_the_split_is_checked_at_the_size_of_the_images(script):
     (('--mix', 'mixup', '--torchscript'), '--torchscript makes a model that takes no hooks'),
     (('--mix', 'densemultimix', '--loss', 'poly'), '--mix densemultimix cannot train with the poly loss'),
     (('--mix', 'mixup', '--loss', 'asl'), '--mix mixup cannot train with the asl loss'),
-    (('--mix', 'alignmix', '--grad-checkpointing'), '--grad-checkpointing would compute layers again'),
     (('--mix', 'mixup', '--seed', '-1'), 'seed must be 0'),
     (('--mix', 'mixup', '--mixup', '0.8', '--cutmix-minmax', '0.2', '0.8'), '--mixup, --cutmix-minmax'),
     (('--mix', 'mixup', '--kd-model-name', 'resnet50'), '--kd-model-name'),

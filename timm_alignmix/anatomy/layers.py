@@ -43,12 +43,23 @@ class FeatureLayer:
     before_pool: bool
 
 
+def output_module(model: nn.Module, name: str) -> nn.Module:
+    """Innermost module whose output is that of module `name`, for hooks.
+
+    A forward hook of an nn.Sequential itself is not called where gradient checkpointing runs its children one by one.
+    """
+    module = model.get_submodule(name)
+    while type(module).forward is nn.Sequential.forward and len(module):
+        module = module[-1]
+    return module
+
+
 @torch.no_grad()
 def feature_map(model: nn.Module, name: str, images: torch.Tensor) -> torch.Tensor:
     """Output of a model's module for images, in evaluation mode and without gradient. Modes are restored."""
     found = []
     training = [module for module in model.modules() if module.training]
-    handle = model.get_submodule(name).register_forward_hook(lambda module, inputs, output: found.append(output))
+    handle = output_module(model, name).register_forward_hook(lambda module, inputs, output: found.append(output))
     try:
         model.eval()(images)
     finally:

@@ -114,6 +114,8 @@ def _perturbed_copy(model: nn.Module) -> nn.Module:
     for module in clone.modules():
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()
+        if hasattr(module, 'grad_checkpointing'):
+            module.grad_checkpointing = False  # it would call the children of stages without the stages
         if isinstance(module, NORMS) and module.running_mean is not None:
             module.running_mean.add_(noise(module.running_mean), alpha=0.1)
             module.running_var.mul_(1 + 0.2 * noise(module.running_var).tanh())

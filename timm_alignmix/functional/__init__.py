@@ -9,7 +9,7 @@ from .level_cut import level_cut
 from .losses import BinaryCrossEntropy, dense_multimix_loss, dense_multimix_rows, multimix_loss
 from .masks import box_around, box_sides, inside
 from .saliency import fine_grained_saliency, gaussian_blur, greedy_cycle, shares, spectral_residual
-from .targets import check_target, check_values, soft_target, soft_target_cross_entropy
+from .targets import check_target, check_values, soft_target, soft_target_cross_entropy, target_mass
 from .transport import align, align_to, sinkhorn_plan, transport_cost
 from .weights import convex_weights
 
@@ -17,4 +17,5 @@ __all__ = [
     'BinaryCrossEntropy', 'align', 'align_to', 'attention_map', 'block_transport', 'box_around', 'box_sides',
     'check_target', 'check_values', 'convex_weights', 'dense_multimix_loss', 'dense_multimix_rows',
     'fine_grained_saliency', 'gaussian_blur', 'greedy_cycle', 'inside', 'level_cut', 'move_blocks', 'multimix_loss',
-    'shares', 'sinkhorn_plan', 'soft_target', 'soft_target_cross_entropy', 'spectral_residual', 'transport_cost']
+    'shares', 'sinkhorn_plan', 'soft_target', 'soft_target_cross_entropy', 'spectral_residual',
+    'target_mass', 'transport_cost']

@@ -100,6 +100,27 @@ def check_values(target: torch.Tensor, num_classes: int, sum_to_one: bool = True
                 '(criterion=nn.BCEWithLogitsLoss())')
 
 
+def target_mass(logits_BC: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Mass of each row's target on the predicted class, the class of the largest logit: its mean is the accuracy of
+    mixed examples, and for classes or one-hot rows plain top-1 accuracy.
+
+    Args:
+        logits_BC: (B, C) logits.
+        target: (B,) integer classes, or (B, C) probabilities or labels, without label smoothing.
+
+    Returns:
+        (B,) float32 without gradient; 0 for classes that do not exist.
+
+    Example:
+        >>> import torch
+        >>> target_mass(torch.tensor([[2.0, 0.0], [1.0, 3.0]]), torch.tensor([[0.75, 0.25], [1.0, 0.0]]))
+        tensor([0.7500, 0.0000])
+    """
+    predicted_B = logits_BC.detach().argmax(dim=1)
+    mass_B = predicted_B == target if target.ndim == 1 else target.gather(1, predicted_B[:, None])[:, 0]
+    return mass_B.float()
+
+
 def soft_target_cross_entropy(logits_BC: torch.Tensor, target_BC: torch.Tensor) -> torch.Tensor:
     """Mean over examples of -sum_c y log softmax(logits), in float32 or better whatever autocast says.
 

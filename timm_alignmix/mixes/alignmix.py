@@ -82,7 +82,6 @@ class AlignMix(AlignedMix):
         >>> task(torch.randn(4, 3, 64, 64), torch.arange(4))['mode']
         'feat'
     """
-    replaces_features = True
 
     def __init__(
             self,

@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 
 from ..anatomy import Anatomy, FeatureLayer, UnsupportedModel
+from ..functional import target_mass
 from ..step_random import StepRandom
 from .ae_layers import AELayers
 from .alignmix import AlignedMix
@@ -111,7 +112,6 @@ class AlignMixAE(AlignedMix):
         self.probs = mode_probabilities([1] * len(modes) if mode_probs is None else mode_probs, modes)
         self.mixed_layers, self.decoder, self.variational, self.aligned = chosen, decoder, variational, aligned
         self.resolution, self.plain_weight = resolution, plain_weight
-        self.replaces_features = not plain_weight
         self.recon_weight, self.kl_weight = recon_weight, kl_weight
         self.dim, self.width, self.decode_size = dim, width, decode_size
 
@@ -158,6 +158,10 @@ class AlignMixAE(AlignedMix):
         else:
             loss = self._classification(output, feature_map, target, draw, criterion)
         return loss + 0 * output.float().sum()
+
+    def mass(self, output: torch.Tensor, target: torch.Tensor, draw: Draw) -> torch.Tensor:
+        # Steps that mix features mix those of the extra classifier; the output is of clean examples.
+        return super().mass(output, target, draw) if draw['mode'] == 'input' else target_mass(output, target)
 
     def _reconstruction(self, feature_map: torch.Tensor, draw: Draw) -> torch.Tensor:
         layers, images = self.extra, draw['images']

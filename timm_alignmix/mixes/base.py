@@ -14,7 +14,7 @@ import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ..anatomy import Anatomy, DenseHead, FeatureLayer
-from ..functional import soft_target
+from ..functional import soft_target, target_mass
 from ..step_random import StepRandom, sample_beta
 from .criterion import Criterion
 
@@ -31,7 +31,6 @@ class Mix:
         closed_form: The loss weighs mixed examples, so the criterion must have a closed form: softmax or binary
             cross-entropy.
         pairs: Targets are those of pairs, draw['perm'] being the partners and draw['lam'] the weights.
-        replaces_features: The method replaces the output of an inner layer, as its options are.
         clean_pass: Mode of the model, 'eval' or 'train', in a pass over the clean images that steps of the method
             need, see :meth:`complete`; None if none does.
         options: Options the method was created with, for logs.
@@ -57,7 +56,6 @@ class Mix:
     name = ''
     closed_form = False
     pairs = False
-    replaces_features = False
     clean_pass: str | None = None
 
     def __init__(self) -> None:
@@ -128,6 +126,19 @@ class Mix:
         """Soft targets for the rows of logits."""
         return target_BC
 
+    def mass(self, output: torch.Tensor, target: torch.Tensor, draw: Draw) -> torch.Tensor:
+        """Mass of each row's target, without label smoothing, on the class that the row predicts: its accuracy.
+
+        Args:
+            output: (rows, C) logits, as :meth:`output` returns them.
+            target: (B,) classes or (B, C) rows.
+            draw: The step, of another mode than 'clean'.
+
+        Returns:
+            (rows,) float32.
+        """
+        return target_mass(output, self.target(soft_target(target, output.shape[1]), draw))
+
     def loss(
             self,
             output: torch.Tensor,
@@ -195,6 +206,12 @@ class PairMix(Mix):
 
     def target(self, target_BC: torch.Tensor, draw: Draw) -> torch.Tensor:
         return mix_pairs(target_BC, draw) if 'perm' in draw else target_BC
+
+    def mass(self, output: torch.Tensor, target: torch.Tensor, draw: Draw) -> torch.Tensor:
+        if 'perm' not in draw:
+            return super().mass(output, target, draw)
+        target, partner, lam = pair_target(target, draw)  # of any kind, and without rows of all classes
+        return lam * target_mass(output, target) + (1 - lam) * target_mass(output, partner)
 
 
 class MaskPair(PairMix):

@@ -27,7 +27,6 @@ class MixChoice(Mix):
         self.name = '+'.join(mixes)
         self.closed_form = any(mix.closed_form for mix in mixes.values())
         self.pairs = all(mix.pairs for mix in mixes.values())
-        self.replaces_features = any(mix.replaces_features for mix in mixes.values())
         self.clean_pass = next((mix.clean_pass for mix in mixes.values() if mix.clean_pass), None)
         self.options = {f'{name}.{key}': value for name, mix in mixes.items() for key, value in mix.options.items()}
 
@@ -92,6 +91,9 @@ class MixChoice(Mix):
 
     def target(self, target_BC: torch.Tensor, draw: Draw) -> torch.Tensor:
         return self.mixes[draw['method']].target(target_BC, draw)
+
+    def mass(self, output: torch.Tensor, target: torch.Tensor, draw: Draw) -> torch.Tensor:
+        return self.mixes[draw['method']].mass(output, target, draw)
 
     def loss(self, output, feature_map, target, draw, *args):
         return self.mixes[draw['method']].loss(output, feature_map, target, draw, *args)

@@ -43,7 +43,6 @@ class ManifoldMixup(PairMix):
         self._layers = [layers] if isinstance(layers, (str, int)) else layers
         if layers is not None and not self._layers:
             raise ValueError("layers=[] leaves nothing to mix; None is the default set, 'input' and 'embedding' go too")
-        self.replaces_features = layers is None or not set(self._layers) <= {'input', 'embedding'}
         self.probs: dict[str, float] = {}
 
     def bind(self, anatomy: Anatomy) -> None:

@@ -8,7 +8,7 @@ of the embeddings of the mini-batch; otherwise it is input mixup. The paper leav
 import torch
 
 from ..anatomy import Anatomy, FeatureLayer
-from ..functional import convex_weights, dense_multimix_rows, multimix_loss
+from ..functional import convex_weights, dense_multimix_rows, multimix_loss, target_mass
 from ..step_random import StepRandom
 from .base import Draw, PairMix, draw_mode, mix_examples
 from .registry import register_mix
@@ -83,7 +83,6 @@ class MultiMix(HullMix):
     ) -> None:
         super().__init__(n, m, alpha, prob, input_alpha, per_example, mode='embedding')
         self.mix_at = mix_at
-        self.replaces_features = mix_at != 'embedding'
 
     def bind(self, anatomy: Anatomy) -> None:
         if self.mix_at == 'embedding':
@@ -113,6 +112,10 @@ class MultiMix(HullMix):
 
     def target(self, target_BC: torch.Tensor, draw: Draw) -> torch.Tensor:
         return mix_examples(target_BC, draw['weights']) if 'weights' in draw else super().target(target_BC, draw)
+
+    def mass(self, output: torch.Tensor, target: torch.Tensor, draw: Draw) -> torch.Tensor:
+        is_clean = 'weights' in draw and draw['layer'] is None  # the mixed rows are never computed
+        return target_mass(output, target) if is_clean else super().mass(output, target, draw)
 
     def rows(self, output, feature_map, target, draw, smoothing):
         if draw['mode'] == 'input' or draw['layer'] is not None:

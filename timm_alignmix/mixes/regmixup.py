@@ -8,6 +8,7 @@ learning rates are on the paper's scale. Its commands have alpha = 20 for CIFAR-
 """
 import torch
 
+from ..functional import target_mass
 from ..step_random import StepRandom
 from .base import Draw, PairMix
 from .registry import register_mix
@@ -53,6 +54,10 @@ class RegMixup(PairMix):
 
     def target(self, target_BC: torch.Tensor, draw: Draw) -> torch.Tensor:
         return torch.cat([2 * target_BC, 2 * self.eta * super().target(target_BC, draw)])
+
+    def mass(self, output: torch.Tensor, target: torch.Tensor, draw: Draw) -> torch.Tensor:
+        clean, mixed = output.chunk(2)
+        return torch.cat([target_mass(clean, target), super().mass(mixed, target, draw)])
 
     def num_rows(self, batch: int, draw: Draw) -> int:
         return 2 * batch

@@ -40,12 +40,14 @@ def needed_import(architecture: str) -> str | None:
 def _metadata(config: dict[str, Any], name: str) -> str:
     facts = config.get('training', {})
     accuracy = facts.get('accuracy', {})
-    top1 = accuracy.get(accuracy.get('exported'), {}).get('top1')
+    metrics = accuracy.get(accuracy.get('exported'), {})
+    key, metric, metric_name = (
+        ('map', 'mAP', 'mAP (%)') if facts.get('multi_label') else ('top1', 'accuracy', 'top-1 accuracy (%)'))
     results = None
-    if top1 is not None and accuracy['measured_on'] == facts['weights']:
+    if metrics.get(key) is not None and accuracy['measured_on'] == facts['weights']:
         results = [EvalResult(
             task_type='image-classification', dataset_type=facts['dataset'], dataset_name=facts['dataset'],
-            metric_type='accuracy', metric_name='top-1 accuracy (%)', metric_value=round(top1, 2))]
+            metric_type=metric, metric_name=metric_name, metric_value=round(metrics[key], 2))]
     return ModelCardData(
         license=config['pretrained_cfg']['license'], library_name='timm', pipeline_tag='image-classification',
         tags=['image-classification', 'timm', 'timm-alignmix'], eval_results=results, model_name=name).to_yaml()
@@ -77,12 +79,14 @@ def _accuracy(facts: dict[str, Any]) -> list[str]:
     if not accuracy:
         return []
     lines = ['## Accuracy', '', f'On the validation images of {facts["dataset"]}; epochs count from 0.', '']
-    lines += ['| epoch | | top-1 (%) | top-5 (%) | loss |', '|---|---|---|---|---|']
+    columns = {'map': 'mAP (%)', 'macro_f1': 'macro F1 (%)'} if facts.get('multi_label') else {
+        'top1': 'top-1 (%)', 'top5': 'top-5 (%)'}
+    lines += [f'| epoch | | {" | ".join(columns.values())} | loss |', '|---|---|---|---|---|']
     for name, row in accuracy.items():
         if isinstance(row, dict):
             what = name + (', these weights' if name == accuracy['exported'] else '')
-            figures = [f'{row[key]:.{digits}f}' if row.get(key) is not None else ''
-                       for key, digits in (('top1', 2), ('top5', 2), ('loss', 4))]
+            figures = [f'{row[key]:.{4 if key == "loss" else 2}f}' if row.get(key) is not None else ''
+                       for key in (*columns, 'loss')]
             lines.append(f'| {row["epoch"]} | {what} | {" | ".join(figures)} |')
     lines += ['', 'The best epoch was chosen on the images it was measured on, so its figure is optimistic.']
     if facts.get('loader') == 'ffcv':
@@ -106,6 +110,7 @@ def make_card(config: dict[str, Any]) -> str:
         'options of the mix': facts.get('mix_options'),
         'data set': facts.get('dataset'),
         'classes': config['num_classes'],
+        'labels': 'any number for an image: apply a sigmoid to the logits' if facts.get('multi_label') else None,
         'weights': {'raw': 'as trained', 'ema': 'moving average'}.get(facts.get('weights')),
         'started from': facts.get('initial_weights'),
         'images': f'{cfg["input_size"]}, mean {cfg["mean"]}, std {cfg["std"]}, {cfg["interpolation"]}, '

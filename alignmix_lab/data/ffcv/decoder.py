@@ -45,9 +45,9 @@ def uniform(seed, place):
     return np.float64(split_mix(seed, place) >> np.uint64(11)) * 2.0 ** -53
 
 
-def epoch_key(seed: int, epoch: int) -> np.uint64:
-    """Key of an epoch: sample i draws from the sequence of split_mix(key, i)."""
-    return np.random.SeedSequence([seed, epoch, 1]).generate_state(1, np.uint64)[0]
+def epoch_key(seed: int, epoch: int, copy: int = 0) -> np.uint64:
+    """Key of an epoch: sample i draws from the sequence of split_mix(key, i). Later copies of a sample have others."""
+    return np.random.SeedSequence([seed, epoch, 1, copy]).generate_state(1, np.uint64)[0]
 
 
 def random_resized_crop(scale: tuple[float, float], ratio: tuple[float, float]) -> Callable:

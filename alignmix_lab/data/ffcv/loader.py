@@ -20,7 +20,7 @@ import torch
 from ..device_loader import IndexedBatches
 from ..images.decode import UnusableData
 from ..options import LoaderOptions
-from ..order import quasi_shuffled, train_shard
+from ..order import REPEAT, quasi_shuffled
 from .beton import IMAGE, LABEL, BetonInfo
 from .decoder import SeededDecoder, centre_crop, epoch_key, random_resized_crop
 from .importing import import_ffcv, torch_threads_kept
@@ -34,8 +34,8 @@ _ffcv = import_ffcv()
 class _Epoch(_ffcv.loader.epoch_iterator.EpochIterator):
     """One pass over an order. Failures in its threads are raised by next(); close() ends all threads."""
 
-    def __init__(self, loader: Any, order: np.ndarray, key: np.uint64, pin_memory: bool):
-        self._key = key
+    def __init__(self, loader: Any, order: np.ndarray, keys: np.ndarray, pin_memory: bool):
+        self._keys = keys  # of the samples of the order
         self._pin_memory = pin_memory
         super().__init__(loader, order)
 
@@ -46,8 +46,9 @@ class _Epoch(_ffcv.loader.epoch_iterator.EpochIterator):
             slots = self.loader.batches_ahead + 2
             decoder, = (node.id for node in self.loader.graph.root_nodes if isinstance(node.decoder, SeededDecoder))
             _, keys, status = self.memory_allocations['operation'][decoder]
-            keys[:] = self._key
             for batch, indices in enumerate(self.iter_ixes):
+                first = batch * self.loader.batch_size
+                keys[batch % slots][:len(indices)] = self._keys[first:first + len(indices)]
                 views = self.run_pipeline(batch, indices, batch % slots, None)
                 damaged = indices[status[batch % slots][:len(indices)] != 0]
                 if len(damaged):
@@ -122,11 +123,15 @@ class FFCVBatches(IndexedBatches):
     """
 
     def __init__(self, info: BetonInfo, options: LoaderOptions, train: bool):
-        super().__init__(info.num_samples, options, train)
         self.info = info
+        super().__init__(info.num_samples, options, train)
         self.os_cache = options.os_cache
         if self.os_cache is None:
             self.os_cache = info.path.stat().st_size < 0.8 * memory_bytes()
+        if not self.os_cache and self._labels is not None:
+            raise ValueError(
+                f'{info.path} is larger than memory and read page by page, in an order of its own; --balanced-sampling '
+                'needs --loader timm and the original images')
         self._pin_memory = options.on_cuda
         crop_pct = 1.0 if train else options.crop_pct
         _check_images(info, options.input_size, crop_pct)
@@ -151,20 +156,24 @@ class FFCVBatches(IndexedBatches):
                 },
             )
 
+    def labels(self) -> np.ndarray:
+        return self.info.labels
+
     def set_size(self, side: int) -> None:
         self._decoder.side = side
 
-    def order(self) -> np.ndarray:
+    def _numbers(self) -> np.ndarray:
         if not self._train or self.os_cache:
-            return super().order()
+            return super()._numbers()
         order = quasi_shuffled(self.info.pages, self._seed, self._epoch, QUASI_RANDOM_PAGES)
-        return train_shard(order, self._batch_size, *self._rank_of, contiguous=True)
+        return self._shard(order, contiguous=True)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        order = np.ascontiguousarray(self.remaining(), dtype=np.uint64)
+        copies, order = np.divmod(self.remaining(), REPEAT)
         if not len(order):
             return
-        epoch = _Epoch(self._loader, order, epoch_key(self._seed, self._epoch), self._pin_memory)
+        keys = np.array([epoch_key(self._seed, self._epoch, copy) for copy in range(copies.max() + 1)])
+        epoch = _Epoch(self._loader, order.astype(np.uint64), keys[copies], self._pin_memory)
         try:
             yield from epoch
         finally:

@@ -34,6 +34,12 @@ class Skipped(NamedTuple):
     reason: str
 
 
+def split_names(split: str) -> list[str]:
+    """Names that a split goes by, its own first."""
+    return list(dict.fromkeys(
+        [split, *(name for names in (TRAIN_FOLDERS, EVAL_FOLDERS) if split in names for name in names)]))
+
+
 def find_split_folder(root: str | Path, split: str) -> Path:
     """Find the folder of a split in an ImageFolder root; the usual names of training or evaluation are synonyms.
 
@@ -43,10 +49,7 @@ def find_split_folder(root: str | Path, split: str) -> Path:
     root = Path(root).expanduser()
     if not root.is_dir():
         raise ValueError(f'data folder {root} does not exist' if not root.exists() else f'{root} is not a folder')
-    names = [split]
-    for synonyms in (TRAIN_FOLDERS, EVAL_FOLDERS):
-        if split in synonyms:
-            names += synonyms
+    names = split_names(split)
     for name in names:
         if name and (root / name).is_dir():
             if name != split:
@@ -54,7 +57,7 @@ def find_split_folder(root: str | Path, split: str) -> Path:
             return root / name
     there = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
     raise ValueError(
-        f'{root} has no folder for the split {split!r} (tried {", ".join(dict.fromkeys(names))}); it has: '
+        f'{root} has no folder for the split {split!r} (tried {", ".join(names)}); it has: '
         f'{", ".join(there[:20]) or "no folders"}. Expected {root}/train/<class>/ and {root}/validation/<class>/'
         + ('; without validation images, --val-share 0.1 sets a tenth of the training images aside'
            if split in EVAL_FOLDERS else ''))
@@ -80,7 +83,7 @@ class FolderReader(ReaderImageFolder):
         files, self.skipped = list_images(root)
         classes = [os.path.basename(os.path.dirname(os.path.relpath(file, root))) for file in files]
         if class_to_idx is None:
-            class_to_idx = {name: index for index, name in enumerate(sorted(set(classes), key=_natural))}
+            class_to_idx = {name: index for index, name in enumerate(sorted(set(classes), key=natural))}
         self.class_to_idx = class_to_idx
         self.samples = [
             (file, class_to_idx[name]) for file, name in zip(files, classes, strict=True) if name in class_to_idx]
@@ -88,7 +91,7 @@ class FolderReader(ReaderImageFolder):
             raise ValueError(f'no images in the class folders of {root} (extensions {", ".join(EXTENSIONS)})')
 
 
-def _natural(name: str) -> list[int | str]:
+def natural(name: str) -> list[int | str]:
     """Natural sort key: 'a10' after 'a9'. Every second part is a number, so that any two keys compare."""
     parts = re.split(r'(\d+)', name.lower())
     return [int(part) if index % 2 else part for index, part in enumerate(parts)]
@@ -136,7 +139,7 @@ def list_images(root: str) -> tuple[list[str], list[Skipped]]:
             skipped.append(Skipped(link, f'a symbolic link to a folder that contains {root!r}'))
         else:
             visit(link)
-    return sorted(files, key=_natural), sorted(skipped)
+    return sorted(files, key=natural), sorted(skipped)
 
 
 def _reason_to_skip(entry: os.DirEntry) -> str:

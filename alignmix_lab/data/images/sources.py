@@ -1,6 +1,6 @@
-"""Sources of images and labels: ImageFolder roots and timm's dataset names."""
+"""Sources of images and labels: ImageFolder roots, files of labels and timm's dataset names."""
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +10,7 @@ from timm.data.readers.class_map import load_class_map
 
 from ..order import shuffled
 from .folders import FolderReader, Skipped, check_folders, find_split_folder, log_skipped
+from .multi_label import MultiLabelReader
 
 PREFIXES = ('torch', 'hfds', 'hfids', 'tfds', 'wds')
 STREAMS = ('hfids', 'tfds', 'wds')  # read sequentially
@@ -49,10 +50,32 @@ class ImageSource:
         """Labels of all samples, if they are known without reading images."""
         return None if self._listed is None else [self._listed[index][1] for index in self.indices]
 
+    def read_labels(self) -> list[int]:
+        """Labels of all samples; reads the samples where the dataset does not list them.
+
+        Raises:
+            ValueError: The images are read in sequence.
+        """
+        if self.is_stream:
+            raise ValueError(
+                f'{self.title} is read in sequence, so the number of images of each class is not known; convert it '
+                'with python -m alignmix_lab convert')
+        if self._listed is not None:
+            return self.labels
+        targets = getattr(self.dataset, 'targets', None)
+        return [int(self.read(place)[1] if targets is None else targets[index])
+                for place, index in enumerate(self.indices)]
+
+    @property
+    def largest_label(self) -> int | None:
+        """Largest label of a sample, if known without reading images."""
+        return max(self.labels) if self.labels else None
+
     @property
     def num_classes(self) -> int | None:
         """Number of classes by name or label, if known."""
-        return max(len(self.class_names or []), max(self.labels or [-1]) + 1) or None
+        largest = self.largest_label
+        return max(len(self.class_names or []), 0 if largest is None else largest + 1) or None
 
     @property
     def num_samples(self) -> int:
@@ -111,14 +134,34 @@ class ImageSource:
         """Indices of each label, in their order."""
         if self.is_stream:
             raise ValueError(f'{flag}: {self.title} is read in sequence; {remedy}')
-        labels = self.labels or getattr(self.dataset, 'targets', None)
         by_class = defaultdict(list)
-        for place, index in enumerate(self.indices):
-            by_class[int(self.read(place)[1] if labels is None else labels[place])].append(index)
+        for index, label in zip(self.indices, self.read_labels(), strict=True):
+            by_class[label].append(index)
         return by_class
 
     def _part(self, indices: Sequence[int]) -> 'ImageSource':
-        return ImageSource(self.dataset, self.title, self.class_names, self.class_to_idx, self.skipped, indices)
+        return type(self)(self.dataset, self.title, self.class_names, self.class_to_idx, self.skipped, indices)
+
+
+class MultiLabelSource(ImageSource):
+    """Images with any number of labels: `labels`, and those of `read`, are tuples of classes."""
+
+    @property
+    def largest_label(self) -> int | None:
+        return max((label for labels in self.labels for label in labels), default=None)
+
+    def count_images(self) -> dict[str, int]:
+        """Number of images of each class, by name."""
+        counts = Counter(label for labels in self.labels for label in labels)
+        return {name: counts[label] for label, name in enumerate(self.class_names)}
+
+    def first(self, count: int) -> ImageSource:
+        raise ValueError(
+            f'--train-samples {count} counts the images of a class, of which --multi-label images may have several; '
+            'leave it out')
+
+    def _by_class(self, flag: str, remedy: str) -> dict[int, list[int]]:
+        return {0: list(self.indices)}  # a division takes its share of all images
 
 
 def _open_folder(root: str, split: str, class_map: str, class_to_idx: dict[str, int] | None) -> ImageSource:
@@ -171,7 +214,7 @@ def _open_named(name: str, root: str | None, split: str, class_map: str, downloa
 
 def open_source(
         data_dir: str | None, dataset: str = '', split: str = 'train', class_map: str = '', download: bool = False,
-        class_to_idx: dict[str, int] | None = None, **stream) -> ImageSource:
+        class_to_idx: dict[str, int] | None = None, multi_label: bool = False, **stream) -> ImageSource:
     """Open one split.
 
     Args:
@@ -181,6 +224,7 @@ def open_source(
         class_map: timm class map file; '' for none.
         download: Let the dataset's library download it.
         class_to_idx: Labels by class folder, from the training split.
+        multi_label: Read a file of labels instead of class folders, see :class:`MultiLabelReader`.
         **stream: Options of create_dataset() that only sequential datasets take: is_training, batch_size, seed.
 
     Raises:
@@ -190,4 +234,9 @@ def open_source(
         return _open_named(dataset, data_dir, split, class_map, download, **stream)
     if not data_dir:
         raise ValueError('no data: give --data-dir (an ImageFolder root) or --dataset (a timm dataset name)')
+    if multi_label:
+        reader = MultiLabelReader(data_dir, split, class_to_idx)
+        mapping = reader.class_to_idx
+        return MultiLabelSource(
+            ImageDataset(str(reader.folder), reader=reader), str(reader.source), _names(mapping), mapping)
     return _open_folder(data_dir, split, class_map, class_to_idx)

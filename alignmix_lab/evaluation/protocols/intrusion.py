@@ -95,7 +95,7 @@ def mix_embeddings(
     try:
         output = module.model(mix.images(images, draw))
     finally:
-        feature_map = module.disarm(draw)
+        feature_map = module.disarm()
     module.check_ran(draw, output, feature_map)
     embed_BD = tap.take()
     eye_BB = torch.eye(len(images), device=images.device)

@@ -7,8 +7,9 @@ import yaml
 from PIL import Image
 
 from alignmix_lab.classification import TrainConfig
-from alignmix_lab.classification.build import classifier_parameters, create_task, model_arguments
+from alignmix_lab.classification.build import create_task, model_arguments
 from alignmix_lab.classification.dry_run import describe_cost, learning_rates, mode_probabilities, plan_run, step_cost
+from alignmix_lab.runs.models import classifier_parameters
 
 SIZES = dict(dataset_size=(1000, 100), num_classes=10, model='test_resnet', img_size=64, device='cpu')
 
@@ -71,11 +72,6 @@ def test_the_data_is_read_where_it_is_there(digits):
 ])
 def test_modes_have_the_probabilities_asked_for(options, expected):
     assert mode_probabilities(plan(**options)) == pytest.approx(expected)
-
-
-def test_a_mix_that_the_run_would_refuse_is_refused():
-    with pytest.raises(ValueError, match='gradient checkpointing would compute the layers again'):
-        mode_probabilities(plan(mix='alignmix', grad_checkpointing=True))
 
 
 @pytest.mark.parametrize('opt, states', [('momentum', 1), ('adamw', 2), ('lamb', 2)])

@@ -42,8 +42,6 @@ def test_a_missing_folder(refused, tmp_path):
     (dict(initial_checkpoint='/none.pth'), '--initial-checkpoint /none.pth: no such file'),
     (dict(batch_size=85), '--batch-size 84 or less'),
     (dict(sync_bn=True), '--sync-bn needs GPUs'),
-    (dict(model='test_vit', mix='alignmix', grad_checkpointing=True), "again without the features that mix 'alignmix'"),
-    (dict(mix='alignmix_ae', mix_kwargs={'plain_weight': 0}, grad_checkpointing=True), 'the features that mix'),
     (dict(model='dla34', grad_checkpointing=True), 'dla34 does not have it'),
     (dict(mix='mixup', mix_kwargs={'alpha': 'abc'}), '--mix mixup --mix-kwargs alpha=abc cannot work'),
     (dict(mix='multimix', mix_kwargs={'n': '1e'}), "--mix-kwargs n='1e' cannot work"),

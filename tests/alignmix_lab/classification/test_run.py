@@ -40,10 +40,11 @@ def test_summary_csv_holds_the_history(finished, mix):
     run = finished(mix)
     with open(run.folder / 'summary.csv', newline='') as file:
         rows = list(csv.reader(file))
-    assert rows[0] == ['epoch', 'train_loss', 'eval_loss', 'eval_top1', 'eval_top5', 'lr']
+    assert rows[0] == ['epoch', 'train_loss', 'train_accuracy', 'eval_loss', 'eval_top1', 'eval_top5', 'lr']
     expected = [
-        [entry['epoch'], entry['train']['loss'], *(entry['validation'][key] for key in ('loss', 'top1', 'top5')),
-         entry['lr']] for entry in run.result['history']]
+        [entry['epoch'], *(entry['train'][key] for key in ('loss', 'accuracy')),
+         *(entry['validation'][key] for key in ('loss', 'top1', 'top5')), entry['lr']]
+        for entry in run.result['history']]
     assert [[float(value) for value in row] for row in rows[1:]] == expected
 
 
@@ -114,7 +115,10 @@ def test_modes_and_lam_are_logged(finished):
     lines = [line for line in finished('alignmix').log if 'modes: ' in line]
     assert len(lines) == 2
     for line in lines:
-        assert sum(float(share) for share in re.findall(r'(\d+\.\d)%', line)) == pytest.approx(100, abs=0.3)
+        found = re.findall(r'(\d+\.\d)% \(loss \d+\.?\d*, accuracy (\d+\.\d)%\)', line)
+        shares, accuracies = zip(*found, strict=True)
+        assert sum(map(float, shares)) == pytest.approx(100, abs=0.3)
+        assert all(0 <= float(accuracy) <= 100 for accuracy in accuracies)
 
 
 @pytest.mark.parametrize('mix', MIXES)

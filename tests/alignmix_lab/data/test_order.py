@@ -1,9 +1,21 @@
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from timm.data.distributed_sampler import RepeatAugSampler
 
-from alignmix_lab.data.order import eval_shard, quasi_shuffled, shuffled, train_batches, train_shard
+from alignmix_lab.data.order import (
+    REPEAT,
+    balanced,
+    eval_shard,
+    numbered,
+    quasi_shuffled,
+    repeated,
+    shuffled,
+    train_batches,
+    train_shard,
+)
 
 counts = st.integers(1, 200)
 ranks = st.integers(1, 5)
@@ -59,3 +71,47 @@ def test_quasi_random_order_keeps_few_pages_in_use():
 def test_too_few_samples_say_what_fits():
     with pytest.raises(ValueError, match='10 samples, not enough for one batch of 4 on each of 3 .*--batch-size 3'):
         train_batches(10, 4, 3)
+
+
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=120), st.integers(0, 3), st.integers(0, 3))
+def test_balanced_classes_and_their_samples_come_equally_often(labels, seed, epoch):
+    labels = np.array(labels)
+    order = balanced(labels, seed, epoch)
+    assert len(order) == len(labels)
+    np.testing.assert_array_equal(order, balanced(labels, seed, epoch))
+    classes = np.unique(labels)
+    for stop in range(len(order) + 1):  # wherever full batches end
+        counts = [(labels[order[:stop]] == label).sum() for label in classes]
+        assert max(counts) - min(counts) <= 1
+    for label in classes:
+        used = np.bincount(order[labels[order] == label], minlength=len(labels))[labels == label]
+        assert used.max() - used.min() <= 1
+
+
+def test_balanced_orders_are_random():
+    labels = np.repeat([0, 1, 2], [80, 15, 5])
+    orders = [tuple(balanced(labels, seed, epoch)) for seed in range(3) for epoch in range(3)]
+    assert len(set(orders)) == 9
+    firsts = np.bincount([labels[balanced(labels, seed, 0)[0]] for seed in range(600)], minlength=3)
+    assert (abs(firsts - 200) < 5 * np.sqrt(600 * 2 / 9)).all()  # five standard deviations
+
+
+@pytest.mark.parametrize('repeats', [2, 3, 1.5, 2.5])
+@pytest.mark.parametrize('count, world_size', [(300, 1), (301, 2), (97, 4)])
+def test_repeats_are_those_of_timms_sampler(repeats, count, world_size):
+    """On timm's own permutation, rank by rank."""
+    permutation = torch.randperm(count, generator=torch.Generator().manual_seed(7)).numpy()
+    for rank in range(world_size):
+        sampler = RepeatAugSampler(range(count), world_size, rank, num_repeats=repeats, selected_round=0)
+        sampler.set_epoch(7)
+        ours = train_shard(repeated(permutation, repeats), 5, rank, world_size)
+        assert len(sampler) - len(ours) <= 5
+        assert ours.tolist() == list(sampler)[:len(ours)]
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=60))
+def test_numbers_are_unique_and_count_the_copies(order):
+    numbers = numbered(np.array(order)).tolist()
+    assert [number % REPEAT for number in numbers] == order
+    assert [number // REPEAT for number in numbers] == [
+        order[:place].count(sample) for place, sample in enumerate(order)]

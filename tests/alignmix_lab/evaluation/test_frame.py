@@ -192,7 +192,8 @@ def test_files(run, models, tmp_path):
     first = run('accuracy')
     out = tmp_path / 'out'
     assert sorted(path.name for path in out.iterdir()) == [
-        'accuracy.csv', 'accuracy.json', 'accuracy.md', 'accuracy.png']
+        'accuracy-classes.csv', 'accuracy-confusion.png', 'accuracy.csv', 'accuracy.json', 'accuracy.md',
+        'accuracy.png']
     with open(out / 'accuracy.csv', newline='') as file:
         assert [float(row['top1']) for row in csv.DictReader(file)] == [row['top1'] for row in first['rows']]
     with Image.open(out / 'accuracy.png') as picture:

@@ -62,6 +62,10 @@ def two(make_config, on_processes, tmp_path_factory):
     folder = tmp_path_factory.mktemp('two')
     torch.manual_seed(3)
     torch.save(timm.create_model('test_vit', num_classes=10).state_dict(), folder / 'start.pth')
+    torch.manual_seed(4)
+    resnet = timm.create_model('test_resnet', num_classes=10)
+    resnet(torch.randn(4, 3, 64, 64))  # running statistics of its own
+    torch.save(resnet.state_dict(), folder / 'resnet.pth')
     dense = dict(mix='densemultimix', mix_kwargs={'n': 12}, model_ema=True, model_ema_decay=0.7, drop=0.1)
     # 84 images are 5 batches of 8 on each of two processes: 3 updates of 2, 2 and 1.
     align = dict(
@@ -70,6 +74,9 @@ def two(make_config, on_processes, tmp_path_factory):
     jobs = {
         'dense': (dict(batch_size=8, validation_batch_size=4, **dense), {}),
         'plain': (dict(batch_size=8, initial_checkpoint=str(folder / 'start.pth'), **PLAIN), {}),
+        'frozen': (dict(
+            mix='manifold', batch_size=8, epochs=1, freeze='2', initial_checkpoint=str(folder / 'resnet.pth'),
+            layer_decay=0.8, model_ema=True, balanced_sampling=True, class_weights='balanced'), {}),
         'whole': (align, {}),
         'died': (dict(align, checkpoint_steps=1), {'at': (7, 'die')}),
         'died-on': (dict(align, checkpoint_steps=1, resume='auto', output=folder / 'died'), {}),
@@ -90,6 +97,18 @@ def two(make_config, on_processes, tmp_path_factory):
 def test_two_processes_train_on_different_images(two):
     first, second = ({image for _, _, image in part['steps']} for part in two[1]('plain'))
     assert len(first) == len(second) == 5 and not first & second
+
+
+def test_frozen_layers_train_on_no_process(two):
+    """Neither their parameters nor, through the average over processes, their statistics."""
+    start = torch.load(two[0] / 'resnet.pth', weights_only=True)
+    for part in two[1]('frozen'):
+        for which in ('state_dict', 'state_dict_ema'):
+            for key, value in start.items():
+                frozen = key.startswith(('conv1', 'bn1', 'layer1', 'layer2'))
+                assert torch.equal(part[which][key], value) == frozen, (which, key)
+    first, second = (part['state_dict'] for part in two[1]('frozen'))
+    assert all(torch.equal(first[key], value) for key, value in second.items())
 
 
 def test_modes_are_shared_and_draws_are_not(two):
@@ -193,6 +212,34 @@ def test_any_number_of_processes_evaluates_1001_images_alike(thousand_and_one, m
             assert part['metrics']['top1'] == one['metrics']['top1']
             assert part['metrics']['top5'] == one['metrics']['top5']
             assert part['metrics']['loss'] == pytest.approx(one['metrics']['loss'], rel=1e-6)
+
+
+def test_any_number_of_processes_ranks_all_labels_together(digits, make_config, on_processes, tmp_path):
+    """Average precision is not the mean of that of the processes: of four, three have 7 images and one has 6."""
+    files = sorted(digits.glob('*/*/*.png'))
+    for split in ('train', 'validation'):
+        with open(tmp_path / f'{split}.csv', 'w', newline='') as file:
+            writer = csv.writer(file)
+            writer.writerow(['file', 'labels'])
+            for path in files:
+                digit = int(path.parent.name)
+                names = ['even'] * (digit % 2 == 0) + ['round'] * (digit in (0, 3, 6, 8, 9))
+                if path.parts[-3] == split:
+                    writer.writerow([path, ' '.join(names)])
+    torch.save(timm.create_model('test_resnet', num_classes=2).state_dict(), tmp_path / 'weights.pth')
+    found = {}
+    for count in (1, 4):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        config = make_config(folder, data_dir=str(tmp_path), multi_label=True, img_size=32, batch_size=8)
+        on_processes(count, 'evaluate', config.to_dict(), tmp_path / 'weights.pth', folder)
+        found[count] = [torch.load(folder / f'{rank}.pt', weights_only=True) for rank in range(count)]
+    (one,), parts = found[1], found[4]
+    assert sorted(image for part in parts for image in part['seen']) == sorted(one['seen']) and len(one['seen']) == 27
+    for part in parts:
+        assert part['metrics'].keys() == one['metrics'].keys()
+        for name, value in one['metrics'].items():
+            assert part['metrics'][name] == pytest.approx(value, rel=1e-6)
 
 
 def test_metrics_of_two_processes_are_those_of_one(two, new_model, evaluate):

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from alignmix_lab.runs.checkpoint import CheckpointSaver, find_checkpoint, read_checkpoint
+from alignmix_lab.runs.logs import append_summary
+from alignmix_lab.runs.run_report import draw_curves
 
 
 class Hostile:
@@ -275,3 +277,18 @@ def test_an_epoch_without_evaluation_leaves_gaps(make_config, run_training, tmp_
         rows = list(csv.DictReader(file))
     assert [row['epoch'] for row in rows] == ['0', '1', '2']
     assert [row['eval_top1'] == '' for row in rows] == [True, False, False]
+
+
+def test_a_summary_keeps_the_columns_of_an_earlier_version(finished, tmp_path):
+    old = 'epoch,train_loss,eval_loss,eval_top1,eval_top5,lr\r\n0,1.5,1.25,50.0,90.0,0.1\r\n'
+    (tmp_path / 'summary.csv').write_bytes(old.encode())
+    entry = finished('none').result['history'][-1]
+    assert 'accuracy' in entry['train']
+    append_summary(tmp_path / 'summary.csv', 1, entry['train'], entry['validation'], 0.05, ('loss', 'top1', 'top5'))
+    with open(tmp_path / 'summary.csv', newline='') as file:
+        rows = list(csv.DictReader(file))
+    assert (tmp_path / 'summary.csv').read_bytes().decode().startswith(old) and len(rows) == 2
+    assert {key: float(value) for key, value in rows[1].items()} == {
+        'epoch': 1, 'train_loss': entry['train']['loss'], 'lr': 0.05,
+        **{f'eval_{key}': entry['validation'][key] for key in ('loss', 'top1', 'top5')}}
+    draw_curves(tmp_path / 'summary.csv', tmp_path / 'curves.png')

@@ -1,5 +1,7 @@
 """What shows how a run goes: trackers, the picture of its curves, the report."""
 import re
+import sys
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -41,13 +43,15 @@ def test_trackers_get_every_figure(make_config, run_training, monkeypatch, tmp_p
     train = [(step, values) for step, values in recorder.logged if 'train/lr' in values]
     assert [step for step, _ in train] == [1, 3, 5, 6, 8, 10]
     assert set(train[0][1]) == {
-        f'train/{name}' for name in ('loss', 'loss/input', 'share/input', 'lam', 'lr', 'grad_norm', 'images_per_second',
-                                     'data_wait_share', 'skipped_updates')}
+        f'train/{name}' for name in (
+            'loss', 'loss/input', 'accuracy', 'accuracy/input', 'share/input', 'lam', 'lr', 'grad_norm',
+            'images_per_second', 'data_wait_share', 'skipped_updates')}
     history = run.result['history']
     for epoch, part in enumerate((train[:3], train[3:])):
         steps = np.array([1, 2, 2])  # since the line before
-        mean = sum(count * values['train/loss'] for count, (_, values) in zip(steps, part, strict=True)) / 5
-        assert mean == pytest.approx(history[epoch]['train']['loss'], rel=1e-5)
+        for name in ('loss', 'accuracy'):
+            mean = sum(count * values[f'train/{name}'] for count, (_, values) in zip(steps, part, strict=True)) / 5
+            assert mean == pytest.approx(history[epoch]['train'][name], rel=1e-5)
         for _, values in part:
             assert values['train/share/input'] == 1 and 0 < values['train/lam'] < 1
             assert values['train/grad_norm'] > 0.01  # before clipping
@@ -65,6 +69,25 @@ def test_tensorboard_reads_what_was_logged(make_config, run_training, tmp_path):
     losses = found.Scalars('train/loss')
     assert [event.step for event in losses] == [1, 2, 3, 4, 5]
     assert np.mean([event.value for event in losses]) == pytest.approx(run.result['history'][0]['train']['loss'])
+
+
+def test_wandb_gets_project_entity_group_and_tags(make_config, run_training, monkeypatch, tmp_path):
+    """Through Accelerate's own tracker, to a stand-in for the package."""
+    started, logged = [], []
+    run = SimpleNamespace(log=lambda values, step=None: logged.append(step), finish=lambda: None)
+    wandb = ModuleType('wandb')
+    wandb.init = lambda **options: started.append(options) or run
+    wandb.config = SimpleNamespace(update=lambda values, allow_val_change: None)
+    monkeypatch.setitem(sys.modules, 'wandb', wandb)
+    monkeypatch.setattr('alignmix_lab.runs.accelerator.check_trackers', lambda names: None)
+    monkeypatch.setattr(trackers, 'filter_trackers', lambda names, folder: names)
+    run_training(make_config(
+        tmp_path, epochs=1, log_trackers=['wandb'], wandb_project='flowers', wandb_entity='us', wandb_group='sizes',
+        wandb_tags=['small', 'first']))
+    options, = started
+    assert {key: options[key] for key in ('project', 'entity', 'group', 'tags', 'name', 'resume')} == dict(
+        project='flowers', entity='us', group='sizes', tags=['small', 'first'], name='run', resume='allow')
+    assert logged
 
 
 @pytest.mark.parametrize('name', ['tensorboard', 'wandb'])

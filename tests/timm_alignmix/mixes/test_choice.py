@@ -135,13 +135,9 @@ def test_the_probability_of_mixing_is_a_weight_of_none():
 
 def test_a_loss_in_closed_form_of_one_method_holds_for_all():
     mix = create_mix({'mixup': 1, 'cutmix': 1})
-    assert not mix.closed_form and not mix.replaces_features
-    mix = create_mix({'mixup': 1, 'alignmix': 1, 'multimix': 1})
-    assert mix.closed_form and mix.replaces_features
-    checkpointed = tiny()
-    checkpointed.set_grad_checkpointing()
-    with pytest.raises(ValueError, match="'alignmix.mixup' replaces"):
-        MixTask(checkpointed, {'mixup': 1, 'alignmix': 1}, verbose=False)
+    assert not mix.closed_form and mix.pairs
+    mix = create_mix({'mixup': 1, 'alignmix': 1, 'densemultimix': 1})
+    assert mix.closed_form and not mix.pairs
 
 
 def test_methods_that_mix_images_train_any_network():
