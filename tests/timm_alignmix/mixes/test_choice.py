@@ -135,7 +135,7 @@ def test_the_probability_of_mixing_is_a_weight_of_none():
 
 def test_a_loss_in_closed_form_of_one_method_holds_for_all():
     assert not create_mix({'mixup': 1, 'cutmix': 1}).closed_form
-    assert create_mix({'mixup': 1, 'alignmix': 1, 'multimix': 1}).closed_form
+    assert create_mix({'mixup': 1, 'alignmix': 1, 'densemultimix': 1}).closed_form
 
 
 def test_methods_that_mix_images_train_any_network():
