@@ -21,6 +21,11 @@ class AttachedMix:
             raise ValueError(
                 f'mix {self.mix.name!r} trains layers of its own, which the model does not hold; use '
                 'timm_alignmix.MixTask')
+        if self.mix.clean_pass:
+            self._task.remove_hooks()
+            raise ValueError(
+                f'mix {self.mix.name!r} computes a gradient before the step and needs its labels, which a forward of '
+                'the model does not get; use timm_alignmix.MixTask or timm_alignmix.create_mixup')
         self.mode: str | None = None
         self.lam: torch.Tensor | None = None
         self._armed: tuple[dict[str, Any] | None, int] | None = None
@@ -166,7 +171,8 @@ def attach(
         `remove_hooks()`, and `state_dict` and `load_state_dict`, with which a resumed run continues its draws.
 
     Raises:
-        ValueError: As of :class:`timm_alignmix.MixTask`, or a method that trains layers of its own.
+        ValueError: As of :class:`timm_alignmix.MixTask`, or a method that trains layers of its own or computes a
+            gradient before the step, such as puzzlemix.
 
     Example:
         >>> import timm, torch

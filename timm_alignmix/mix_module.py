@@ -12,6 +12,7 @@ import torch.nn as nn
 from timm.models import group_parameters
 
 from .anatomy import Anatomy, output_module
+from .clean_pass import gradient_saliency
 from .mixes import Mix, create_mix
 from .mixes.base import Draw
 from .mixes.criterion import Criterion
@@ -154,6 +155,23 @@ class MixModule(nn.Module):
         """Remove the hooks from the model and so end mixing."""
         for handle in self._handles:
             handle.remove()
+
+    def complete(self, images: torch.Tensor, target: torch.Tensor, draw: Draw) -> Draw:
+        """Complete a draw by a pass over the clean images, if it asks for one.
+
+        It runs the model itself, whose taps are idle: not DDP's wrapper, which would wait for gradients of parameters,
+        and not a compiled form, which would compute them.
+
+        Args:
+            images: (B, C, H, W), not mixed.
+            target: (B,) classes or (B, C) probabilities.
+            draw: The step.
+        """
+        if 'clean_pass' not in draw:
+            return draw
+        saliency_BHW = gradient_saliency(self.model, images, target, draw['clean_pass'])
+        with torch.no_grad():
+            return self.mix.complete(images, draw, saliency_BHW)
 
     def arm(self, draw: Draw) -> None:
         """Make the next forward of the model the step that was drawn."""

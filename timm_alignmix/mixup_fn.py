@@ -93,6 +93,7 @@ class MixupFn:
             return x, pair_target(target, {}) if self.targets == 'pairs' else clean
         draw = self.mix.draw(x, self._random.at(self.step, x.device))
         self.step += 1
+        draw = self._module.complete(x, target, draw)
         self.mode, self.lam = self.mix.mode_name(draw), draw['lam']
         x = self.mix.images(x, draw)
         if self.targets == 'pairs':

@@ -140,6 +140,8 @@ class MixTask(ClassificationTask):
                     'without mixing on any input of the model')
             self._check(target, len(input))
             draw = self._draw(input)
+        if draw is not None:
+            draw = unwrap_model(self.trainable_module).complete(input, target, draw)
         if draw is None:
             output = self.trainable_module(input)
             return dict(

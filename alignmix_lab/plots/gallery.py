@@ -5,7 +5,7 @@ import torch
 from matplotlib.figure import Figure
 
 from alignmix_lab.runs.plotting import figure
-from timm_alignmix.mixes import Mix, create_mix, list_mixes
+from timm_alignmix.mixes import create_mix, list_mixes
 from timm_alignmix.step_random import StepRandom
 
 from .images import show
@@ -16,7 +16,8 @@ _STEPS = 100  # drawn for a method, to find weights near those wanted
 
 def input_mixes() -> list[str]:
     """Names of the methods that mix images and ask nothing of the model."""
-    return [name for name in list_mixes() if type(create_mix(name)).bind is Mix.bind and name != 'none']
+    mixes = {name: create_mix(name) for name in list_mixes()}
+    return [name for name, mix in mixes.items() if not mix.binds and mix.clean_pass is None and name != 'none']
 
 
 def gallery(

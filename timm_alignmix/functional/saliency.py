@@ -144,6 +144,27 @@ def gaussian_blur(x_BHW: torch.Tensor, radius: int = 3, sigma: float = 3.0) -> t
     return padded
 
 
+def shares(saliency_BHW: torch.Tensor, block: tuple[int, int] = (1, 1)) -> torch.Tensor:
+    """Share of each block of pixels in the saliency of its image.
+
+    Args:
+        saliency_BHW: (B, H, W) saliency >= 0, float32 or float64, of any scale.
+        block: Height and width of the blocks, which divide H and W.
+
+    Returns:
+        (B, rows, columns), each image's of sum 1; equal shares where an image has no saliency, or not finite ones.
+
+    Example:
+        >>> import torch
+        >>> shares(torch.tensor([[[1.0, 0.0, 2.0, 1.0]], [[0.0] * 4]]), (1, 2))
+        tensor([[[0.2500, 0.7500]],
+        <BLANKLINE>
+                [[0.5000, 0.5000]]])
+    """
+    mean = F.avg_pool2d(saliency_BHW.unsqueeze(1), block).squeeze(1)
+    return (mean / mean.sum(dim=(1, 2), keepdim=True)).nan_to_num(nan=1 / mean[0].numel())
+
+
 def greedy_cycle(distance_BB: torch.Tensor) -> torch.Tensor:
     """Pair each example with one that is far from it: one cycle through the batch, built greedily.
 

@@ -12,6 +12,7 @@ from .manifold import ManifoldMixup
 from .mixup import Mixup
 from .multimix import MultiMix
 from .none import NoMix
+from .puzzlemix import PuzzleMix
 from .registry import ParseMix, canonical, create_mix, list_mixes, register_mix, with_probability
 from .regmixup import RegMixup
 from .resizemix import ResizeMix
@@ -20,7 +21,7 @@ from .zeta import ZetaMixup
 
 __all__ = [
     'AlignMix', 'AlignMixAE', 'CutMix', 'Cutout', 'DenseMultiMix', 'FMix', 'GuidedMixup', 'ManifoldMixup', 'Mix',
-    'Mixup', 'MultiMix', 'NoMix', 'ParseMix', 'RegMixup', 'ResizeMix', 'SaliencyMix', 'ZetaMixup', 'canonical',
-    'create_mix', 'list_mixes', 'register_mix', 'with_probability']
+    'Mixup', 'MultiMix', 'NoMix', 'ParseMix', 'PuzzleMix', 'RegMixup', 'ResizeMix', 'SaliencyMix', 'ZetaMixup',
+    'canonical', 'create_mix', 'list_mixes', 'register_mix', 'with_probability']
 
 kernels.register()

@@ -1,8 +1,9 @@
 """Interface of mixing methods, and the parts they share.
 
 A step runs straight through: `draw` (random numbers, on the device, outside any compiled graph) -> `images` (mix the
-input) -> the model, in whose forward a tap hands the features of one layer to `features` -> `loss`. A method holds its
-options and what `bind` found in the model; everything that belongs to one step is in the `Draw` dictionary.
+input) -> the model, in whose forward a tap hands the features of one layer to `features` -> `loss`. Methods that mix by
+what the model looks at have a pass over the clean images in between: `draw` -> pass -> `complete` -> `images`. A method
+holds its options and what `bind` found in the model; everything that belongs to one step is in the `Draw` dictionary.
 """
 import inspect
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from ..step_random import StepRandom, sample_beta
 from .criterion import Criterion
 
 # One step: 'mode' (str; 'clean' and 'input' leave features alone), 'layer' (name of the tapped layer or None), 'lam'
-# (tensor or None), and tensors of the method.
+# (tensor or None), and tensors of the method. One with 'clean_pass', the mode of the model, waits for such a pass.
 Draw = dict[str, Any]
 
 
@@ -30,6 +31,8 @@ class Mix:
         closed_form: The loss weighs mixed examples, so the criterion must have a closed form: softmax or binary
             cross-entropy.
         pairs: Targets are those of pairs, draw['perm'] being the partners and draw['lam'] the weights.
+        clean_pass: Mode of the model, 'eval' or 'train', in a pass over the clean images that steps of the method
+            need, see :meth:`complete`; None if none does.
         options: Options the method was created with, for logs.
         layers: Feature layers to tap, by name, set by :meth:`bind`.
         head: Dense head, for methods that need one, set by :meth:`bind`.
@@ -53,6 +56,7 @@ class Mix:
     name = ''
     closed_form = False
     pairs = False
+    clean_pass: str | None = None
 
     def __init__(self) -> None:
         self.options: dict[str, Any] = {}
@@ -100,6 +104,10 @@ class Mix:
 
     def draw(self, images: torch.Tensor, rng: StepRandom) -> Draw:
         """Draw a step for a batch of images."""
+        raise NotImplementedError
+
+    def complete(self, images: torch.Tensor, draw: Draw, saliency_BHW: torch.Tensor) -> Draw:
+        """Complete a draw that has 'clean_pass' by the gradient of the clean loss, its root mean square per pixel."""
         raise NotImplementedError
 
     def images(self, images: torch.Tensor, draw: Draw) -> torch.Tensor:
@@ -209,26 +217,44 @@ class PairMix(Mix):
 class MaskPair(PairMix):
     """Base class of methods that mix pairs by a mask z: it weighs pixels of the example, and 1 - z its partner's.
 
-    A method draws partners and masks in :meth:`draw_mask`; the mean of z is the example's weight in the target.
+    A method draws partners and masks in :meth:`draw_mask`; the mean of z is the example's weight in the target. One
+    that has a clean pass draws there what is random, and makes the masks in :meth:`salient_mask`.
 
     Args:
         prob: Probability of mixing, the same on all ranks; the other steps are clean.
         alpha: As :class:`PairMix`, for methods that draw lam.
         per_example: As :class:`PairMix`.
+        clean_pass: 'eval' or 'train', for methods that have such a pass.
     """
 
-    def __init__(self, prob: float = 1.0, alpha: float = 1.0, per_example: bool = False) -> None:
+    def __init__(
+            self,
+            prob: float = 1.0,
+            alpha: float = 1.0,
+            per_example: bool = False,
+            clean_pass: str | None = None,
+    ) -> None:
         super().__init__(alpha, per_example)
         if not 0 <= prob <= 1:
             raise ValueError(f'prob must be 0 to 1, got {prob}')
+        if clean_pass not in (None, 'eval', 'train'):
+            raise ValueError(f"saliency_mode must be 'eval' or 'train', got {clean_pass!r}")
+        self.clean_pass = clean_pass
         self.probs = {mode: p for mode, p in (('input', float(prob)), ('clean', 1 - float(prob))) if p > 0}
 
     def draw(self, images: torch.Tensor, rng: StepRandom) -> Draw:
         mode = draw_mode(self.probs, rng)
         if mode == 'clean':
             return dict(mode=mode, layer=None, lam=None)
-        draw = dict(mode=mode, layer=None, **self.draw_mask(images, rng))
-        return draw if 'lam' in draw else dict(draw, lam=mean_of(draw['mask']))
+        draw = self.draw_mask(images, rng)
+        if self.clean_pass:
+            return dict(dict(mode=mode, layer=None, lam=None, clean_pass=self.clean_pass), **draw)
+        return _weighed(dict(mode=mode, layer=None, **draw))
+
+    def complete(self, images: torch.Tensor, draw: Draw, saliency_BHW: torch.Tensor) -> Draw:
+        draw = {key: value for key, value in draw.items() if key not in ('clean_pass', 'lam')} | dict(
+            self.salient_mask(images, draw, saliency_BHW))
+        return _weighed(draw)
 
     def draw_mask(self, images: torch.Tensor, rng: StepRandom) -> Draw:
         """Draw 'perm', the partner of each example (B,), and 'mask', its z: (B, 1, H, W), or (1, 1, H, W) for all.
@@ -237,8 +263,27 @@ class MaskPair(PairMix):
         """
         raise NotImplementedError
 
+    def salient_mask(self, images: torch.Tensor, draw: Draw, saliency_BHW: torch.Tensor) -> Draw:
+        """What a draw needs besides, of a method with a clean pass: 'mask', as of :meth:`draw_mask`."""
+        raise NotImplementedError
+
     def images(self, images: torch.Tensor, draw: Draw) -> torch.Tensor:
-        return mix_masked(images, partners_of(images, draw['perm']), draw['mask']) if 'mask' in draw else images
+        if draw['mode'] == 'clean':
+            return images
+        if 'mask' not in draw:
+            raise RuntimeError(
+                f'mix {self.name!r} mixes by the gradient of the clean loss, and this draw has none; call complete() '
+                'with it first, as MixModule.complete does')
+        return self.mix_images(images, draw)
+
+    def mix_images(self, images: torch.Tensor, draw: Draw) -> torch.Tensor:
+        """Mix images by the mask of a draw."""
+        return mix_masked(images, partners_of(images, draw['perm']), draw['mask'])
+
+
+def _weighed(draw: Draw) -> Draw:
+    """Draw with the mean of its mask as lam, if it has none."""
+    return draw if 'lam' in draw else dict(draw, lam=mean_of(draw['mask']))
 
 
 def mix_masked(x: torch.Tensor, partner: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

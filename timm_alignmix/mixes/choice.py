@@ -27,6 +27,7 @@ class MixChoice(Mix):
         self.name = '+'.join(mixes)
         self.closed_form = any(mix.closed_form for mix in mixes.values())
         self.pairs = all(mix.pairs for mix in mixes.values())
+        self.clean_pass = next((mix.clean_pass for mix in mixes.values() if mix.clean_pass), None)
         self.options = {f'{name}.{key}': value for name, mix in mixes.items() for key, value in mix.options.items()}
 
     def __repr__(self) -> str:
@@ -73,6 +74,9 @@ class MixChoice(Mix):
     def draw(self, images: torch.Tensor, rng: StepRandom) -> Draw:
         method = draw_mode(self.chances, rng)
         return dict(method=method, **self.mixes[method].draw(images, rng))
+
+    def complete(self, images: torch.Tensor, draw: Draw, saliency_BHW: torch.Tensor) -> Draw:
+        return self.mixes[draw['method']].complete(images, draw, saliency_BHW)
 
     def images(self, images: torch.Tensor, draw: Draw) -> torch.Tensor:
         return self.mixes[draw['method']].images(images, draw)

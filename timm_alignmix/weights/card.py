@@ -13,6 +13,7 @@ PAPERS = {  # method: arXiv id, title
     'cutout': ('1708.04552', 'Improved Regularization of Convolutional Neural Networks with Cutout'),
     'fmix': ('2002.12047', 'FMix: Enhancing Mixed Sample Data Augmentation'),
     'guidedmixup': ('2306.16612', 'GuidedMixup: An Efficient Mixup Strategy Guided by Saliency Maps'),
+    'puzzlemix': ('2009.06962', 'Puzzle Mix: Exploiting Saliency and Local Statistics for Optimal Mixup'),
     'regmixup': (
         '2206.14502',
         'RegMixup: Mixup as a Regularizer Can Surprisingly Improve Accuracy and Out Distribution Robustness'),

@@ -220,7 +220,7 @@ def _of_mix(
             if mode is not None:
                 mix.probs = {mode: 1.0}
             images, labels = model.network.normalize(pixels.to(ev.device).float() / 255), labels.to(ev.device)
-            draw = mix.draw(images, random.at(step, ev.device))
+            draw = module.complete(images, labels, mix.draw(images, random.at(step, ev.device)))
             embed_MD, weights_MB = mix_embeddings(module, tap, images, labels, draw)
             if ev.config.intrusion_normalize:
                 embed_MD = F.normalize(embed_MD, dim=1)

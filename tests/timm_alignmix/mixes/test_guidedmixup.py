@@ -53,3 +53,20 @@ def test_random_pairs_are_a_permutation_of_the_draws():
     images = torch.randn(32, 3, 16, 16)
     greedy, random = (draw_of(images, pairing=pairing)[1]['perm'] for pairing in ('greedy', 'random'))
     assert not torch.equal(greedy, random) and torch.equal(random.sort().values, torch.arange(32))
+
+
+def test_gradients_are_blurred_and_weighed_whatever_their_scale():
+    images = torch.randn(5, 3, 20, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    gradient = torch.rand(5, 20, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) ** 4
+    mix, draw = draw_of(images, saliency='ap', saliency_mode='train')
+    assert draw['clean_pass'] == mix.clean_pass == 'train' and 'mask' not in draw
+    s = gaussian_blur(gradient).numpy()
+    s = np.stack([image / image.sum() for image in s])
+    for scale in (1.0, 1e-20):
+        done = mix.complete(images, draw, scale * gradient)
+        distance = np.array([[np.sqrt(((a - b) ** 2).sum()) for b in s] for a in s])
+        assert torch.equal(done['perm'], greedy_cycle(torch.from_numpy(distance))) and 'clean_pass' not in done
+        z = s / (s + s[done['perm'].numpy()])
+        np.testing.assert_allclose(done['mask'][:, 0].numpy(), z, rtol=1e-5)
+        np.testing.assert_allclose(done['lam'].numpy(), z.mean(axis=(1, 2)), rtol=1e-6)
+    assert create_mix('guidedmixup').clean_pass is None

@@ -289,7 +289,7 @@ def test_hull_methods_are_input_mixup_otherwise(name):
 def test_names_and_options():
     assert list_mixes() == [
         'alignmix', 'alignmix_ae', 'cutmix', 'cutout', 'densemultimix', 'fmix', 'guidedmixup', 'manifold', 'mixup',
-        'multimix', 'none', 'regmixup', 'resizemix', 'saliencymix', 'zeta']
+        'multimix', 'none', 'puzzlemix', 'regmixup', 'resizemix', 'saliencymix', 'zeta']
     assert create_mix('AlignMix-AE', dim=16).name == 'alignmix_ae'
     assert create_mix('Dense_Multi-Mix', n=5).name == 'densemultimix'
     with pytest.raises(ValueError, match="unknown mix 'cutmixx'; available: alignmix, alignmix_ae, cutmix"):
@@ -311,7 +311,10 @@ def test_names_and_options():
     ('saliencymix', dict(prob=-0.1), 'prob must be 0 to 1'),
     ('saliencymix', dict(box='pair'), "box must be 'example' or 'batch'"),
     ('saliencymix', dict(per_example=True, box='batch'), "needs box='example'"),
-    ('guidedmixup', dict(saliency='ap'), "saliency must be 'sr'"),
+    ('guidedmixup', dict(saliency='cam'), "saliency must be 'sr' or 'ap'"),
+    ('puzzlemix', dict(gamma=1.1), '0 <= gamma <= 1'),
+    ('puzzlemix', dict(n_labels=1), '2 to 9 labels'),
+    ('puzzlemix', dict(saliency_mode='test'), "saliency_mode must be 'eval' or 'train'"),
     ('resizemix', dict(high=1.1), '0 < low <= high <= 1'),
     ('zeta', dict(gamma=0), 'gamma must be > 0'),
     ('cutout', dict(length=0), 'length >= 1'),
