@@ -13,7 +13,7 @@ EPOCHS = 6
 
 
 class Classifier(L.LightningModule):
-    def __init__(self, mix: str, plain_epochs: int = 1) -> None:
+    def __init__(self, mix: str | dict[str, float], plain_epochs: int = 1) -> None:
         super().__init__()
         self.task = timm_alignmix.MixTask(timm.create_model('test_resnet', num_classes=10), mix)
         self.plain_epochs = plain_epochs  # epochs without mixing at the end

@@ -206,7 +206,9 @@ class MixTask(ClassificationTask):
         Sets an option of torch.compile for the process: the tap of a layer that gradient checkpointing computes again
         is read once, in the forward pass.
         """
-        torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
+        option = 'skip_fwd_side_effects_in_bwd_under_checkpoint'
+        if hasattr(torch._dynamo.config, option):  # older releases of torch refuse such layers themselves
+            setattr(torch._dynamo.config, option, True)
         options = dict(backend=backend, mode=mode, **compile_kwargs)
         self.eval_model = torch.compile(self.trainable_module.model, **options)
         self.trainable_module = torch.compile(self.trainable_module, **options)

@@ -97,7 +97,7 @@ class TrainConfig(RunConfig, TrainDataOptions):
         'densemultimix) reaches one', float)
     class_weights: str = aug_(
         'none', 'weigh the loss of each class: balanced, by the inverse of its number of training images; not for '
-        'methods with a loss in closed form', choices=('none', 'balanced'))
+        'densemultimix, whose loss is a closed form', choices=('none', 'balanced'))
     drop: float = aug_(0.0, 'dropout before the classifier', float, low=0, below=1)
     drop_path: float | None = aug_(None, "stochastic depth; default: the model's", float, low=0, below=1)
     drop_block: float | None = aug_(None, "drop block; default: the model's", float, low=0, below=1)

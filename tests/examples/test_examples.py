@@ -1,4 +1,7 @@
-"""The examples: each runs as a reader runs it, learns, and leaves a plain model; resumed runs draw as whole ones."""
+"""The examples: each runs as a reader runs it, learns, and leaves a plain model; resumed runs draw as whole ones.
+
+Those also evaluate between their steps: an evaluation that mixed would count as a step.
+"""
 import importlib.util
 import os
 import re
@@ -102,11 +105,12 @@ def test_a_resumed_trainer_draws_as_a_whole_one(tmp_path):
     def fit(resume: bool) -> list:
         seen = []
         trainer = example.build_trainer(
-            'cutmix', output_dir=str(tmp_path), max_steps=4, save_strategy='steps', save_steps=2, use_cpu=True)
+            'cutmix', output_dir=str(tmp_path), max_steps=4, save_strategy='steps', save_steps=2,
+            eval_strategy='steps', eval_steps=1, use_cpu=True)
         keeper = trainer.pop_callback(example.KeepDraws)
         trainer.add_callback(keeper)
-        trainer.model.timm_model.register_forward_hook(
-            lambda *_: seen.append((keeper.attached.state_dict()['step'], keeper.attached.lam.item())))
+        trainer.model.timm_model.register_forward_hook(lambda model, *_: seen.append(
+            (keeper.attached.state_dict()['step'], keeper.attached.lam.item())) if model.training else None)
         trainer.train(resume_from_checkpoint=str(tmp_path / 'checkpoint-2') if resume else None)
         return seen
 

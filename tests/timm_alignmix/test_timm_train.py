@@ -194,7 +194,7 @@ def test_the_split_is_checked_at_the_size_of_the_images(script):
     (('--mix', 'mixup=0.5', 'cutmix'), 'several with a weight each'),
     (('--mix', 'mixup=0.5', 'mixup=0.5'), 'several with a weight each'),
     (('--mix', 'mixup=half', 'cutmix=0.5'), 'several with a weight each'),
-    (('--mix', 'mixup=1', 'multimix=1', '--bce-loss'), r'--mix mixup.multimix cannot train with the bce loss'),
+    (('--mix', 'mixup=1', 'densemultimix=1', '--loss', 'poly'), '--mix densemultimix.mixup cannot train with the poly'),
     (('--mix', 'mixup', '--naflex-loader'), '--naflex-loader loads sequences of patches.*: drop one'),
     (('--mix', 'mixup', '--jsd-loss'), '--jsd-loss compares'),
     (('--mix', 'mixup', '--torchscript'), '--torchscript makes a model that takes no hooks'),

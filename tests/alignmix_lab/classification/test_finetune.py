@@ -78,7 +78,7 @@ def test_a_dry_run_counts_gradients_of_what_trains(digits):
 @pytest.mark.parametrize('options, said', [
     (dict(freeze='9'), '--freeze 9: test_resnet has 4 stages or blocks'),
     (dict(freeze='head'), "--freeze takes 'backbone' or a number of stages, got 'head'"),
-    (dict(class_weights='balanced', mix='multimix'), '--balanced-sampling instead, which works with all methods'),
+    (dict(class_weights='balanced', mix='densemultimix'), '--balanced-sampling instead, which works with all methods'),
     (dict(class_weights='balanced', bce_loss=True), '--class-weights weighs softmax cross-entropy'),
     (dict(wandb_tags=['a']), '--wandb-tags need --log-trackers wandb'),
 ])
