@@ -51,12 +51,13 @@ def test_mixed_embeddings_give_the_logits_that_are_trained(network, name):
             if mode:
                 module.mix.probs = {mode: 1.0}
             draw = module.mix.draw(images, StepRandom(3).at(0, images.device))
+            draw = module.complete(images, target, draw)
             with ClassifierInput(network, (SIDE, SIDE)) as tap:
                 embed, weights = mix_embeddings(module, tap, images, target, draw)
             with torch.no_grad():
                 module.arm(draw)
                 output = network(module.mix.images(images, draw))
-                feature_map = module.disarm(draw)
+                feature_map = module.disarm()
                 output = module.mix.output(output, draw)
                 logits, rows = module.mix.rows(output, feature_map, target, draw, 0.0)
                 torch.testing.assert_close(network.get_classifier()(embed), logits, atol=1e-4, rtol=1e-4)
