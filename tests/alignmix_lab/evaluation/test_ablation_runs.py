@@ -81,14 +81,21 @@ def test_an_interruption_lets_all_runs_save_and_the_next_call_goes_on(tmp_path, 
     assert list(jobs[0].curve) == [0, 1, 2]
 
 
-def test_runs_at_a_time_are_as_many_as_asked_for(tmp_path):
+@pytest.fixture
+def children():
+    """Child processes that a test has started; earlier tests may have left some, such as workers of loaders."""
+    earlier = set(psutil.Process().children())
+    return lambda: [child for child in psutil.Process().children() if child not in earlier]
+
+
+def test_runs_at_a_time_are_as_many_as_asked_for(tmp_path, children):
     jobs = [fake_job(tmp_path / name, epochs=2, wait=0.3) for name in 'abcd']
     most = 0
 
     def watch() -> None:
         nonlocal most
         while not all(job.finished for job in jobs):
-            most = max(most, len(psutil.Process().children()))
+            most = max(most, len(children()))
             time.sleep(0.02)
 
     watcher = threading.Thread(target=watch)
@@ -100,7 +107,7 @@ def test_runs_at_a_time_are_as_many_as_asked_for(tmp_path):
 
 @pytest.mark.parametrize('own_session', [False, True])
 @pytest.mark.parametrize('ends_first', [False, True])
-def test_what_a_launcher_leaves_behind_is_waited_for(tmp_path, own_session, ends_first):
+def test_what_a_launcher_leaves_behind_is_waited_for(tmp_path, children, own_session, ends_first):
     """accelerate's launcher of one process ends at SIGTERM, before the training has saved.
 
     A scheduler may signal the launcher as well; torchrun starts its workers in sessions of their own.
@@ -113,7 +120,7 @@ def test_what_a_launcher_leaves_behind_is_waited_for(tmp_path, own_session, ends
 
     def launched() -> bool:
         if job.done and ends_first:
-            (process,) = psutil.Process().children()
+            (process,) = children()
             process.kill()
         return job.done > 0
 
@@ -123,7 +130,7 @@ def test_what_a_launcher_leaves_behind_is_waited_for(tmp_path, own_session, ends
     assert (job.folder / 'saved').exists()
 
 
-def test_a_run_that_does_not_end_is_killed(tmp_path, monkeypatch):
+def test_a_run_that_does_not_end_is_killed(tmp_path, monkeypatch, children):
     monkeypatch.setattr(ablation, 'GRACE', 0.3)
     deaf = 'import pathlib, signal, sys, time; signal.signal(15, signal.SIG_IGN); pathlib.Path(sys.argv[1]).touch(); ' \
         'time.sleep(60)'
@@ -131,15 +138,15 @@ def test_a_run_that_does_not_end_is_killed(tmp_path, monkeypatch):
     signal_when((tmp_path / 'ready').exists)
     with pytest.raises(KeyboardInterrupt):
         run_jobs([job])
-    assert psutil.Process().children() == []
+    assert children() == []
 
 
-def test_a_program_that_is_not_there_ends_the_call_and_what_runs(tmp_path):
+def test_a_program_that_is_not_there_ends_the_call_and_what_runs(tmp_path, children):
     other = fake_job(tmp_path / 'b', epochs=9, wait=0.4)
     job = Job(['no-such-launcher', 'train_imagenet.py'], tmp_path / 'a', 1)
     with pytest.raises(FileNotFoundError, match='no-such-launcher'):
         run_jobs([other, job], at_once=2)
-    assert psutil.Process().children() == []
+    assert children() == []
 
 
 def test_epochs_without_evaluation_have_no_top1(tmp_path):
