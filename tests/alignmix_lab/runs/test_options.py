@@ -98,7 +98,7 @@ def test_a_recipe_is_found_by_name_and_is_a_base_by_name(resolve, tmp_path, monk
 def test_an_unknown_recipe_names_the_near_ones_or_all(monkeypatch):
     with pytest.raises(ValueError, match='imagenet/resnet50_30ep.*; did you mean imagenet/resnet50_300ep'):
         find_recipe('imagenet/resnet50_30ep')
-    with pytest.raises(ValueError, match='; recipes: cifar10/.*, modern/rsb_a3, tinyimagenet') as e:
+    with pytest.raises(ValueError, match='; recipes: cifar10/.*, modern/rsb_a3, .*tinyimagenet') as e:
         find_recipe('zzz')
     assert 'accelerate' not in str(e.value) and '_base' not in str(e.value) and '/_' not in str(e.value)
     monkeypatch.setattr(options, 'RECIPES', None)
