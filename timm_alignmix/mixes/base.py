@@ -88,8 +88,8 @@ class Mix:
 
     @property
     def tapped(self) -> list[str]:
-        """Names of the modules whose output a step may need."""
-        return [*self.layers, *([self.head.name] if self.head else [])]
+        """Names of the modules whose output a step may need, each once."""
+        return list(dict.fromkeys([*self.layers, *([self.head.name] if self.head else [])]))
 
     def set_normalization(self, mean: Sequence[float], std: Sequence[float]) -> None:
         """Say how a program normalises its images."""
