@@ -66,7 +66,12 @@ class Step:
             self.return_with(output)
 
     def return_with(self, output: Any) -> None:
-        """Bring the step back when the gradient of this output is known."""
+        """Bring the step back when the gradient of this output is known, if it replaces features.
+
+        Others need no draw in the backward pass, which would hold their tensors till then.
+        """
+        if self.draw['layer'] not in self.mix.layers:
+            return
         if torch.compiler.is_compiling() or getattr(output, 'grad_fn', None) is None:
             return  # the compiler computes layers again with the draw in its graph
         forward = (self._first, output.grad_fn._sequence_nr(), self.mix, self.draw)

@@ -1,6 +1,8 @@
 """Gradient checkpointing: the backward pass computes mixed layers again, with the draw of their forward."""
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import timm
@@ -91,6 +93,26 @@ def test_compiled_without_graph_breaks(name, mix, options):
     actual, expected = run(name, mix, options, True, compiled=True), run(name, mix, options, False)
     torch.testing.assert_close(actual[0], expected[0])
     torch.testing.assert_close(actual[1], expected[1])
+
+
+@pytest.mark.parametrize('mix, options, name', [
+    ('densemultimix', METHODS['densemultimix'], 'weights'), ('alignmix', dict(mode_probs=(1, 0, 0)), 'perm'),
+])
+def test_a_draw_that_replaces_no_features_does_not_wait_for_the_backward_pass(mix, options, name):
+    model = timm.create_model('test_resnet', num_classes=5).train()
+    task = MixTask(model, mix, options, img_size=64, verbose=False)
+    draw_step, drawn = task.mix.draw, []
+
+    def draw(images, rng):
+        step = draw_step(images, rng)
+        drawn.append(weakref.ref(step[name]))
+        return step
+
+    task.mix.draw = draw
+    loss = task(torch.randn(4, 3, 64, 64), torch.arange(4))['loss']
+    gc.collect()
+    # Gradients of inputs are not asked for, so nothing of the draw is saved for them either.
+    assert drawn[0]() is None and loss.requires_grad
 
 
 def test_running_statistics_are_those_of_checkpointing_without_mixing():
