@@ -69,7 +69,7 @@ class ImageSource:
     @property
     def largest_label(self) -> int | None:
         """Largest label of a sample, if known without reading images."""
-        return max(self.labels) if self.labels else None
+        return max(self.labels or (), default=None)
 
     @property
     def num_classes(self) -> int | None:
