@@ -205,15 +205,14 @@ class Study:
     source: str = ''
     set: dict[str, Any] = field(default_factory=dict)
     x: str | None = None
-    scale: str = 'linear'
     paper: str | None = None
     table: str | None = None
     note: str = ''
     reference: str | dict[str, Any] | None = None
 
     def __post_init__(self):
-        if self.scale not in ('log', 'linear', 'categories') or not self.cases:
-            raise ValueError(f'study {self.name} needs cases, and a scale of log, linear or categories')
+        if not self.cases:
+            raise ValueError(f'study {self.name} needs cases')
         cells = {}
         for case in self.cases:
             grid = {key: value for key, value in case.items() if key not in ('label', 'published')}
@@ -245,10 +244,9 @@ class Study:
                 lines.setdefault(shown(own) or str(cell.settings.get('mix', 'top-1')), []).append(cell)
         return lines
 
-    def place(self, cell: Cell) -> Any:
+    def place(self, cell: Cell) -> str:
         """Where a case stands on the horizontal axis."""
-        value = cell.settings.get(self.x, cell.name)
-        return cell.config.batch_size if value is None else value  # MultiMix's m of a whole batch
+        return shown(cell.settings.get(self.x, cell.name))
 
 
 def short(key: str) -> str:
@@ -279,10 +277,8 @@ def parse_words(words: list[str], flag: str) -> dict[str, Any]:
 
 def grid_study(grid: dict[str, list[Any]]) -> Study:
     """The study of all combinations; the last option with several numbers is the horizontal axis."""
-    numbers = {key: [value for value in values if type(value) in (int, float)] for key, values in grid.items()}
-    x = next((key for key in reversed(grid) if len(numbers[key]) > 1), None)
-    is_wide = x and 0 < 20 * min(numbers[x]) <= max(numbers[x])
-    return Study('grid', f'Grid of {", ".join(map(short, grid))}', [grid], x=x, scale='log' if is_wide else 'linear',
+    x = next((key for key in reversed(grid) if sum(type(value) in (int, float) for value in grid[key]) > 1), None)
+    return Study('grid', f'Grid of {", ".join(map(short, grid))}', [grid], x=x,
                  reference={'mix': 'none'} if {'none'} < {*map(str, grid.get('mix', ()))} else None)
 
 
@@ -458,8 +454,6 @@ def make_result(study: Study, options: AblationOptions, failed: dict[str, str]) 
         'last_std': Column('std', '.2f'),
         'difference': Column(f'difference to {shown(study.reference)}', '+.2f'),
         'interval': Column('± (95 %)', '.2f'),
-        'best': Column('top-1, best epoch (%)', '.2f', 'higher'),
-        'best_std': Column('std', '.2f'),
         'published': Column('published (%)', '.2f'),
     }
     for cell in study.cells:
@@ -472,7 +466,6 @@ def make_result(study: Study, options: AblationOptions, failed: dict[str, str]) 
         if study.reference:
             other = study.reference_of(cell)
             row['difference'], row['interval'] = paired_difference(cell.last, other.last if other else {})
-        row['best'], row['best_std'] = plotting.spread([max(curve.values()) for curve in cell.curves.values()])
         if figures:
             row['published'] = figures[cell.published].value if cell.published in figures else None
         rows.append(row)
@@ -494,8 +487,7 @@ def list_notes(study: Study, recipe: str, figure: published.Figure | None) -> li
     config = study.cells[0].config
     data = published.data_name(config.dataset, config.data_dir)
     notes = [
-        'Mean over seeds; std: sample standard deviation. The best epoch is chosen on the images that it is measured '
-        'on, so it is optimistic.',
+        'Mean over seeds; std: sample standard deviation.',
         f'Difference to {shown(study.reference)}: at the last epoch, paired by seed, mean ± half the 95 % interval of '
         "Student's t over seeds. An interval that contains 0 shows no difference; that there are few test images, or "
         'many cases, is not in it.' if study.reference else '',
@@ -519,16 +511,12 @@ def draw(study: Study) -> Figure:
     fig, axes = plotting.figure(size=(6.4, 4.2 if study.x else 1.0 + 0.32 * len(cells)))
     ax, label = axes[0, 0], 'top-1, last epoch (%): mean, std over seeds'
     if study.x:
-        are_numbers = study.scale != 'categories' and all(type(study.place(cell)) in (int, float) for cell in cells)
+        drawn = {study.place(cell) for cell in cells}
+        places = [place for place in dict.fromkeys(map(study.place, study.cells)) if place in drawn]
         for index, (name, own) in enumerate(study.lines().items()):
-            points = [(study.place(cell), cell.score[0], cell.score[1] or 0) for cell in own]
-            points = sorted(points) if are_numbers else [(shown(place), mean, std) for place, mean, std in points]
+            points = [(places.index(study.place(cell)), cell.score[0], cell.score[1] or 0) for cell in own]
             ax.errorbar(*zip(*points, strict=True), label=name, capsize=3, **plotting.line(index))
-        if are_numbers and study.scale == 'log':
-            places = sorted({study.place(cell) for cell in cells})
-            ax.set_xscale('log')
-            ax.set_xticks(places, [f'{place:g}' for place in places])
-            ax.minorticks_off()
+        ax.set_xticks(range(len(places)), places)
         ax.set(xlabel=short(study.x), ylabel=label)
         ax.legend(fontsize='small')
     else:
