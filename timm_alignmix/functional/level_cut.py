@@ -5,9 +5,9 @@ Shape suffixes: B grids, R rows and C columns of nodes, L = K + 1 labels, K laye
 import torch
 import torch.nn.functional as F
 
-_FAR = 2 ** 20  # distance of nodes that do not reach the sink; above the number of nodes
-_ROUNDS = 8  # rounds of pushes between two searches for distances
-_SWEEPS = 4  # steps of a search between two looks at whether it is done
+FAR = 2 ** 20  # distance of nodes that do not reach the sink; above the number of nodes
+ROUNDS = 8  # rounds of pushes between two searches for distances
+SWEEPS = 4  # steps of a search between two looks at whether it is done
 # Neighbours: below, above, right, left. An arc's reverse is that of the opposite direction.
 _OPPOSITE = (1, 0, 3, 2)
 
@@ -17,7 +17,8 @@ def level_cut(cost_BLRC: torch.Tensor, below_BRC: torch.Tensor, right_BRC: torch
 
     With costs convex in the label this is one minimum cut with a layer of nodes for each step between labels: Ishikawa,
     PAMI 25 (2003). It is found by pushes and relabels of all nodes at once (Goldberg and Tarjan, JACM 35, 1988), of
-    which the first phase will do. Distances are searched anew every 8 rounds, and there the host waits for the device.
+    which the first phase will do. Distances are searched anew every 8 rounds, and there the host waits for the device,
+    but not in the Triton form (int32, 16 x 16 nodes with up to 5 labels).
 
     Args:
         cost_BLRC: (B, K + 1, R, C) costs of labels 0 to K, int32 or int64, convex in the label.
@@ -59,29 +60,39 @@ def level_cut(cost_BLRC: torch.Tensor, below_BRC: torch.Tensor, right_BRC: torch
     odd = torch.arange(1 - K, K, 2, device=cost.device, dtype=cost.dtype).view(-1, 1, 1, 1)
     limit = K * around + 1  # a higher price decides for the node as well, and would only make numbers large
     price = torch.minimum(torch.maximum(cost.diff(dim=0) + odd * around, -limit), limit)
-    residual = weight.expand(K, K, *weight.shape).transpose(1, 2).contiguous()
-    return _source_side(price, residual).sum(dim=0).movedim(-1, 0)
+    return source_side_op(price, weight).sum(dim=0).movedim(-1, 0)
 
 
-def _source_side(price: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+def source_side(price: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Nodes x that minimise the sum of their prices and of the cut arcs; the most of them.
 
     Args:
         price: (K, R, C, B).
-        residual: (K, 4, K, R, C, B) capacities of the arcs from a node (first layer) to its neighbours in each
-            direction (second layer); used up.
+        weight: (4, R, C, B) capacities of the arcs from each layer of a node to each layer of its neighbours.
 
     Returns:
         (K, R, C, B) bool.
     """
+    K = len(price)
+    # (own layer, direction, other layer, R, C, B); a copy, even of a single layer.
+    residual = weight.expand(K, K, *weight.shape).transpose(1, 2).clone(memory_format=torch.contiguous_format)
     excess, sink = (-price).clamp_min(0), price.clamp_min(0)
     while True:
         height = _distances(residual, sink)
-        if not ((excess > 0) & (height < _FAR)).any():
-            return height >= _FAR
-        for _ in range(_ROUNDS):
+        if not ((excess > 0) & (height < FAR)).any():
+            return height >= FAR
+        for _ in range(ROUNDS):
             excess, sink = _push(excess, sink, residual, height)
             height = _relabel(_closed(residual), sink, height)
+
+
+# Opaque to torch.compile, which cannot follow loops that depend on values. timm_alignmix.kernels adds a Triton form.
+source_side_op = torch.library.custom_op('timm_alignmix::source_side', source_side, mutates_args=())
+
+
+@source_side_op.register_fake
+def _(price, weight):
+    return torch.empty_like(price, dtype=torch.bool, memory_format=torch.contiguous_format)
 
 
 def _push(
@@ -111,28 +122,28 @@ def _having(direction: int, x: torch.Tensor) -> torch.Tensor:
 
 def _neighbours(height: torch.Tensor) -> torch.Tensor:
     """Heights (4, K, R, C, B) of the neighbours of each node; those beyond the edge are far."""
-    padded = F.pad(height, (0, 0, 1, 1, 1, 1), value=_FAR)
+    padded = F.pad(height, (0, 0, 1, 1, 1, 1), value=FAR)
     R, C = height.shape[1:3]
     return torch.stack([padded[:, 1 + i:1 + i + R, 1 + j:1 + j + C] for i, j in ((1, 0), (-1, 0), (0, 1), (0, -1))])
 
 
 def _closed(residual: torch.Tensor) -> torch.Tensor:
     """What to add to a neighbour's height: nothing, or far if the arc has no room."""
-    return (residual <= 0).to(residual.dtype) * _FAR
+    return (residual <= 0).to(residual.dtype) * FAR
 
 
 def _relabel(closed: torch.Tensor, sink: torch.Tensor, height: torch.Tensor) -> torch.Tensor:
     """One above the lowest neighbour, for all nodes: of valid labels it makes valid ones that are no lower."""
     lowest = (closed + _neighbours(height)).amin(dim=(1, 2))
-    return torch.where(sink > 0, 1, (lowest + 1).clamp_max(_FAR)).to(height.dtype)
+    return torch.where(sink > 0, 1, (lowest + 1).clamp_max(FAR)).to(height.dtype)
 
 
 def _distances(residual: torch.Tensor, sink: torch.Tensor) -> torch.Tensor:
     """Number of arcs to the sink, breadth first; far if there is no way."""
-    closed, height = _closed(residual), torch.where(sink > 0, 1, _FAR).to(sink.dtype)
+    closed, height = _closed(residual), torch.where(sink > 0, 1, FAR).to(sink.dtype)
     while True:
         before = height
-        for _ in range(_SWEEPS):
+        for _ in range(SWEEPS):
             height = _relabel(closed, sink, height)
         if torch.equal(height, before):
             return height

@@ -10,6 +10,7 @@ import torch
 
 from ..functional import losses, transport
 from ..functional._precision import full_precision
+from ..functional.level_cut import source_side, source_side_op
 
 TRITON = (3, 6)  # the oldest release that compiled and interpreted these kernels in tests: that of torch 2.11
 _HALF = (torch.bfloat16, torch.float16)
@@ -20,6 +21,7 @@ def register() -> None:
     transport.transport_cost_op.register_kernel('cuda', cost_matrix)
     transport.sinkhorn_plan_op.register_kernel('cuda', plan_matrix)
     losses.dense_loss_op.register_kernel('cuda', loss_and_grads)
+    source_side_op.register_kernel('cuda', cut_source_side)
 
 
 def usable(device: torch.device) -> bool:
@@ -72,3 +74,13 @@ def loss_and_grads(
     return losses.loss_and_grads(
         logits_BRC, target, weights_RNB, attention_BR, smoothing, chunk_size, logits_grad, attention_grad,
         class_scale_C, pos_weight, threshold)
+
+
+def cut_source_side(price: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Form of functional.level_cut.source_side: Triton for int32 and grids that fit a program."""
+    if price.dtype == torch.int32 and price.numel() and usable(price.device):
+        from . import level_cut
+        if level_cut.fits(price):
+            with torch.cuda.device(price.device):
+                return level_cut.source_side(price, weight)
+    return source_side(price, weight)

@@ -8,6 +8,7 @@ from scipy.sparse import csr_array
 from scipy.sparse.csgraph import maximum_flow
 
 from timm_alignmix.functional import level_cut
+from timm_alignmix.functional.level_cut import source_side_op
 
 
 def problem(B, K, R, C, largest=12, dtype=torch.int32, seed=0):
@@ -104,3 +105,14 @@ def test_wrong_shapes_and_dtypes():
         level_cut(cost.float(), below, right)
     with pytest.raises(ValueError, match=r'need weights \(2, 2, 3\) and \(2, 3, 2\)'):
         level_cut(cost, right, below)
+
+
+@pytest.mark.parametrize('K', (1, 2))
+def test_operator(K):
+    """The schema (inputs stay as they are, even of one layer), the shapes of fake tensors, and compilation."""
+    price = torch.tensor([-9, 3, 5, -2]).int().view(1, 2, 2, 1).expand(K, 2, 2, 1).contiguous()
+    weight = torch.zeros(4, 2, 2, 1, dtype=torch.int32)
+    weight[0, 0], weight[1, 1] = 4, 4
+    torch.library.opcheck(source_side_op, (price, weight))
+    terms = problem(3, K, 4, 4)
+    assert torch.equal(torch.compile(level_cut, backend='aot_eager', fullgraph=True)(*terms), level_cut(*terms))

@@ -42,6 +42,15 @@ def test_sinkhorn_stays_in_registers(R, tmp_path):
     assert spilled == 0 and shared < 2 ** 16
 
 
+@pytest.mark.parametrize('K, nodes', ((1, 4), (2, 64), (2, 256), (3, 256)))
+def test_cuts_stay_in_registers(K, nodes, tmp_path):
+    from timm_alignmix.kernels.level_cut import _cut_kernel, launch_config
+
+    pointers = dict(price_ptr='*i32', weight_ptr='*i32', above_ptr='*i1')
+    _, shared, spilled = compiled(_cut_kernel, launch_config(K, nodes), tmp_path, pointers, dict(K=K))
+    assert spilled <= (FEW if K < 3 else 2 * FEW) and shared <= 2 ** 16
+
+
 def test_cost_uses_tensor_cores(tmp_path):
     from timm_alignmix.kernels.cost import _cost_kernel, launch_config
 

@@ -45,6 +45,8 @@ def test_what_the_kernels_do_not_cover_runs_in_pytorch():
         assert torch.equal(
             kernels.plan_matrix(cost, 0.1, iterations, 2, tolerance),
             transport.plan_matrix(cost, 0.1, iterations, 2, tolerance))
+    price, weight = torch.randint(-9, 9, (2, 3, 3, 2)), torch.zeros(4, 3, 3, 2, dtype=torch.int64)
+    assert torch.equal(kernels.cut_source_side(price, weight), price <= 0)  # 64 bits
     assert torch.equal(kernels.cost_matrix(cost_BRR, cost_BRR), transport.cost_matrix(cost_BRR, cost_BRR))
     logits_BRC, target, weights_RNB = torch.randn(3, 2, 4), torch.tensor([0, 1, 2]), torch.full((2, 5, 3), 1 / 3)
     for logits, attention_grad in ((logits_BRC.double(), False), (logits_BRC, True)):

@@ -57,6 +57,35 @@ def test_sinkhorn_ends_on_what_is_not_finite(kernel_device):
     assert first[0].isnan().all() and first[1].isfinite().all()
 
 
+# ------------------------------------------------------------------------------------------------------------ level cut
+
+
+@pytest.mark.parametrize('K, R, C, B', (
+    (1, 2, 2, 9), (2, 4, 4, 5), (2, 3, 5, 4), (3, 4, 4, 3), (2, 16, 16, 2), (2, 1, 1, 2)))
+def test_cuts_equal_the_eager_form(kernel_device, K, R, C, B):
+    """The eager form is tested against all labellings and scipy's flow in functional/test_level_cut.py."""
+    from timm_alignmix.functional.level_cut import source_side
+    from timm_alignmix.kernels import level_cut
+
+    generator = torch.Generator().manual_seed(R)
+    price = torch.randint(-90, 91, (K, R, C, B), generator=generator, dtype=torch.int32).sort(dim=0).values
+    weight = torch.zeros(4, R, C, B, dtype=torch.int32)
+    weight[0, :-1] = torch.randint(0, 31, (R - 1, C, B), generator=generator)
+    weight[1, 1:] = weight[0, :-1]
+    weight[2, :, :-1] = torch.randint(0, 31, (R, C - 1, B), generator=generator)
+    weight[3, :, 1:] = weight[2, :, :-1]
+    assert level_cut.fits(price)
+    found = level_cut.source_side(price.to(kernel_device), weight.to(kernel_device)).cpu()
+    assert torch.equal(found, source_side(price, weight))
+    assert B == 2 or found.float().mean().item() not in (0.0, 1.0)
+
+
+def test_cuts_of_many_arcs_are_left_to_the_eager_form():
+    from timm_alignmix.kernels import level_cut
+
+    assert level_cut.fits(torch.empty(4, 16, 16, 1)) and not level_cut.fits(torch.empty(5, 16, 16, 1))
+
+
 # ---------------------------------------------------------------------------------------------------------------- cost
 
 
