@@ -40,6 +40,7 @@ test = [
     'pycocotools>=2.0.8',
     'pytest>=8.0',
     'tensorboard',
+    'webdataset>=1.0',
 ]
 dev = [
     'pre-commit',

@@ -24,6 +24,7 @@ from .images.sources import ImageSource, MultiLabelSource
 from .options import LoaderOptions
 from .order import REPEAT
 from .seeding import generators_kept, seed_generators
+from .shards import enter_epoch
 from .transforms import Size
 from .worker_signals import end_with_parent, iterate
 
@@ -130,11 +131,10 @@ class _SeededTransform:
         self._make_transform = make_transform
         self._options = options
 
-    def begin(self) -> None:
-        """Start an epoch in this worker."""
-        worker = torch.utils.data.get_worker_info()
-        prefix = self._options.seed, self.epoch.value, self._options.rank, 0 if worker is None else worker.id
-        self._keys = ((*prefix, place) for place in itertools.count())
+    def begin(self, worker: int, place: int) -> None:
+        """Start an epoch in the part of a worker, `place` samples late."""
+        prefix = self._options.seed, self.epoch.value, self._options.rank, worker
+        self._keys = ((*prefix, place) for place in itertools.count(place))
         self._transform = self._make_transform((self.height.value, self.width.value))
 
     def __call__(self, image: Image.Image) -> Any:
@@ -144,17 +144,27 @@ class _SeededTransform:
 
 
 class _EveryNth(torch.utils.data.IterableDataset):
-    """Every n-th sample of a stream, beginning with `first`."""
+    """Every n-th sample of a stream, beginning with `first`; `start` batches of training are left out."""
 
-    def __init__(self, source: ImageSource, first: int, n: int, num_classes: int | None):
+    def __init__(self, source: ImageSource, first: int, n: int, options: LoaderOptions, train: bool):
         self.source = source
         self.first = first
         self.n = n
-        self.num_classes = num_classes
+        self.start = SharedCount()
+        self.num_classes = options.num_classes
+        self.seed = options.seed
+        self.batch_size = options.split_batch_size(train)
+        self.is_sharded = train and hasattr(source.dataset.reader, 'split_info')  # webdataset's
 
     def __iter__(self) -> Iterator[tuple[Any, int]]:
-        self.source.dataset.transform.begin()
-        for image, label in itertools.islice(self.source.dataset, self.first, None, self.n):
+        worker = torch.utils.data.get_worker_info()
+        part, left_out, last = 0 if worker is None else worker.id, 0, None
+        if self.is_sharded:
+            reader = self.source.dataset.reader
+            part, left_out = enter_epoch(reader, self.seed, self.start.value, self.batch_size)
+            last = reader._num_samples_per_worker() - left_out
+        self.source.dataset.transform.begin(part, left_out)
+        for image, label in itertools.islice(self.source.dataset, self.first, last, self.n):
             _check_label(label, self.num_classes, self.source.title)
             yield image, label
 
@@ -167,8 +177,9 @@ class StreamBatches:
 
     Training follows timm's reader: it shuffles within buffers and splits shards between ranks and workers. A sample may
     therefore be repeated or left out at the end of an epoch, and an epoch repeats exactly only with the same number of
-    ranks and workers. An epoch that is entered late reads and discards what came before. In evaluation, every rank
-    reads the whole stream and keeps every n-th sample, which is exact but slow on many ranks; convert to .beton then.
+    ranks and workers. An epoch of webdataset shards that is entered late skips the shards that are used up, see
+    shards.py; other streams read and discard what came before. In evaluation, every rank reads the whole stream and
+    keeps every n-th sample, which is exact but slow on many ranks; convert to .beton then.
 
     The arguments are those of :class:`TimmBatches`.
     """
@@ -190,13 +201,13 @@ class StreamBatches:
         dataset.transform = self._transform = _SeededTransform(make_transform, options)
         dataset.set_loader_cfg(num_workers=options.workers)  # timm's readers count samples per worker
         first, n = (0, 1) if train else (self._rank, self._world_size)
-        self._loader = _data_loader(
-            _EveryNth(source, first, n, options.num_classes), options, train, drop_last=train)
+        self._samples = _EveryNth(source, first, n, options, train)
+        self._loader = _data_loader(self._samples, options, train, drop_last=train)
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
         self._source.dataset.set_epoch(epoch)
         self._transform.epoch.value = epoch
-        self._start = start
+        self._start = self._samples.start.value = start
 
     def set_size(self, side: int) -> None:
         self._transform.height.value = self._transform.width.value = side
@@ -219,4 +230,4 @@ class StreamBatches:
         return len(self._loader) if self._train else -(-self.num_samples // (self._batch_size * self._world_size))
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        return itertools.islice(iterate(self._loader), self._start, None)
+        return itertools.islice(iterate(self._loader), 0 if self._samples.is_sharded else self._start, None)
