@@ -115,3 +115,14 @@ def test_numbers_are_unique_and_count_the_copies(order):
     assert [number % REPEAT for number in numbers] == order
     assert [number // REPEAT for number in numbers] == [
         order[:place].count(sample) for place, sample in enumerate(order)]
+
+
+def test_512_ranks_share_an_epoch_of_imagenet_without_overlap_or_loss():
+    ranks, batch_size, count = 512, 16, 1_281_167
+    order = shuffled(count, seed=3, epoch=7)
+    for contiguous in (False, True):
+        shards = np.stack([train_shard(order, batch_size, rank, ranks, contiguous) for rank in range(ranks)])
+        used = np.sort(shards, axis=None)
+        assert (np.diff(used) > 0).all() and count - used.size < ranks * batch_size
+    evaluated = np.concatenate([eval_shard(50_000, rank, ranks) for rank in range(ranks)])
+    assert (np.sort(evaluated) == np.arange(50_000)).all()

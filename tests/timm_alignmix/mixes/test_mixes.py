@@ -473,3 +473,18 @@ def test_partners_keep_the_layout_and_have_the_gradient_of_indexing(layout):
         assert partners.stride() == x.stride()
     assert torch.equal(torch.autograd.grad(partners, x, grad)[0], torch.autograd.grad(x[perm], x, grad)[0])
     assert torch.autograd.gradgradcheck(lambda x: partners_of(x, perm).square(), x)
+
+
+@pytest.mark.parametrize('name', ['alignmix', 'densemultimix', {'mixup': 0.5, 'manifold': 0.3, 'none': 0.2}])
+def test_512_ranks_mix_in_the_same_mode_and_draw_on_their_own(name):
+    images, _ = batch(B=4, size=32, dtype=torch.float32)
+    task = MixTask(tiny(torch.float32), name, verbose=False)
+    modes = set()
+    for step in range(8):
+        draws = [task.mix.draw(images, random(3, step, rank)) for rank in range(512)]
+        (mode,) = {task.mix.mode_name(draw) for draw in draws}  # else processes would wait for each other's gradients
+        modes.add(mode)
+        for key in ('lam', 'weights'):
+            if torch.is_tensor(draws[0].get(key)):
+                assert len({draw[key].flatten()[0].item() for draw in draws}) > 500  # float32 may repeat
+    assert len(modes) > 1
