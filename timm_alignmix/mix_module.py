@@ -5,6 +5,7 @@ features, closed-form losses) must run there too.
 """
 import copy
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -190,23 +191,22 @@ class MixModule(nn.Module):
         """
         if 'clean_pass' not in draw:
             return draw
-        seen = None
-        if draw['clean_pass'] == 'forward':
-            seen = self._record(images, draw['clean_layer'])
-        elif draw['clean_pass'] != 'target':
-            seen = gradient_saliency(self.model, images, target, draw['clean_pass'])
-        with torch.no_grad():
+        kind, seen = draw['clean_pass'], None
+        # A head that the method applies to what it has read must not drop channels or normalise by the batch either.
+        with torch.no_grad(), evaluating(self.model) if kind == 'forward' else nullcontext():
+            if kind == 'forward':
+                seen = self._record(images, dict(layer=draw['clean_layer']))
+            elif kind != 'target':
+                seen = gradient_saliency(self.model, images, target, kind)
             return self.mix.complete(images, draw, seen, target)
 
-    def _record(self, images: torch.Tensor, layer: str) -> torch.Tensor:
-        """What a step that reads this layer would, in evaluation mode and without gradient."""
-        draw = dict(layer=layer)
-        with torch.no_grad(), evaluating(self.model):
-            self.arm(draw)
-            try:
-                output = self.model(images)
-            finally:
-                seen = self.disarm()
+    def _record(self, images: torch.Tensor, draw: Draw) -> torch.Tensor:
+        """Run the model alone and return what a step reads of draw['layer']."""
+        self.arm(draw)
+        try:
+            output = self.model(images)
+        finally:
+            seen = self.disarm()
         self.check_ran(draw, output, seen)
         return seen
 

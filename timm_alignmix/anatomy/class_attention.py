@@ -53,9 +53,9 @@ class ClassAttention:
         with torch.autocast(q_Bh1d.device.type, enabled=False):
             score_Bh1N = at_least_fp32(q_Bh1d) * layer.scale @ at_least_fp32(k_BhNd).transpose(2, 3)
             if getattr(layer, 'relative_position_bias_table', None) is not None:
-                score_Bh1N = score_Bh1N + layer._get_rel_pos_bias()[:, :, :1]
+                score_Bh1N = score_Bh1N + layer._get_rel_pos_bias()[..., :1, :]
             if kwargs.get('shared_rel_pos_bias') is not None:
-                score_Bh1N = score_Bh1N + kwargs['shared_rel_pos_bias'][:, :, :1]
+                score_Bh1N = score_Bh1N + kwargs['shared_rel_pos_bias'][..., :1, :]
             return score_Bh1N.softmax(dim=3).mean(dim=1)[:, 0, self._prefix:]
 
     def _project(self, x_BND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -67,8 +67,9 @@ class Trace:
 
     @torch.no_grad()
     def run(self) -> torch.Tensor:
-        """Logits of the images that were recorded, once more."""
-        return self.copy(self._images)
+        """Logits of the images that were recorded, once more, without the caller's autocast."""
+        with torch.autocast(self._images.device.type, enabled=False):
+            return self.copy(self._images)
 
     def logits_with(self, name: str, output: torch.Tensor) -> torch.Tensor:
         """Logits of two OTHER images with this output of a module put in."""
