@@ -465,13 +465,13 @@ def test_what_the_model_tells_does_not_wait_for_the_device(name):
     network = 'test_vit' if name in CLASS_TOKEN else 'test_resnet'
     module = MixTask(tiny(torch.float32, network), name, dict(prob=1.0), img_size=64, verbose=False).trainable_module
     (images, y), rng, mix = batch(dtype=torch.float32), random(), module.mix
-    draw = mix.draw(images, rng)
+    draw, rows = mix.draw(images, rng), onehot(y)
     with Recorder() as recorder:
         draw = module.complete(images, y, draw)
         mix.images(images, draw)
         if name == 'transmix':
             draw = dict(draw, lam=mix.lam(torch.rand(6, 16), draw))
-        mix.target(onehot(y), draw)
+        mix.target(rows, draw)
     assert len(recorder.names) > 3
     assert not {'_local_scalar_dense', 'lift_fresh', 'nonzero', 'masked_select', 'index_put_'} & set(recorder.names)
 
