@@ -9,7 +9,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import apply_rot_embed_cat
 
-from ..functional._precision import at_least_fp32
 from .layers import Patch
 
 
@@ -51,7 +50,8 @@ class ClassAttention:
             k_BhNd = torch.cat([k_BhNd[:, :, :n], rotated], dim=2)
         k_BhNd = k_BhNd.repeat_interleave(q_Bh1d.shape[1] // k_BhNd.shape[1], dim=1)
         with torch.autocast(q_Bh1d.device.type, enabled=False):
-            score_Bh1N = at_least_fp32(q_Bh1d) * layer.scale @ at_least_fp32(k_BhNd).transpose(2, 3)
+            dtype = torch.promote_types(q_Bh1d.dtype, torch.float32)
+            score_Bh1N = q_Bh1d.to(dtype) * layer.scale @ k_BhNd.to(dtype).transpose(2, 3)
             if getattr(layer, 'relative_position_bias_table', None) is not None:
                 score_Bh1N = score_Bh1N + layer._get_rel_pos_bias()[..., :1, :]
             if kwargs.get('shared_rel_pos_bias') is not None:
