@@ -120,6 +120,8 @@ def test_identities(monkeypatch):
     part = mix.complete(images, dict(draw, box=[0, 0, 32, 64], source=[0, 0, 16, 16]), None, y)
     torch.testing.assert_close(part['lam'], torch.full((3,), 0.5, dtype=torch.float64))  # uniform maps give areas
     torch.testing.assert_close(part['partner_lam'], torch.full((3,), 1 / 16, dtype=torch.float64))
+    accuracy = mix.mass(rows, y, part)  # each predicts the example's class: its share of both weights
+    torch.testing.assert_close(accuracy.double(), torch.full((3,), 0.5 / (0.5 + 1 / 16), dtype=torch.float64))
     equal = torch.ones_like(images)
     torch.testing.assert_close(mix.images(equal, part), equal)
 

@@ -52,17 +52,21 @@ def published_count(rng, rows, columns):
         if not delta:
             break
         count += delta
-    return count, sum(grid[0]), sum(map(sum, grid[rows // 2:rows // 2 + 1]))
+    down = sum(grid[i][j] != grid[i + 1][j] for i in range(rows - 1) for j in range(columns))
+    along = sum(grid[i][j] != grid[i][j + 1] for i in range(rows) for j in range(columns - 1))
+    return count, sum(grid[0]), sum(grid[rows // 2]), down, along
 
 
 @pytest.mark.parametrize('rows, columns', [(14, 14), (10, 16), (3, 3)])
 def test_masks_have_the_law_of_the_published_loop(rows, columns):
-    """Numbers of patches, in all, in the first row and in the middle one."""
+    """Numbers of patches, in all, in the first row and in the middle one, and of changes down and along the rows."""
     generator, rng = torch.Generator().manual_seed(3), host_random.Random(4)
     ours = [draw_patches(rows, columns, False, generator) for _ in range(400)]
     theirs = [published_count(rng, rows, columns) for _ in range(400)]
     wanted = min(rows * columns, rows * columns // 2 + 14)
-    for k, count in enumerate((lambda m: m.sum(), lambda m: m[0].sum(), lambda m: m[rows // 2].sum())):
+    for k, count in enumerate((
+            lambda m: m.sum(), lambda m: m[0].sum(), lambda m: m[rows // 2].sum(),
+            lambda m: m[1:].logical_xor(m[:-1]).sum(), lambda m: m[:, 1:].logical_xor(m[:, :-1]).sum())):
         found = [int(count(mask)) for mask in ours]
         assert max(found) <= wanted
         assert stats.ks_2samp(found, [each[k] for each in theirs]).pvalue > 1e-3
