@@ -154,9 +154,11 @@ def step_options(args: Namespace) -> Namespace:
 
 def syncs(args: Namespace) -> None:
     """What makes the host wait in a step, by the profiler: names and counts over three steps of each mode."""
-    name, batch = ('test_resnet', 4) if args.quick else ('resnet50', 64)
+    convnet, batch = ('test_resnet', 4) if args.quick else ('resnet50', 64)
+    vit = 'test_vit' if args.quick else 'deit_small_patch16_224'
     rows = []
     for mix in sorted(set(list_mixes()) - {'alignmix_ae'}):
+        name = vit if mix in ('tokenmix', 'transmix') else convnet  # of a class token
         step = step_cost.build_step(name, mix, batch, step_options(args))
         for mode in step_cost.modes_of(step):
             step.step(mode)

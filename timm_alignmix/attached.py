@@ -6,6 +6,7 @@ import torch
 import torch.nn as nn
 
 from .mixes import Mix
+from .mixes.base import weighed
 from .mixes.criterion import Criterion
 from .task import MixTask
 
@@ -24,8 +25,8 @@ class AttachedMix:
         if self.mix.clean_pass:
             self._task.remove_hooks()
             raise ValueError(
-                f'mix {self.mix.name!r} computes a gradient before the step and needs its labels, which a forward of '
-                'the model does not get; use timm_alignmix.MixTask or timm_alignmix.create_mixup')
+                f'mix {self.mix.name!r} looks at the clean images and their labels before the step, and a forward of '
+                'the model does not get labels; use timm_alignmix.MixTask or timm_alignmix.create_mixup')
         self.mode: str | None = None
         self.lam: torch.Tensor | None = None
         self._armed: tuple[dict[str, Any] | None, int] | None = None
@@ -124,6 +125,8 @@ class AttachedMix:
         feature_map = self._module.disarm()
         if draw is not None:
             self._module.check_ran(draw, output, feature_map)
+            draw = weighed(draw, self.mix.lam(feature_map, draw))
+            self.lam = draw['lam']
         device = output.device.type
         autocast = torch.autocast(
             device, dtype=torch.get_autocast_dtype(device), enabled=torch.is_autocast_enabled(device))
@@ -171,8 +174,8 @@ def attach(
         `remove_hooks()`, and `state_dict` and `load_state_dict`, with which a resumed run continues its draws.
 
     Raises:
-        ValueError: As of :class:`timm_alignmix.MixTask`, or a method that trains layers of its own or computes a
-            gradient before the step, such as puzzlemix.
+        ValueError: As of :class:`timm_alignmix.MixTask`, or a method that trains layers of its own or looks
+            at the clean batch before the step, such as puzzlemix.
 
     Example:
         >>> import timm, torch

@@ -1,6 +1,6 @@
 """Pass of a model over clean images before a step, for methods that mix by what the model looks at."""
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.nn as nn
@@ -34,7 +34,7 @@ def gradient_saliency(model: nn.Module, images: torch.Tensor, target: torch.Tens
         (True, None)
     """
     # Programs that measure a network may be in inference mode, whose tensors have no gradients.
-    with torch.inference_mode(False), torch.enable_grad(), _evaluating(model, mode == 'eval'):
+    with torch.inference_mode(False), torch.enable_grad(), evaluating(model) if mode == 'eval' else nullcontext():
         images, target = (x.clone() if x.is_inference() else x.detach() for x in (images, target))
         images.requires_grad_()
         logits = model(images)
@@ -48,10 +48,10 @@ def gradient_saliency(model: nn.Module, images: torch.Tensor, target: torch.Tens
 
 
 @contextmanager
-def _evaluating(model: nn.Module, wanted: bool) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Put modules into evaluation mode and those that were training back, whatever happens."""
     # By the flag: train() and eval() of some networks do more than set it.
-    training = [module for module in model.modules() if module.training] if wanted else []
+    training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False
     try:

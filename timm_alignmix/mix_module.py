@@ -5,16 +5,17 @@ features, closed-form losses) must run there too.
 """
 import copy
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.nn as nn
 from timm.models import group_parameters
 
-from .anatomy import Anatomy, output_module
-from .clean_pass import gradient_saliency
+from .anatomy import Anatomy, ClassAttention, output_module
+from .clean_pass import evaluating, gradient_saliency
 from .mixes import Mix, create_mix
-from .mixes.base import Draw
+from .mixes.base import Draw, weighed
 from .mixes.criterion import Criterion
 
 
@@ -110,6 +111,19 @@ class Tap:
         return None if layer is None else mix.features(output, layer, draw)
 
 
+class Watch:
+    """Forward hook on a module. In a step that reads it, it records what the method reads of the call."""
+
+    def __init__(self, watched: ClassAttention, step: Step) -> None:
+        self.watched, self.step = watched, step
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: torch.Tensor) -> None:
+        step = self.step
+        # Of a layer that is computed again the first call counts: later ones find no draw.
+        if step.draw is not None and step.draw['layer'] == self.watched.name:
+            step.output = self.watched.read(args, kwargs, output)
+
+
 class MixModule(nn.Module):
     """timm model that can also run a step of a mixing method. Called without a draw, it is the model.
 
@@ -153,6 +167,9 @@ class MixModule(nn.Module):
         self.step = Step()
         self._handles = [
             output_module(model, name).register_forward_hook(Tap(name, self.step)) for name in self.mix.tapped]
+        self._handles += [
+            model.get_submodule(name).register_forward_hook(Watch(watched, self.step), with_kwargs=True)
+            for name, watched in self.mix.watched.items()]
         if self._handles:
             self._handles.append(model.register_forward_hook(self.step))
 
@@ -162,7 +179,7 @@ class MixModule(nn.Module):
             handle.remove()
 
     def complete(self, images: torch.Tensor, target: torch.Tensor, draw: Draw) -> Draw:
-        """Complete a draw by a pass over the clean images, if it asks for one.
+        """Complete a draw by the clean batch, and a pass of the model over it, if it asks for that.
 
         It runs the model itself, whose taps are idle: not DDP's wrapper, which would wait for gradients of parameters,
         and not a compiled form, which would compute them.
@@ -174,9 +191,24 @@ class MixModule(nn.Module):
         """
         if 'clean_pass' not in draw:
             return draw
-        saliency_BHW = gradient_saliency(self.model, images, target, draw['clean_pass'])
-        with torch.no_grad():
-            return self.mix.complete(images, draw, saliency_BHW)
+        kind, seen = draw['clean_pass'], None
+        # A head that the method applies to what it has read must not drop channels or normalise by the batch either.
+        with torch.no_grad(), evaluating(self.model) if kind == 'forward' else nullcontext():
+            if kind == 'forward':
+                seen = self._record(images, dict(layer=draw['clean_layer']))
+            elif kind != 'target':
+                seen = gradient_saliency(self.model, images, target, kind)
+            return self.mix.complete(images, draw, seen, target)
+
+    def _record(self, images: torch.Tensor, draw: Draw) -> torch.Tensor:
+        """Run the model alone and return what a step reads of draw['layer']."""
+        self.arm(draw)
+        try:
+            output = self.model(images)
+        finally:
+            seen = self.disarm()
+        self.check_ran(draw, output, seen)
+        return seen
 
     def arm(self, draw: Draw) -> None:
         """Make the next forward of the model the step that was drawn."""
@@ -213,7 +245,7 @@ class MixModule(nn.Module):
             criterion: For methods that compute their loss.
 
         Returns:
-            The model's output; with a draw, a dict of 'output' and, if the method computes it, 'loss'.
+            The model's output; with a draw, a dict of 'output' and, if the method computes them, 'lam' and 'loss'.
         """
         if draw is None:
             return self._reaching_extra(self.model(images))
@@ -223,9 +255,12 @@ class MixModule(nn.Module):
         finally:
             feature_map = self.disarm()
         self.check_ran(draw, output, feature_map)
+        lam = self.mix.lam(feature_map, draw)
+        draw = weighed(draw, lam)
         output = self._reaching_extra(self.mix.output(output, draw))
         loss = self.mix.loss(output, feature_map, target, draw, criterion)
-        return dict(output=output) if loss is None else dict(output=output, loss=loss)
+        result = dict(output=output, lam=lam, loss=loss)
+        return {key: value for key, value in result.items() if value is not None}
 
     def _reaching_extra(self, output: torch.Tensor) -> torch.Tensor:
         """Let the output depend on the method's own layers, so that each gets a gradient, even if it is 0."""

@@ -10,7 +10,7 @@ from .anatomy import count_classes
 from .functional import check_values, soft_target
 from .mix_module import MixModule
 from .mixes import Mix
-from .mixes.base import check_pairs, pair_target
+from .mixes.base import check_pairs, pair_target, weighed
 from .step_random import StepRandom
 
 
@@ -67,7 +67,8 @@ class MixupFn:
             Images for the model, and float32 soft targets (rows, num_classes) for its output: B rows, n for multimix or
             n * R for densemultimix. When features are mixed, the model's forward fills the targets in, since dense ones
             depend on its attention. Pass on this very tensor; a copy taken before the forward holds NaN.
-            With targets='pairs', instead, (target, targets of the partners, lam).
+            With targets='pairs', instead, (target, targets of the partners, lam), of which the forward fills in lam if
+            it depends on the model's attention.
 
         Raises:
             RuntimeError: The step before was not followed by a training forward of the model, or the call is in a
@@ -94,13 +95,16 @@ class MixupFn:
         draw = self.mix.draw(x, self._random.at(self.step, x.device))
         self.step += 1
         draw = self._module.complete(x, target, draw)
+        if draw['layer'] in self.mix.watched:
+            draw = weighed(draw, x.new_full((len(x),), float('nan'), dtype=torch.promote_types(x.dtype, torch.float32)))
         self.mode, self.lam = self.mix.mode_name(draw), draw['lam']
         x = self.mix.images(x, draw)
+        is_done = draw['mode'] in ('clean', 'input') and draw['layer'] is None  # the model's forward adds nothing
         if self.targets == 'pairs':
-            if draw['mode'] not in ('clean', 'input'):
+            if not is_done:
                 self._pending = (draw, x.shape, target, None)
             return x, pair_target(target, draw)
-        if draw['mode'] in ('clean', 'input'):
+        if is_done:
             return x, self.mix.target(clean, draw)
         rows = self.mix.num_rows(len(x), draw)
         soft = clean.new_full((rows, self.num_classes), float('nan'))
@@ -144,6 +148,10 @@ class MixupFn:
         self._pending = None
         feature_map = self._module.disarm()
         self._module.check_ran(draw, output, feature_map)
+        lam = self.mix.lam(feature_map, draw)
+        if lam is not None:
+            with torch.no_grad():
+                draw['lam'].copy_(lam)
         output = self.mix.output(output, draw)
         if soft is None:
             return output

@@ -12,7 +12,7 @@ from .anatomy import count_classes
 from .functional import check_target, check_values, target_mass
 from .mix_module import MixModule
 from .mixes import Mix
-from .mixes.base import check_pairs, pair_target
+from .mixes.base import check_pairs, pair_target, weighed
 from .mixes.criterion import Criterion, ignores
 from .step_random import StepRandom
 
@@ -148,7 +148,7 @@ class MixTask(ClassificationTask):
                 loss=self._loss(output, target, None), output=output, mode='clean', lam=None,
                 accuracy=self._accuracy(output, target, None))
         result = self.trainable_module(self.mix.images(input, draw), target, draw, Criterion.of(self.criterion))
-        output = result['output']
+        output, draw = result['output'], weighed(draw, result.get('lam'))
         if 'loss' not in result:
             result['loss'] = self._loss(output, target, draw)
         return dict(

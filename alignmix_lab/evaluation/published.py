@@ -24,6 +24,8 @@ METHODS = {
     'cutmix': 'CutMix',
     'saliencymix': 'SaliencyMix',
     'zeta': 'ζ-Mixup',
+    'transmix': 'TransMix',
+    'tokenmix': 'TokenMix',
     'manifold': 'manifold mixup',
     'alignmix': 'AlignMixup',
     'alignmix_ae': 'AlignMixup/AE',

@@ -16,14 +16,14 @@ CASES = [
     ('none', {}), ('cutmix', dict(per_example=True)), ('manifold', dict(layers=[1])),
     ('alignmix', dict(mode_probs=(1, 0, 0))), ('alignmix', dict(mode_probs=(0, 1, 0))),
     ('multimix', dict(prob=1.0, n=20)), ('multimix', dict(prob=1.0, n=7, mix_at=1)), ('multimix', dict(prob=0.0)),
-    ('densemultimix', dict(prob=1.0, n=20)), ('densemultimix', dict(prob=1.0, n=5, attention='cam')),
+    ('densemultimix', dict(prob=1.0, n=20)), ('densemultimix', dict(prob=1.0, n=5, attention='cam')), ('transmix', {}),
 ]
 FEATURE = dict(alignmix=dict(mode_probs=(0, 1, 0)), multimix=dict(prob=1.0, n=20), densemultimix=dict(prob=1.0, n=20))
 
 
-def tiny():
+def tiny(name='test_resnet'):
     torch.manual_seed(0)
-    return timm.create_model('test_resnet', num_classes=5).train()
+    return timm.create_model(name, num_classes=5).train()
 
 
 def unhooked(model):
@@ -52,7 +52,7 @@ class Wrapper(nn.Module):
 
 @pytest.mark.parametrize('mix,options', CASES)
 def test_losses_gradients_and_statistics_are_the_tasks(mix, options):
-    model, other = tiny(), tiny()
+    model, other = (tiny('test_vit' if mix == 'transmix' else 'test_resnet') for _ in range(2))
     kwargs = dict(criterion_kwargs=dict(smoothing=0.1), seed=3, img_size=64)
     task, attached = MixTask(model, mix, options, **kwargs, verbose=False), attach(other, mix, options, **kwargs)
     for step in range(2):

@@ -115,7 +115,7 @@ def test_the_task_takes_the_pass_of_clean_images_without_smoothing(name, options
     assert torch.equal(seen[0], gradient_saliency(tiny(), images, y)) and result['lam'].shape == (4,)
     # The gradients are those of the mixed step alone.
     other, draw = tiny(), task.mix.draw(images, task._random.at(0, images.device))
-    draw = complete(images, draw, seen[0])
+    draw = complete(images, draw, seen[0], y)
     target = task.mix.target(0.9 * F.one_hot(y, 5).double() + 0.02, draw)
     F.cross_entropy(other(task.mix.images(images, draw)), target).backward()
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
@@ -139,12 +139,12 @@ def test_choices_and_switches():
 
 def test_refusals():
     images, y = batch()
-    with pytest.raises(ValueError, match="'puzzlemix' computes a gradient before the step.*use timm_alignmix.MixTask"):
+    with pytest.raises(ValueError, match="'puzzlemix' looks at the clean images.*use timm_alignmix.MixTask"):
         attach(tiny(), 'puzzlemix')
     with pytest.raises(ValueError, match='none\\+puzzlemix'):
         attach(tiny(), create_mixup({'puzzlemix': 0.5, 'none': 0.5}, tiny()).mix)
     mix = MixTask(tiny(), 'puzzlemix', verbose=False)
-    with pytest.raises(RuntimeError, match='this draw has none'):
+    with pytest.raises(RuntimeError, match='this draw is from before that'):
         mix.mix.images(images, mix._draw(images))
     with pytest.raises(ValueError, match='even sides, got 31x31'):
         mix(images[:, :, 1:, 1:], y)

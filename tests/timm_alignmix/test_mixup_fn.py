@@ -20,8 +20,10 @@ CASES = [
     ('densemultimix', dict(prob=1.0, n=5, attention='none', m=2)), ('densemultimix', dict(prob=0.0)),
     ('cutout', {}), ('fmix', dict(per_example=True)), ('guidedmixup', dict(prob=1.0)), ('regmixup', dict(eta=0.7)),
     ('guidedmixup', dict(prob=1.0, saliency='ap')), ('puzzlemix', {}), ('puzzlemix', dict(saliency_mode='train')),
-    ('resizemix', {}), ('saliencymix', dict(prob=1.0)), ('saliencymix', dict(prob=0.0)), ('zeta', {}),
+    ('resizemix', {}), ('saliencymix', dict(prob=1.0)), ('saliencymix', dict(prob=0.0)), ('zeta', {}), ('snapmix', {}),
+    ('tokenmix', dict(prob=1.0)), ('tokenmix', dict(prob=0.0)), ('transmix', dict(prob=1.0, per_example=True)),
 ]
+CLASS_TOKEN = ('tokenmix', 'transmix')  # methods that need one
 
 
 def tiny(name='test_resnet', **kwargs):
@@ -36,12 +38,13 @@ def batch(B=4, size=64):
 @pytest.mark.parametrize('smoothing', [0.0, 0.1])
 @pytest.mark.parametrize('name,options', CASES)
 def test_same_loss_gradients_and_statistics_as_the_task(name, options, smoothing):
+    network = 'test_vit' if name in CLASS_TOKEN else 'test_resnet'
     images, y = batch()
-    model = tiny()
+    model = tiny(network)
     task = MixTask(model, name, options, criterion_kwargs=dict(smoothing=smoothing), seed=3, verbose=False)
     result = task(images, y)
     result['loss'].backward()
-    other = tiny()
+    other = tiny(network)
     mixup_fn = create_mixup(name, other, label_smoothing=smoothing, seed=3, **options)
     original = images.clone()
     x, target = mixup_fn(images, y)

@@ -21,6 +21,8 @@ METHODS = {
     'densemultimix': dict(prob=1.0, n=6, allow_class_token=True),
     'alignmix_ae': dict(plain_weight=0, dim=16, width=4),
 }
+# Methods that read the class token.
+WATCHING = dict(transmix=dict(prob=1.0), tokenmix=dict(prob=1.0))
 SEVERAL = {'manifold': 1, 'alignmix': 1, 'densemultimix': 1}, {'densemultimix.allow_class_token': True}
 # Blocks are computed again one by one, from the model (the first two) or from its stages.
 MODELS = dict(
@@ -68,9 +70,10 @@ def assert_same(actual, expected):
 @pytest.mark.parametrize('name, mix', [
     *(('test_resnet', mix) for mix in METHODS), *(('test_vit', mix) for mix in METHODS if mix != 'alignmix_ae'),
     ('test_convnext', 'alignmix'), ('test_convnext', 'multimix'), ('swin_s3_tiny_224', 'alignmix'),
+    *(('test_vit', mix) for mix in WATCHING),
 ])
 def test_losses_and_gradients_are_those_without_checkpointing(name, mix):
-    options = METHODS[mix]
+    options = {**METHODS, **WATCHING}[mix]
     assert_same(run(name, mix, options, True), run(name, mix, options, False))
 
 
@@ -87,6 +90,7 @@ def test_each_of_several_forwards_is_computed_again_with_its_own_draw(name, mix,
 @pytest.mark.parametrize('name, mix, options', [
     ('test_resnet', 'alignmix', dict(mode_probs=(0, 1, 0))), ('test_vit', 'alignmix', dict(mode_probs=(0, 1, 0))),
     ('test_resnet', 'alignmix_ae', dict(METHODS['alignmix_ae'], mode_probs=dict(feat=1))),
+    ('test_vit', 'transmix', WATCHING['transmix']),
 ])
 def test_compiled_without_graph_breaks(name, mix, options):
     torch._dynamo.reset()

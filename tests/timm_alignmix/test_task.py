@@ -31,6 +31,13 @@ FEATURE = dict(
 )
 
 
+CLASS_TOKEN = ('tokenmix', 'transmix')  # methods that need one
+
+
+def tiny_for(mix):
+    return tiny('test_vit' if mix in CLASS_TOKEN else 'test_resnet')
+
+
 def tiny(name='test_resnet', **kwargs):
     torch.manual_seed(0)
     return timm.create_model(name, num_classes=5, **kwargs).train()
@@ -123,7 +130,7 @@ def test_targets_that_do_not_sum_to_one_are_refused():
 def test_soft_targets_equal_their_hard_form(mix):
     images, y = batch()
     losses = [
-        MixTask(tiny(), mix, FEATURE.get(mix), verbose=False)(images, target)['loss']
+        MixTask(tiny_for(mix), mix, FEATURE.get(mix), verbose=False)(images, target)['loss']
         for target in (y, F.one_hot(y, 5).float())
     ]
     torch.testing.assert_close(*losses)
@@ -132,7 +139,7 @@ def test_soft_targets_equal_their_hard_form(mix):
 @pytest.mark.parametrize('mix', list_mixes())
 def test_eval_is_never_mixed(mix):
     images, y = batch()
-    model = tiny()
+    model = tiny_for(mix)
     task = MixTask(model, mix, FEATURE.get(mix), verbose=False)
     task.trainable_module.eval()
     result = task(images, y)
@@ -221,7 +228,7 @@ def test_ema_copies_are_idle_and_checkpoints_plain(mix):
 
 @pytest.mark.parametrize('name,mix', [
     *(('test_resnet', mix) for mix in ('none', *FEATURE)), ('test_vit', 'alignmix'), ('test_vit', 'densemultimix'),
-    ('levit_128s', 'densemultimix'),
+    ('levit_128s', 'densemultimix'), ('test_vit', 'transmix'), ('test_vit', 'tokenmix'), ('test_resnet', 'snapmix'),
 ])
 def test_compiles_without_graph_breaks_to_the_same_loss(mix, name):
     torch._dynamo.reset()
@@ -247,7 +254,7 @@ def test_compiles_without_graph_breaks_to_the_same_loss(mix, name):
     graphs = torch._dynamo.utils.counters['stats']['unique_graphs']
     compiled = three_steps()
     # One graph a mode: nothing is compiled again as lam, the partners or the weights change.
-    modes = 2 if mix == 'alignmix' else 1
+    modes = 2 if mix in ('alignmix', 'transmix') else 1
     assert torch._dynamo.utils.counters['stats']['unique_graphs'] - graphs <= modes
     torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
     assert list(task.get_checkpoint_state()['state_dict']) == list(state)

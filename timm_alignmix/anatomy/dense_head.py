@@ -53,15 +53,19 @@ class DenseHead:
 
         The logits are the mean over the model's linear heads, the embeddings their inputs, concatenated along D.
         """
-        feat_BRD = self.layout.positions(feature_map).transpose(1, 2)
-        logits, embeds = [], []
-        for branch in self._branches:
-            embed_BRD = self._embed(branch[:-1], feat_BRD)
-            embeds.append(embed_BRD)
-            logits.append(_apply(branch[-1], embed_BRD))
+        embeds = self._embeddings(feature_map)
+        logits = [_apply(branch[-1], embed_BRD) for branch, embed_BRD in zip(self._branches, embeds, strict=True)]
         logits_BRC = logits[0] if len(logits) == 1 else torch.stack(logits).mean(dim=0)
-        embed_BRD = embeds[0] if len(embeds) == 1 else torch.cat(embeds, dim=2)
-        return logits_BRC, embed_BRD.transpose(1, 2)
+        return logits_BRC, _joined(embeds)
+
+    def embeddings(self, feature_map: torch.Tensor) -> torch.Tensor:
+        """Embeddings embed_BDR alone."""
+        return _joined(self._embeddings(feature_map))
+
+    def _embeddings(self, feature_map: torch.Tensor) -> list[torch.Tensor]:
+        """Inputs (B, R, D) of the linear heads."""
+        feat_BRD = self.layout.positions(feature_map).transpose(1, 2)
+        return [self._embed(branch[:-1], feat_BRD) for branch in self._branches]
 
     def weight(self) -> torch.Tensor:
         """Weight (C, D) of the classifier of the embeddings."""
@@ -86,6 +90,10 @@ class DenseHead:
             # ResNet and others call F.dropout(p=model.drop_rate) instead of a module.
             feat_BRD = _drop_channels(feat_BRD, float(getattr(self._model, 'drop_rate', 0.0)), self._model.training)
         return feat_BRD[:, :-1] if normalised else feat_BRD
+
+
+def _joined(embeds: list[torch.Tensor]) -> torch.Tensor:
+    return (embeds[0] if len(embeds) == 1 else torch.cat(embeds, dim=2)).transpose(1, 2)
 
 
 def _apply(step: HeadStep, feat_BRD: torch.Tensor) -> torch.Tensor:

@@ -11,8 +11,9 @@ import timm
 import torch
 import torch.nn as nn
 
+from .class_attention import ClassAttention
 from .dense_head import DenseHead, HeadStep
-from .layers import FeatureLayer, Layout
+from .layers import FeatureLayer, Layout, Patch, grid_of
 from .trace import Call, Trace, UnsupportedModel, is_same
 
 
@@ -214,14 +215,73 @@ class Anatomy:
 
     def _prefix_tokens(self, tokens: int) -> int | None:
         """Number of leading tokens without a position: those left over by a grid of the image's shape."""
-        _, H, W = self.input_size
         claimed = int(getattr(self.model, 'num_prefix_tokens', 0) or 0)
         for prefix in dict.fromkeys((claimed, 0, 1, 2)):
-            count = tokens - prefix
-            side = max(round((count * H / W) ** 0.5), 1) if count > 0 else 0
-            if side and count % side == 0 and abs(side / (count // side) - H / W) < 0.2 * H / W:
+            if grid_of(tokens - prefix, *self.input_size[1:]):
                 return prefix
         return None
+
+    def patch(self) -> Patch:
+        """Patches that the model divides images into.
+
+        Raises:
+            UnsupportedModel: It divides them into none.
+        """
+        size = getattr(getattr(self.model, 'patch_embed', None), 'patch_size', None)
+        if size is None:
+            raise UnsupportedModel(
+                f'{self.name} does not divide images into patches (it has no patch_embed.patch_size), which the method '
+                'mixes; use a vision transformer, or mix cutmix')
+        return Patch(size, size) if isinstance(size, int) else Patch(*size)
+
+    def class_attention(self) -> ClassAttention:
+        """Attention of the class token in the last block.
+
+        Raises:
+            UnsupportedModel: The model does not classify a class token, or its attention is of an unknown form.
+        """
+        try:
+            layout, is_token = self._pooled_map([self._chain(head)[1] for head in self.linear_heads()])[1:]
+        except UnsupportedModel:
+            is_token = False
+        if not is_token:
+            raise UnsupportedModel(
+                f'{self.name} does not classify a class token, whose attention the method needs; use a model that does '
+                "(ViT, DeiT, CaiT, XCiT; BEiT and EVA with global_pool='token'), or mix cutmix")
+        call = next((c for c in reversed(self._trace.calls) if hasattr(c.module, 'attn_drop')), None)
+        for name in (f'{call.name}.qkv', call.name) if call else ():
+            if name in self._trace.by_name and (found := self._prove_attention(name, call, layout.prefix)):
+                return found
+        raise UnsupportedModel(
+            f'{self.name}: the attention of its class token ({type(call.module).__name__ if call else "no module"}) is '
+            'not the softmax of queries and keys that can be computed again; use another model, or mix cutmix')
+
+    def _prove_attention(self, name: str, call: Call, prefix: int) -> ClassAttention | None:
+        """Attention from calls of the module `name`, if that is the one the copy computes."""
+        computed, expected = [], []
+        trial = ClassAttention(name, call.module, prefix, Patch(1, 1))
+        call.module.fused_attn = False  # only so does the copy pass its attention to a module
+        handles = [
+            call.module.attn_drop.register_forward_pre_hook(lambda module, args: expected.append(args[0])),
+            self._trace.copy.get_submodule(name).register_forward_hook(
+                lambda module, *called: computed.append(trial.read(*called)), with_kwargs=True)]
+        try:
+            self._trace.run()
+        except (AttributeError, RuntimeError, TypeError, ValueError):
+            return None  # of another form
+        finally:
+            for handle in handles:
+                handle.remove()
+        if not computed or not expected or expected[0].ndim != 4:
+            return None
+        row_BR = expected[0][:, :, 0].mean(dim=1)[:, prefix:]
+        grid = grid_of(row_BR.shape[1], *self.input_size[1:])
+        # Attention of an untrained network is nearly uniform: what counts is how it differs from that.
+        if grid is None or computed[0].shape != row_BR.shape or not is_same(
+                *(row - row.mean(dim=1, keepdim=True) for row in (computed[0], row_BR))):
+            return None
+        patch = Patch(self.input_size[1] / grid[0], self.input_size[2] / grid[1])
+        return ClassAttention(name, self.model.get_submodule(call.name), prefix, patch)
 
     def dense_head(self, allow_class_token: bool = False) -> DenseHead:
         """Head as a function of one position.

@@ -2,7 +2,9 @@
 
 Shape suffixes: B batch, C classes, D channels, R spatial positions.
 """
+import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -22,6 +24,12 @@ class Layout:
             return x.flatten(1, 2).transpose(1, 2)
         return x[:, self.prefix:].transpose(1, 2)
 
+    def grid(self, x: torch.Tensor, H: int, W: int) -> tuple[int, int] | None:
+        """Rows and columns of the features of images of this size; None if a sequence is no grid of their shape."""
+        if self.kind == 'NLC':
+            return grid_of(x.shape[1] - self.prefix, H, W)
+        return tuple(x.shape[2:] if self.kind == 'NCHW' else x.shape[1:3])
+
     def restore(self, feat_BDR: torch.Tensor, like: torch.Tensor, prefix: torch.Tensor | None = None) -> torch.Tensor:
         """Bring features (B, D, R) into the shape of `like`, with (B, prefix, D) for its leading tokens."""
         if self.kind == 'NCHW':
@@ -30,6 +38,25 @@ class Layout:
         if self.kind == 'NHWC':
             return x.reshape(len(feat_BDR), *like.shape[1:])
         return torch.cat([prefix.to(x.dtype), x], dim=1) if self.prefix else x
+
+
+class Patch(NamedTuple):
+    """Sides in pixels of the patches of an image."""
+    height: float
+    width: float
+
+    def grid(self, H: int, W: int) -> tuple[int, int]:
+        """Rows and columns of patches of an image; the last ones may be cut short."""
+        rows, columns = (math.ceil(side / patch - 1e-6) for side, patch in zip((H, W), self, strict=True))
+        return rows, columns
+
+
+def grid_of(count: int, H: int, W: int) -> tuple[int, int] | None:
+    """Rows and columns of a number of positions, if they are a grid of an image's shape."""
+    rows = max(round((count * H / W) ** 0.5), 1) if count > 0 else 0
+    if rows and count % rows == 0 and abs(rows / (count // rows) - H / W) < 0.2 * H / W:
+        return rows, count // rows
+    return None
 
 
 @dataclass(frozen=True)

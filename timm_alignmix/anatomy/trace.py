@@ -65,6 +65,12 @@ class Trace:
         names = [call.name for call in calls]
         return [call for call in calls if call.name and names.count(call.name) == 1], logits
 
+    @torch.no_grad()
+    def run(self) -> torch.Tensor:
+        """Logits of the images that were recorded, once more, without the caller's autocast."""
+        with torch.autocast(self._images.device.type, enabled=False):
+            return self.copy(self._images)
+
     def logits_with(self, name: str, output: torch.Tensor) -> torch.Tensor:
         """Logits of two OTHER images with this output of a module put in."""
         handle = self.copy.get_submodule(name).register_forward_hook(lambda module, inputs, _: output)

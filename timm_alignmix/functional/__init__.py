@@ -3,7 +3,7 @@
 AlignMixup (Venkataramanan et al., CVPR 2022, arXiv 2103.15375) is cited as [A], MultiMix and Dense MultiMix
 (Venkataramanan et al., NeurIPS 2023, arXiv 2311.05538) as [M]; equation numbers are theirs.
 """
-from .attention import attention_map
+from .attention import attention_map, class_activation
 from .block_transport import block_transport, move_blocks
 from .level_cut import level_cut
 from .losses import BinaryCrossEntropy, dense_multimix_loss, dense_multimix_rows, multimix_loss
@@ -15,7 +15,7 @@ from .weights import convex_weights
 
 __all__ = [
     'BinaryCrossEntropy', 'align', 'align_to', 'attention_map', 'block_transport', 'box_around', 'box_sides',
-    'check_target', 'check_values', 'convex_weights', 'dense_multimix_loss', 'dense_multimix_rows',
+    'check_target', 'check_values', 'class_activation', 'convex_weights', 'dense_multimix_loss', 'dense_multimix_rows',
     'fine_grained_saliency', 'gaussian_blur', 'greedy_cycle', 'inside', 'level_cut', 'move_blocks', 'multimix_loss',
-    'shares', 'sinkhorn_plan', 'soft_target', 'soft_target_cross_entropy', 'spectral_residual',
-    'target_mass', 'transport_cost']
+    'shares', 'sinkhorn_plan', 'soft_target', 'soft_target_cross_entropy', 'spectral_residual', 'target_mass',
+    'transport_cost']

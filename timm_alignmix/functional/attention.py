@@ -51,14 +51,41 @@ def attention_map(
         feat_BDR = at_least_fp32(feat_BDR)
         if by == 'gap':
             query_BD = feat_BDR.mean(dim=2)
+            score_BR = torch.einsum('bdr,bd->br', feat_BDR, query_BD)
         else:
-            query_BD = _class_weight(weight, labels, B, D).to(feat_BDR.dtype)
-        score_BR = torch.einsum('bdr,bd->br', feat_BDR, query_BD)
+            score_BR = class_activation(feat_BDR, weight, labels)
         if normalize == 'softmax':
             return score_BR.softmax(dim=1)
         score_BR = score_BR.relu()
         total_B1 = score_BR.sum(dim=1, keepdim=True)
         return score_BR / torch.where(total_B1 > 0, total_B1, 1)
+
+
+def class_activation(
+        feat_BDR: torch.Tensor, weight: torch.Tensor | None, labels: torch.Tensor | None) -> torch.Tensor:
+    """Class activation map z^T W^T y of each example's class, CVPR 2016, arXiv 1512.04150, without the bias.
+
+    Args:
+        feat_BDR: (B, D, R) embeddings before pooling, any float dtype.
+        weight: (C, D) classifier weight.
+        labels: (B,) class indices or (B, C) probabilities.
+
+    Returns:
+        (B, R) scores of any sign, float32 (float64 for float64 input).
+
+    Raises:
+        ValueError: Wrong shape, or weight or labels missing.
+
+    Example:
+        >>> import torch
+        >>> feat_BDR = torch.tensor([[[3.0, 1.0], [0.0, 2.0]]])  # one example, two channels, two positions
+        >>> class_activation(feat_BDR, torch.tensor([[1.0, 0.0], [1.0, -1.0]]), torch.tensor([1]))
+        tensor([[ 3., -1.]])
+    """
+    with torch.autocast(feat_BDR.device.type, enabled=False):
+        feat_BDR = at_least_fp32(feat_BDR)
+        query_BD = _class_weight(weight, labels, *feat_BDR.shape[:2]).to(feat_BDR.dtype)
+        return torch.einsum('bdr,bd->br', feat_BDR, query_BD)
 
 
 def _class_weight(weight: torch.Tensor | None, labels: torch.Tensor | None, B: int, D: int) -> torch.Tensor:

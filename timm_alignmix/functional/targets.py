@@ -126,7 +126,8 @@ def soft_target_cross_entropy(logits_BC: torch.Tensor, target_BC: torch.Tensor) 
 
     Args:
         logits_BC: (B, C) logits, any float dtype.
-        target_BC: (B, C) probabilities.
+        target_BC: (B, C) probabilities, or weights >= 0 whose rows need not sum to 1: a row of sum w weighs as w
+            examples, as where the two images of a mixture have weights of their own.
 
     Returns:
         Scalar loss, float32 (float64 for float64 logits).

@@ -17,11 +17,14 @@ from .registry import ParseMix, canonical, create_mix, list_mixes, register_mix,
 from .regmixup import RegMixup
 from .resizemix import ResizeMix
 from .saliencymix import SaliencyMix
+from .snapmix import SnapMix
+from .tokenmix import TokenMix
+from .transmix import TransMix
 from .zeta import ZetaMixup
 
 __all__ = [
     'AlignMix', 'AlignMixAE', 'CutMix', 'Cutout', 'DenseMultiMix', 'FMix', 'GuidedMixup', 'ManifoldMixup', 'Mix',
-    'Mixup', 'MultiMix', 'NoMix', 'ParseMix', 'PuzzleMix', 'RegMixup', 'ResizeMix', 'SaliencyMix', 'ZetaMixup',
-    'canonical', 'create_mix', 'list_mixes', 'register_mix', 'with_probability']
+    'Mixup', 'MultiMix', 'NoMix', 'ParseMix', 'PuzzleMix', 'RegMixup', 'ResizeMix', 'SaliencyMix', 'SnapMix',
+    'TokenMix', 'TransMix', 'ZetaMixup', 'canonical', 'create_mix', 'list_mixes', 'register_mix', 'with_probability']
 
 kernels.register()

@@ -13,13 +13,15 @@ import torch
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from ..anatomy import Anatomy, DenseHead, FeatureLayer
+from ..anatomy import Anatomy, ClassAttention, DenseHead, FeatureLayer
 from ..functional import soft_target, target_mass
 from ..step_random import StepRandom, sample_beta
 from .criterion import Criterion
 
 # One step: 'mode' (str; 'clean' and 'input' leave features alone), 'layer' (name of the tapped layer or None), 'lam'
-# (tensor or None), and tensors of the method. One with 'clean_pass', the mode of the model, waits for such a pass.
+# (tensor or None), and tensors of the method. One with 'clean_pass' waits for `Mix.complete`: for the gradient of the
+# clean loss, of the model in mode 'eval' or 'train'; for what it reads of module 'clean_layer' in evaluation mode,
+# 'forward'; or for the targets alone, 'target'.
 Draw = dict[str, Any]
 
 
@@ -31,11 +33,13 @@ class Mix:
         closed_form: The loss weighs mixed examples, so the criterion must have a closed form: softmax or binary
             cross-entropy.
         pairs: Targets are those of pairs, draw['perm'] being the partners and draw['lam'] the weights.
-        clean_pass: Mode of the model, 'eval' or 'train', in a pass over the clean images that steps of the method
-            need, see :meth:`complete`; None if none does.
+        clean_pass: What steps of the method need of the clean batch: 'eval', 'train', 'forward' or 'target', see
+            :meth:`complete`; None if they need nothing.
         options: Options the method was created with, for logs.
         layers: Feature layers to tap, by name, set by :meth:`bind`.
         head: Dense head, for methods that need one, set by :meth:`bind`.
+        watched: Layers to read and leave alone, by the name of the module whose calls tell, set by :meth:`bind`. A step
+            with such a name as its 'layer' has what is read as its record.
         extra: Trainable layers of the method, set by :meth:`bind`. They are trained, averaged and saved with the model
             but are not part of it. In steps that do not use them their gradient is 0.
         normalization: Mean and deviation of the images, per channel, for pixels in [0, 1]: those of the model's
@@ -62,6 +66,7 @@ class Mix:
         self.options: dict[str, Any] = {}
         self.layers: dict[str, FeatureLayer] = {}
         self.head: DenseHead | None = None
+        self.watched: dict[str, ClassAttention] = {}
         self.extra: nn.Module | None = None
         self.normalization: tuple[Sequence[float], Sequence[float]] = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 
@@ -106,8 +111,16 @@ class Mix:
         """Draw a step for a batch of images."""
         raise NotImplementedError
 
-    def complete(self, images: torch.Tensor, draw: Draw, saliency_BHW: torch.Tensor) -> Draw:
-        """Complete a draw that has 'clean_pass' by the gradient of the clean loss, its root mean square per pixel."""
+    def complete(self, images: torch.Tensor, draw: Draw, seen: torch.Tensor | None, target: torch.Tensor) -> Draw:
+        """Complete a draw that has 'clean_pass'.
+
+        Args:
+            images: (B, C, H, W), not mixed.
+            draw: The step.
+            seen: (B, H, W) root mean square of the gradient of the clean loss over the channels; for 'forward', what
+                was read of draw['clean_layer']: class attention (B, R), or features; None for 'target'.
+            target: (B,) classes or (B, C) probabilities.
+        """
         raise NotImplementedError
 
     def images(self, images: torch.Tensor, draw: Draw) -> torch.Tensor:
@@ -121,6 +134,15 @@ class Mix:
     def output(self, output: torch.Tensor, draw: Draw) -> torch.Tensor:
         """Logits made from the model's output, (B, C)."""
         return output
+
+    def lam(self, record: torch.Tensor | None, draw: Draw) -> torch.Tensor | None:
+        """Weight of each example, (B,), if the forward of mixed images tells it; None if draw['lam'] holds.
+
+        Args:
+            record: What was read of draw['layer'].
+            draw: The step.
+        """
+        return None
 
     def target(self, target_BC: torch.Tensor, draw: Draw) -> torch.Tensor:
         """Soft targets for the rows of logits."""
@@ -151,7 +173,7 @@ class Mix:
 
         Args:
             output: (B, C) logits.
-            feature_map: Output of draw['layer'].
+            feature_map: Output of draw['layer'], or what was read of it.
             target: (B,) classes or (B, C) probabilities, as the loader gave them.
             draw: The step.
             criterion: What to take the mean of.
@@ -196,11 +218,11 @@ class PairMix(Mix):
     def images(self, images: torch.Tensor, draw: Draw) -> torch.Tensor:
         return mix_pairs(images, draw) if draw['mode'] == 'input' else images
 
-    def draw_pair(self, images: torch.Tensor, rng: StepRandom) -> Draw:
+    def draw_pair(self, images: torch.Tensor, rng: StepRandom, alpha: float | None = None) -> Draw:
         """Draw lam, a scalar or (B,), and the partner of each example, a permutation (B,)."""
         B = len(images)
         return dict(
-            lam=sample_beta(self.alpha, (B,) if self.per_example else (), rng.device),
+            lam=sample_beta(alpha or self.alpha, (B,) if self.per_example else (), rng.device),
             perm=torch.randperm(B, generator=rng.device, device=rng.device.device),
         )
 
@@ -218,13 +240,15 @@ class MaskPair(PairMix):
     """Base class of methods that mix pairs by a mask z: it weighs pixels of the example, and 1 - z its partner's.
 
     A method draws partners and masks in :meth:`draw_mask`; the mean of z is the example's weight in the target. One
-    that has a clean pass draws there what is random, and makes the masks in :meth:`salient_mask`.
+    that looks at the clean batch draws there what is random, and finds the rest in :meth:`complete_mask`.
 
     Args:
-        prob: Probability of mixing, the same on all ranks; the other steps are clean.
+        prob: Probability of mixing by a mask, the same on all ranks.
         alpha: As :class:`PairMix`, for methods that draw lam.
         per_example: As :class:`PairMix`.
-        clean_pass: 'eval' or 'train', for methods that have such a pass.
+        clean_pass: 'eval' or 'train', for methods that take the gradient of the clean loss.
+        input_alpha: The other steps are input mixup with lam ~ Beta(input_alpha, input_alpha); None: they are clean.
+        mode: Name of the mode that mixes by a mask, where the other is input mixup.
     """
 
     def __init__(
@@ -233,28 +257,38 @@ class MaskPair(PairMix):
             alpha: float = 1.0,
             per_example: bool = False,
             clean_pass: str | None = None,
+            input_alpha: float | None = None,
+            mode: str = 'input',
     ) -> None:
         super().__init__(alpha, per_example)
         if not 0 <= prob <= 1:
             raise ValueError(f'prob must be 0 to 1, got {prob}')
         if clean_pass not in (None, 'eval', 'train'):
             raise ValueError(f"saliency_mode must be 'eval' or 'train', got {clean_pass!r}")
-        self.clean_pass = clean_pass
-        self.probs = {mode: p for mode, p in (('input', float(prob)), ('clean', 1 - float(prob))) if p > 0}
+        if input_alpha is not None and input_alpha <= 0:
+            raise ValueError(f'input_alpha must be > 0, got {input_alpha}')
+        self.clean_pass, self.input_alpha, self.mode = clean_pass, input_alpha, mode
+        other = 'clean' if input_alpha is None else 'input'
+        self.probs = {name: p for name, p in ((mode, float(prob)), (other, 1 - float(prob))) if p > 0}
+
+    def mode_name(self, draw: Draw) -> str:
+        return self.mode if 'mask' in draw else draw['mode']
 
     def draw(self, images: torch.Tensor, rng: StepRandom) -> Draw:
         mode = draw_mode(self.probs, rng)
         if mode == 'clean':
             return dict(mode=mode, layer=None, lam=None)
+        if mode != self.mode:
+            return dict(mode=mode, layer=None, **self.draw_pair(images, rng, self.input_alpha))
         draw = self.draw_mask(images, rng)
         if self.clean_pass:
-            return dict(dict(mode=mode, layer=None, lam=None, clean_pass=self.clean_pass), **draw)
-        return _weighed(dict(mode=mode, layer=None, **draw))
+            return dict(dict(mode='input', layer=None, lam=None, clean_pass=self.clean_pass), **draw)
+        return _with_lam(dict(dict(mode='input', layer=None), **draw))
 
-    def complete(self, images: torch.Tensor, draw: Draw, saliency_BHW: torch.Tensor) -> Draw:
+    def complete(self, images: torch.Tensor, draw: Draw, seen: torch.Tensor | None, target: torch.Tensor) -> Draw:
         draw = {key: value for key, value in draw.items() if key not in ('clean_pass', 'lam')} | dict(
-            self.salient_mask(images, draw, saliency_BHW))
-        return _weighed(draw)
+            self.complete_mask(images, draw, seen, target))
+        return _with_lam(draw)
 
     def draw_mask(self, images: torch.Tensor, rng: StepRandom) -> Draw:
         """Draw 'perm', the partner of each example (B,), and 'mask', its z: (B, 1, H, W), or (1, 1, H, W) for all.
@@ -263,27 +297,50 @@ class MaskPair(PairMix):
         """
         raise NotImplementedError
 
-    def salient_mask(self, images: torch.Tensor, draw: Draw, saliency_BHW: torch.Tensor) -> Draw:
-        """What a draw needs besides, of a method with a clean pass: 'mask', as of :meth:`draw_mask`."""
+    def complete_mask(
+            self, images: torch.Tensor, draw: Draw, seen: torch.Tensor | None, target: torch.Tensor) -> Draw:
+        """What a draw needs besides, of a method that looks at the clean batch; arguments as of :meth:`complete`."""
         raise NotImplementedError
 
     def images(self, images: torch.Tensor, draw: Draw) -> torch.Tensor:
-        if draw['mode'] == 'clean':
-            return images
-        if 'mask' not in draw:
+        if 'clean_pass' in draw:
             raise RuntimeError(
-                f'mix {self.name!r} mixes by the gradient of the clean loss, and this draw has none; call complete() '
-                'with it first, as MixModule.complete does')
-        return self.mix_images(images, draw)
+                f'mix {self.name!r} looks at the clean batch before it mixes, and this draw is from before that; call '
+                'complete() first, as MixModule.complete does')
+        return self.mix_images(images, draw) if 'mask' in draw else super().images(images, draw)
 
     def mix_images(self, images: torch.Tensor, draw: Draw) -> torch.Tensor:
         """Mix images by the mask of a draw."""
         return mix_masked(images, partners_of(images, draw['perm']), draw['mask'])
 
 
-def _weighed(draw: Draw) -> Draw:
+class WeighedPair(MaskPair):
+    """Base class of methods whose weights need not sum to 1: draw['lam'] is that of the example's target, and
+    draw['partner_lam'], where there is one, that of its partner's instead of 1 - lam.
+    """
+    pairs = False
+
+    def target(self, target_BC: torch.Tensor, draw: Draw) -> torch.Tensor:
+        if 'partner_lam' not in draw:
+            return super().target(target_BC, draw)
+        lam, partner_lam = (draw[key].to(target_BC.dtype).unsqueeze(1) for key in ('lam', 'partner_lam'))
+        return lam * target_BC + partner_lam * partners_of(target_BC, draw['perm'])
+
+    def mass(self, output: torch.Tensor, target: torch.Tensor, draw: Draw) -> torch.Tensor:
+        if 'partner_lam' in draw:  # shares of the target, as accuracy is at most 1
+            total = draw['lam'] + draw['partner_lam']
+            draw = dict(draw, lam=torch.where(total > 0, draw['lam'] / total, 0.5))
+        return super().mass(output, target, draw)
+
+
+def _with_lam(draw: Draw) -> Draw:
     """Draw with the mean of its mask as lam, if it has none."""
     return draw if 'lam' in draw else dict(draw, lam=mean_of(draw['mask']))
+
+
+def weighed(draw: Draw, lam: torch.Tensor | None) -> Draw:
+    """Draw with the weights that the forward of mixed images told, if it told any."""
+    return draw if lam is None else dict(draw, lam=lam)
 
 
 def mix_masked(x: torch.Tensor, partner: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -314,8 +371,8 @@ def check_pairs(mix: Mix, targets: str) -> None:
         raise ValueError(f"targets must be 'soft' or 'pairs', got {targets!r}")
     if targets == 'pairs' and not mix.pairs:
         raise ValueError(
-            f"mix {mix.name!r} mixes more than two examples or computes its loss itself: targets='pairs' is for "
-            "methods such as mixup, cutmix, manifold and alignmix; use targets='soft'")
+            f"mix {mix.name!r} mixes more than two examples, has weights that do not sum to 1, or computes its loss "
+            "itself: targets='pairs' is for methods such as mixup, cutmix, manifold and alignmix; use targets='soft'")
 
 
 def mix_pairs(x: torch.Tensor, draw: Draw, partner: torch.Tensor | None = None) -> torch.Tensor:

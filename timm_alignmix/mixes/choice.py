@@ -50,6 +50,7 @@ class MixChoice(Mix):
             if mix.binds:
                 mix.bind(anatomy)
                 self.layers.update(mix.layers)
+                self.watched.update(mix.watched)
         extras = [mix.extra for mix in self.mixes.values() if mix.extra is not None]
         self.extra = nn.ModuleList(extras) if len(extras) > 1 else next(iter(extras), None)
 
@@ -64,7 +65,7 @@ class MixChoice(Mix):
             for name, mix in self.mixes.items() for mode, p in mix.modes.items()}
 
     def mode_name(self, draw: Draw) -> str:
-        return self._named(draw['method'], draw['mode'])
+        return self._named(draw['method'], self.mixes[draw['method']].mode_name(draw))
 
     def _named(self, method: str, mode: str) -> str:
         if len(self.mixes[method].modes) > 1:
@@ -75,8 +76,8 @@ class MixChoice(Mix):
         method = draw_mode(self.chances, rng)
         return dict(method=method, **self.mixes[method].draw(images, rng))
 
-    def complete(self, images: torch.Tensor, draw: Draw, saliency_BHW: torch.Tensor) -> Draw:
-        return self.mixes[draw['method']].complete(images, draw, saliency_BHW)
+    def complete(self, images: torch.Tensor, draw: Draw, seen: torch.Tensor | None, target: torch.Tensor) -> Draw:
+        return self.mixes[draw['method']].complete(images, draw, seen, target)
 
     def images(self, images: torch.Tensor, draw: Draw) -> torch.Tensor:
         return self.mixes[draw['method']].images(images, draw)
@@ -88,6 +89,9 @@ class MixChoice(Mix):
 
     def output(self, output: torch.Tensor, draw: Draw) -> torch.Tensor:
         return self.mixes[draw['method']].output(output, draw)
+
+    def lam(self, record: torch.Tensor | None, draw: Draw) -> torch.Tensor | None:
+        return self.mixes[draw['method']].lam(record, draw)
 
     def target(self, target_BC: torch.Tensor, draw: Draw) -> torch.Tensor:
         return self.mixes[draw['method']].target(target_BC, draw)

@@ -58,9 +58,11 @@ class GuidedMixup(MaskPair):
         if self.clean_pass:
             return draw
         with torch.autocast(images.device.type, enabled=False):
-            return self.salient_mask(images, draw, spectral_residual(images))
+            return self.complete_mask(images, draw, spectral_residual(images))
 
-    def salient_mask(self, images: torch.Tensor, draw: Draw, saliency_BHW: torch.Tensor) -> Draw:
+    def complete_mask(
+            self, images: torch.Tensor, draw: Draw, saliency_BHW: torch.Tensor,
+            target: torch.Tensor | None = None) -> Draw:
         with torch.autocast(images.device.type, enabled=False):
             if self.clean_pass:  # gradients of a trained model may be smaller than any constant
                 saliency_BHW = shares(saliency_BHW)

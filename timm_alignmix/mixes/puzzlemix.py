@@ -101,7 +101,8 @@ class PuzzleMix(MaskPair):
         pair = self.draw_pair(images, rng)
         return dict(perm=pair['perm'], prior_lam=pair['lam'], blocks=blocks)
 
-    def salient_mask(self, images: torch.Tensor, draw: Draw, saliency_BHW: torch.Tensor) -> Draw:
+    def complete_mask(
+            self, images: torch.Tensor, draw: Draw, saliency_BHW: torch.Tensor, target: torch.Tensor) -> Draw:
         S, perm = draw['blocks'], draw['perm']
         H, W = images.shape[2:]
         h, w = H // S, W // S

@@ -20,6 +20,9 @@ PAPERS = {  # method: arXiv id, title
     'resizemix': ('2012.11101', 'ResizeMix: Mixing Data with Preserved Object Information and True Labels'),
     'saliencymix': (
         '2006.01791', 'SaliencyMix: A Saliency Guided Data Augmentation Strategy for Better Regularization'),
+    'snapmix': ('2012.04846', 'SnapMix: Semantically Proportional Mixing for Augmenting Fine-grained Data'),
+    'tokenmix': ('2207.08409', 'TokenMix: Rethinking Image Mixing for Data Augmentation in Vision Transformers'),
+    'transmix': ('2111.09833', 'TransMix: Attend to Mix for Vision Transformers'),
     'zeta': (
         '2204.03323',
         'Multi-Sample zeta-mixup: Richer, More Realistic Synthetic Samples from a p-Series Interpolant'),

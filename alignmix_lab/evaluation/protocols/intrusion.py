@@ -21,7 +21,7 @@ from timm_alignmix import create_mix, list_mixes
 from timm_alignmix.anatomy import DenseHead
 from timm_alignmix.functional import attention_map, dense_multimix_rows
 from timm_alignmix.mix_module import MixModule
-from timm_alignmix.mixes.base import Draw
+from timm_alignmix.mixes.base import Draw, weighed
 from timm_alignmix.step_random import StepRandom
 
 from ..base import register_protocol
@@ -97,6 +97,7 @@ def mix_embeddings(
     finally:
         feature_map = module.disarm()
     module.check_ran(draw, output, feature_map)
+    draw = weighed(draw, mix.lam(feature_map, draw))
     embed_BD = tap.take()
     eye_BB = torch.eye(len(images), device=images.device)
     if draw['mode'] == 'dense':

@@ -8,6 +8,7 @@ from alignmix_lab.evaluation.protocols import intrusion
 from alignmix_lab.evaluation.protocols.embedding import ClassifierInput
 from alignmix_lab.evaluation.protocols.intrusion import Bank, mix_embeddings, nearest_other_class, summarize
 from timm_alignmix.mix_module import MixModule
+from timm_alignmix.mixes.base import weighed
 from timm_alignmix.step_random import StepRandom
 
 MEAN, STD = torch.tensor([[0.4, 0.5, 0.6], [0.2, 0.25, 0.3]]).view(2, 1, 3, 1, 1)  # of the shared models
@@ -42,6 +43,8 @@ def network():
 def test_mixed_embeddings_give_the_logits_that_are_trained(network, name):
     """The classifier on mixed embeddings must be the rows of the method's own loss, for every mode."""
     options = {'n': 5} if 'multimix' in name else {}
+    if name in ('tokenmix', 'transmix'):  # which need a class token
+        network = timm.create_model('test_vit', num_classes=4).eval()
     module = MixModule(network, name, options, img_size=SIDE)
     images, target = torch.randn(B, 3, SIDE, SIDE), torch.tensor([0, 1, 2, 3, 0, 1])
     one_hot = torch.nn.functional.one_hot(target, 4).float()
@@ -59,6 +62,7 @@ def test_mixed_embeddings_give_the_logits_that_are_trained(network, name):
                 output = network(module.mix.images(images, draw))
                 feature_map = module.disarm()
                 output = module.mix.output(output, draw)
+                draw = weighed(draw, module.mix.lam(feature_map, draw))
                 logits, rows = module.mix.rows(output, feature_map, target, draw, 0.0)
                 torch.testing.assert_close(network.get_classifier()(embed), logits, atol=1e-4, rtol=1e-4)
             share = weights @ one_hot

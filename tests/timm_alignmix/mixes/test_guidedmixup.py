@@ -63,7 +63,7 @@ def test_gradients_are_blurred_and_weighed_whatever_their_scale():
     s = gaussian_blur(gradient).numpy()
     s = np.stack([image / image.sum() for image in s])
     for scale in (1.0, 1e-20):
-        done = mix.complete(images, draw, scale * gradient)
+        done = mix.complete(images, draw, scale * gradient, torch.arange(5))
         distance = np.array([[np.sqrt(((a - b) ** 2).sum()) for b in s] for a in s])
         assert torch.equal(done['perm'], greedy_cycle(torch.from_numpy(distance))) and 'clean_pass' not in done
         z = s / (s + s[done['perm'].numpy()])

@@ -14,10 +14,12 @@ from timm_alignmix import MixTask, create_mix, list_mixes
 from timm_alignmix.mixes.base import partners_of
 from timm_alignmix.step_random import StepRandom
 
+CLASS_TOKEN = ('tokenmix', 'transmix')  # methods that need one
 
-def tiny(dtype=torch.float64, **kwargs):
+
+def tiny(dtype=torch.float64, name='test_resnet', **kwargs):
     torch.manual_seed(0)
-    return timm.create_model('test_resnet', num_classes=5, **kwargs).to(dtype).train()
+    return timm.create_model(name, num_classes=5, **kwargs).to(dtype).train()
 
 
 def batch(B=6, size=64, dtype=torch.float64):
@@ -289,7 +291,8 @@ def test_hull_methods_are_input_mixup_otherwise(name):
 def test_names_and_options():
     assert list_mixes() == [
         'alignmix', 'alignmix_ae', 'cutmix', 'cutout', 'densemultimix', 'fmix', 'guidedmixup', 'manifold', 'mixup',
-        'multimix', 'none', 'puzzlemix', 'regmixup', 'resizemix', 'saliencymix', 'zeta']
+        'multimix', 'none', 'puzzlemix', 'regmixup', 'resizemix', 'saliencymix', 'snapmix', 'tokenmix', 'transmix',
+        'zeta']
     assert create_mix('AlignMix-AE', dim=16).name == 'alignmix_ae'
     assert create_mix('Dense_Multi-Mix', n=5).name == 'densemultimix'
     with pytest.raises(ValueError, match="unknown mix 'cutmixx'; available: alignmix, alignmix_ae, cutmix"):
@@ -320,6 +323,10 @@ def test_names_and_options():
     ('cutout', dict(length=0), 'length >= 1'),
     ('regmixup', dict(eta=-1), 'eta must be >= 0'),
     ('fmix', dict(decay=-1), 'decay must be >= 0'),
+    ('transmix', dict(prob=1.1), 'prob must be 0 to 1'),
+    ('transmix', dict(input_alpha=0), 'input_alpha must be > 0'),
+    ('tokenmix', dict(mask='blocks'), "mask 'block' or 'random'"),
+    ('snapmix', dict(alpha=0), 'alpha must be > 0'),
 ])
 def test_options_out_of_range(name, options, match):
     with pytest.raises(ValueError, match=match):
@@ -407,6 +414,23 @@ def test_autocast_does_not_change_what_is_drawn_and_mixed(name):
         assert torch.equal(mix.images(images, draw), mixed) and torch.equal(mix.target(target, draw), rows)
 
 
+@pytest.mark.parametrize('name', ['snapmix', *CLASS_TOKEN])
+def test_draws_and_weights_that_the_model_tells_are_a_function_of_seed_step_and_rank(name):
+    network = 'test_vit' if name in CLASS_TOKEN else 'test_resnet'
+    images, y = batch()
+
+    def step(seed, number, rank):
+        torch.manual_seed(number + 99)
+        task = MixTask(tiny(name=network), name, dict(prob=1.0), seed=seed, rank=rank, img_size=64, verbose=False)
+        task.step = number
+        return task(images, y)
+
+    first, again = step(3, 7, 1), step(3, 7, 1)
+    assert torch.equal(first['output'], again['output']) and torch.equal(first['lam'], again['lam'])
+    for key in ((4, 7, 1), (3, 8, 1), (3, 7, 0)):
+        assert not torch.equal(step(*key)['output'], first['output'])
+
+
 class Recorder(TorchDispatchMode):
     """Names of the operators that run."""
 
@@ -436,6 +460,22 @@ def test_nothing_waits_for_the_device_or_is_copied_to_it(name, options):
     assert not {'lift_fresh', 'nonzero', 'masked_select', 'index', 'index_put_'} & set(recorder.names)
 
 
+@pytest.mark.parametrize('name', ['snapmix', *CLASS_TOKEN])
+def test_what_the_model_tells_does_not_wait_for_the_device(name):
+    network = 'test_vit' if name in CLASS_TOKEN else 'test_resnet'
+    module = MixTask(tiny(torch.float32, network), name, dict(prob=1.0), img_size=64, verbose=False).trainable_module
+    (images, y), rng, mix = batch(dtype=torch.float32), random(), module.mix
+    draw, rows = mix.draw(images, rng), onehot(y)
+    with Recorder() as recorder:
+        draw = module.complete(images, y, draw)
+        mix.images(images, draw)
+        if name == 'transmix':
+            draw = dict(draw, lam=mix.lam(torch.rand(6, 16), draw))
+        mix.target(rows, draw)
+    assert len(recorder.names) > 3
+    assert not {'_local_scalar_dense', 'lift_fresh', 'nonzero', 'masked_select', 'index_put_'} & set(recorder.names)
+
+
 def test_lam_is_beta_and_partners_a_permutation():
     from scipy import stats
 
@@ -450,7 +490,8 @@ def test_lam_is_beta_and_partners_a_permutation():
 @pytest.mark.parametrize('B', [1, 3])
 def test_any_batch_size(name, B):
     options = dict(n=4) if 'multi' in name else {}
-    task = MixTask(tiny(torch.float32).eval(), name, options, verbose=False)
+    network = 'test_vit' if name in CLASS_TOKEN else 'test_resnet'
+    task = MixTask(tiny(torch.float32, name=network).eval(), name, options, verbose=False)
     task.trainable_module.train()
     for module in task.trainable_module.modules():
         if isinstance(module, torch.nn.BatchNorm2d):

@@ -31,7 +31,7 @@ def completed(images, saliency, step=0, monkeypatch=None, S=None, rank=0, **opti
         monkeypatch.setattr(puzzlemix, '_BLOCKS', (S,))
     mix = create_mix('puzzlemix', **dict(dict(std=STD), **options))
     draw = mix.draw(images, StepRandom(0, rank).at(step, images.device))
-    return mix, mix.complete(images, draw, saliency)
+    return mix, mix.complete(images, draw, saliency, torch.zeros(len(images)))
 
 
 def energy_by_loops(x, partner, u, u_partner, lam, z, *, n_labels, beta, gamma, eta, neigh_size):

@@ -60,7 +60,7 @@ def test_timm_interface(tiny):
     torch.testing.assert_close(tiny(x), features)
 
 
-@pytest.mark.parametrize('mix', timm_alignmix.list_mixes())
+@pytest.mark.parametrize('mix', sorted(set(timm_alignmix.list_mixes()) - {'tokenmix', 'transmix'}))
 def test_every_mix_trains_it(tiny, mix):
     task = timm_alignmix.MixTask(tiny, mix=mix, img_size=64, verbose=False)
     for _ in range(4):  # input and feature modes
