@@ -3,6 +3,7 @@ from .. import kernels
 from .alignmix import AlignMix
 from .alignmix_ae import AlignMixAE
 from .base import Mix
+from .comixup import CoMixup
 from .cutmix import CutMix
 from .cutout import Cutout
 from .densemultimix import DenseMultiMix
@@ -20,8 +21,8 @@ from .saliencymix import SaliencyMix
 from .zeta import ZetaMixup
 
 __all__ = [
-    'AlignMix', 'AlignMixAE', 'CutMix', 'Cutout', 'DenseMultiMix', 'FMix', 'GuidedMixup', 'ManifoldMixup', 'Mix',
-    'Mixup', 'MultiMix', 'NoMix', 'ParseMix', 'PuzzleMix', 'RegMixup', 'ResizeMix', 'SaliencyMix', 'ZetaMixup',
+    'AlignMix', 'AlignMixAE', 'CoMixup', 'CutMix', 'Cutout', 'DenseMultiMix', 'FMix', 'GuidedMixup', 'ManifoldMixup',
+    'Mix', 'Mixup', 'MultiMix', 'NoMix', 'ParseMix', 'PuzzleMix', 'RegMixup', 'ResizeMix', 'SaliencyMix', 'ZetaMixup',
     'canonical', 'create_mix', 'list_mixes', 'register_mix', 'with_probability']
 
 kernels.register()

@@ -270,10 +270,7 @@ class MaskPair(PairMix):
     def images(self, images: torch.Tensor, draw: Draw) -> torch.Tensor:
         if draw['mode'] == 'clean':
             return images
-        if 'mask' not in draw:
-            raise RuntimeError(
-                f'mix {self.name!r} mixes by the gradient of the clean loss, and this draw has none; call complete() '
-                'with it first, as MixModule.complete does')
+        check_completed(self, draw)
         return self.mix_images(images, draw)
 
     def mix_images(self, images: torch.Tensor, draw: Draw) -> torch.Tensor:
@@ -284,6 +281,14 @@ class MaskPair(PairMix):
 def _weighed(draw: Draw) -> Draw:
     """Draw with the mean of its mask as lam, if it has none."""
     return draw if 'lam' in draw else dict(draw, lam=mean_of(draw['mask']))
+
+
+def check_completed(mix: Mix, draw: Draw) -> None:
+    """Raise RuntimeError if a draw still waits for the pass over the clean images."""
+    if 'clean_pass' in draw:
+        raise RuntimeError(
+            f'mix {mix.name!r} mixes by the gradient of the clean loss, and this draw has none; call complete() '
+            'with it first, as MixModule.complete does')
 
 
 def mix_masked(x: torch.Tensor, partner: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
