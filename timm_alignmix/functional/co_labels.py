@@ -167,7 +167,7 @@ def _weights(shown: torch.Tensor, M: int) -> torch.Tensor:
 def _with_halves(
         cost_PMRC: torch.Tensor, shown_PRC2: torch.Tensor, count_PM: torch.Tensor, offered: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Labels of an output, the M inputs and three halves: their inputs (P, L, 2), costs, distances, and the present one.
+    """Labels of an output, M inputs and three halves: their inputs (P, L, 2), costs, distances, and the present label.
 
     Of an output of two inputs their half is offered, of one of more those of any two of the three that it shows most. A
     half that it shows and that is not offered any more is replaced by the cheaper of its inputs.

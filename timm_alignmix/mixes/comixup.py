@@ -12,8 +12,8 @@ Departures from the published code:
   the labels that it has. The code moves between two labels at a time (alpha-beta swap), part by part on the CPU, from
   the first label everywhere, and rounds the smoothness to 1/1000.
 - Parts of a batch have equal sizes, or sizes that differ by one, and not a smaller last one.
-- A salient place is a window of 8x8 pixels, of all such windows up to 64 pixels a side and of every eighth above, as for
-  CIFAR and TinyImageNet, and ImageNet, there. Where all places are the same, D is 0, and not 0 / 0.
+- A salient place is a window of 8x8 pixels, of all those of images up to 64 pixels a side (there, of CIFAR and
+  TinyImageNet), and of every eighth in larger ones (ImageNet). Where all places are the same, D is 0 and not 0 / 0.
 - The clean loss is for saliency alone, in evaluation mode, and not trained on (its clean_lam = 0).
 """
 import torch
