@@ -20,6 +20,7 @@ CASES = [
     ('densemultimix', dict(prob=1.0, n=5, attention='none', m=2)), ('densemultimix', dict(prob=0.0)),
     ('cutout', {}), ('fmix', dict(per_example=True)), ('guidedmixup', dict(prob=1.0)), ('regmixup', dict(eta=0.7)),
     ('guidedmixup', dict(prob=1.0, saliency='ap')), ('puzzlemix', {}), ('puzzlemix', dict(saliency_mode='train')),
+    ('comixup', dict(m=3)),
     ('resizemix', {}), ('saliencymix', dict(prob=1.0)), ('saliencymix', dict(prob=0.0)), ('zeta', {}),
 ]
 

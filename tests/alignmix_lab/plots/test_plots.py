@@ -74,7 +74,7 @@ def test_gallery_mixes_as_the_targets_say():
 
 
 def test_gallery_has_all_methods_that_mix_images():
-    assert {'mixup', 'cutmix', 'saliencymix', 'zeta'} <= set(input_mixes())
+    assert {'mixup', 'cutmix', 'saliencymix', 'puzzlemix', 'comixup', 'zeta'} <= set(input_mixes())
     assert not {'none', 'manifold', 'alignmix', 'alignmix_ae', 'multimix', 'densemultimix'} & set(input_mixes())
 
 

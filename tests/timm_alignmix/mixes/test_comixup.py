@@ -171,6 +171,12 @@ def test_layouts_dtypes_and_autocast():
         assert torch.equal(mix.target(torch.eye(6), again), target)
 
 
+def test_nothing_waits_for_the_device():
+    """Numbers on the meta device cannot be read."""
+    numbers = (torch.empty(*size, dtype=torch.float64, device='meta') for size in ((7, 32, 32), (7,), (7, 4, 4)))
+    assert functional.co_mixup_labels(*create_mix('comixup', m=4).terms(*numbers)).shape == (2, 4, 4, 4, 2)
+
+
 def test_images_that_do_not_divide_are_refused():
     with pytest.raises(ValueError, match='sides 3 blocks divide, got 32x32; crop or resize.*option blocks'):
         completed(*pictures(2, 32, 32), blocks=3)
