@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from timm_alignmix.functional import alpha_expansion, co_mixup_labels
+from timm_alignmix.functional import alpha_expansion, co_labels, co_mixup_labels
 
 
 def problem(B, L, R, C, smooth=0.3, seed=0):
@@ -228,6 +228,14 @@ def test_inputs_that_outputs_share_are_spread_by_the_penalty_and_by_resolving():
     assert torch.equal(shown[0, 0], shown[0, 1]) and shown[0, 0, 0, :, 0].tolist() == [0, 1]
     shown = co_mixup_labels(*terms, beta=0.01, gamma=4.0, tau=0.9)
     assert not torch.equal(shown[0, 0], shown[0, 1])
+
+
+def test_objective_by_loops():
+    cost, _, _, present = part(4, 3, P=2)
+    shown = torch.randint(4, (2, 4, 3, 3, 2), generator=torch.Generator().manual_seed(1))
+    found = co_labels._objective(cost, shown, present, 0.7 / 9, 0.3 / 9)
+    expected = [objective(c.numpy(), z.numpy(), 0.7, 0.3) for c, z in zip(cost, weights_of(shown, 4), strict=True)]
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64))
 
 
 def test_halves_are_labels_from_the_second_sweep_on():
