@@ -34,7 +34,7 @@ def parts_of(B, m):
 
 @pytest.mark.parametrize('B, m, shape, S, changes', [
     (6, 20, (32, 32), 4, {}), (7, 3, (32, 48), 4, dict(omega=0.3, eta=0.4)), (5, 5, (24, 24), 3, dict(omega=1.0)),
-    (4, 3, (72, 80), 2, dict(omega=0.5)), (3, 2, (6, 6), 2, {}), (3, 1, (16, 16), 4, dict(omega=0.5)),
+    (4, 4, (72, 80), 2, dict(omega=0.5)), (3, 2, (6, 6), 2, {}), (3, 1, (16, 16), 4, dict(omega=0.5)),
 ])
 def test_costs_and_compatibility_by_loops(B, m, shape, S, changes):
     options = dict(m=m, blocks=S, eta=0.05, omega=0.001) | changes
