@@ -49,10 +49,10 @@ class TrainConfig(RunConfig, TrainDataOptions):
         None, 'numbers of training and validation images, for --dry-run without the data', int, nargs=2, low=1,
         affects_result=False)
 
-    mix: Weights = mix_('none', 'mixing method, see timm_alignmix.list_mixes(): alignmix, alignmix_ae, cutmix, '
-                    'cutout, densemultimix, fmix, guidedmixup, manifold, mixup, multimix, none, puzzlemix, regmixup, '
-                    'resizemix, saliencymix, snapmix, tokenmix, transmix, zeta; or a name that the recipe has under '
-                    'mixes; '
+    mix: Weights = mix_('none', 'mixing method, see timm_alignmix.list_mixes(): alignmix, alignmix_ae, comixup, '
+                    'cutmix, cutout, densemultimix, fmix, guidedmixup, manifold, mixup, multimix, none, puzzlemix, '
+                    'regmixup, resizemix, saliencymix, snapmix, tokenmix, transmix, zeta; or a name that the recipe '
+                    'has under mixes; '
                     "matched without case, '-' and '_'; or several methods, of which each step draws one: mixup=0.5 "
                     'cutmix=0.3 none=0.2', Weights)
     mix_kwargs: dict = mix_({}, 'options of the method, e.g. --mix-kwargs alpha=1.0 align_at=layer3; with several, '

@@ -23,6 +23,8 @@ METHODS = {
     'mixup': 'input mixup',
     'cutmix': 'CutMix',
     'saliencymix': 'SaliencyMix',
+    'puzzlemix': 'PuzzleMix',
+    'comixup': 'Co-Mixup',
     'zeta': 'ζ-Mixup',
     'transmix': 'TransMix',
     'tokenmix': 'TokenMix',

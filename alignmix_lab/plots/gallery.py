@@ -5,6 +5,7 @@ import torch
 from matplotlib.figure import Figure
 
 from alignmix_lab.runs.plotting import figure
+from timm_alignmix.functional import spectral_residual
 from timm_alignmix.mixes import create_mix, list_mixes
 from timm_alignmix.step_random import StepRandom
 
@@ -15,15 +16,17 @@ _STEPS = 100  # drawn for a method, to find weights near those wanted
 
 
 def input_mixes() -> list[str]:
-    """Names of the methods that mix images and ask nothing of the model."""
+    """Names of the methods that mix images alone."""
     mixes = {name: create_mix(name) for name in list_mixes()}
-    return [name for name, mix in mixes.items() if not mix.binds and mix.clean_pass is None and name != 'none']
+    return [name for name, mix in mixes.items() if not mix.binds and name != 'none']
 
 
 def gallery(
         pixels: torch.Tensor, names: Sequence[str] = ('first', 'second'), lams: Sequence[float] = LAMS,
         seed: int = 0) -> Figure:
     """Draw what each input mix makes of two images, with its target.
+
+    Methods that mix by the gradient of a network get the spectral residual of the images in its place.
 
     Args:
         pixels: (2, 3, H, W) in [0, 1].
@@ -57,9 +60,11 @@ def mixed_pairs(
     images = (pixels - mean) / std
     if hasattr(mix, 'probs'):
         mix.probs = {'input': 1.0}
-    found = []
+    found, saliency = [], spectral_residual(images)
     for step in range(_STEPS):
         draw = mix.draw(images, random.at(step, images.device))
+        if 'clean_pass' in draw:
+            draw = mix.complete(images, draw, saliency, None)
         # Of the rows of a method that keeps the clean batch too, the last ones are mixed.
         weights = mix.target(eye, draw)[-2]
         partner = draw.get('perm', torch.tensor([1]))[0]

@@ -22,7 +22,9 @@ NAMES = [path.relative_to(ROOT / 'recipes').with_suffix('').as_posix() for path 
 MODERN = [name for name in NAMES if name.startswith(('modern', 'study'))]
 FINETUNE = [name for name in NAMES if name.startswith('finetune')]
 PAPERS = [name for name in NAMES if not name.startswith(('modern', 'study', 'finetune', 'detection'))]
-MIXES = ('none', 'mixup', 'cutmix', 'saliencymix', 'zeta', 'manifold', 'alignmix', 'multimix', 'densemultimix')
+MIXES = (
+    'none', 'mixup', 'cutmix', 'saliencymix', 'puzzlemix', 'comixup', 'zeta', 'manifold', 'alignmix', 'multimix',
+    'densemultimix')
 WITH_AE = [name for name in PAPERS if name.endswith(('2000ep', '1200ep', 'resnet50_300ep'))]
 PAIRS = [
     *((name, mix) for name in PAPERS for mix in dict.fromkeys((*MIXES, *recipe_mixes(name, TrainConfig)))),

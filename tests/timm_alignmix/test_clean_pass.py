@@ -103,7 +103,9 @@ def test_half_precision_counts_up_to_a_factor():
         assert torch.equal(gradient_saliency(model, images.float(), y), exact)
 
 
-@pytest.mark.parametrize('name, options', [('puzzlemix', {}), ('guidedmixup', dict(saliency='ap', prob=1.0))])
+@pytest.mark.parametrize('name, options', [
+    ('puzzlemix', {}), ('comixup', dict(m=2)), ('guidedmixup', dict(saliency='ap', prob=1.0)),
+])
 def test_the_task_takes_the_pass_of_clean_images_without_smoothing(name, options, monkeypatch):
     images, y = batch()
     model, seen = tiny(), []
@@ -112,7 +114,8 @@ def test_the_task_takes_the_pass_of_clean_images_without_smoothing(name, options
     monkeypatch.setattr(task.mix, 'complete', lambda *args: seen.append(args[2]) or complete(*args))
     result = task(images, y)
     result['loss'].backward()
-    assert torch.equal(seen[0], gradient_saliency(tiny(), images, y)) and result['lam'].shape == (4,)
+    assert torch.equal(seen[0], gradient_saliency(tiny(), images, y))
+    assert result['lam'] is None if name == 'comixup' else result['lam'].shape == (4,)
     # The gradients are those of the mixed step alone.
     other, draw = tiny(), task.mix.draw(images, task._random.at(0, images.device))
     draw = complete(images, draw, seen[0], y)

@@ -21,7 +21,8 @@ CASES = [
     ('cutout', {}), ('fmix', dict(per_example=True)), ('guidedmixup', dict(prob=1.0)), ('regmixup', dict(eta=0.7)),
     ('guidedmixup', dict(prob=1.0, saliency='ap')), ('puzzlemix', {}), ('puzzlemix', dict(saliency_mode='train')),
     ('resizemix', {}), ('saliencymix', dict(prob=1.0)), ('saliencymix', dict(prob=0.0)), ('zeta', {}), ('snapmix', {}),
-    ('tokenmix', dict(prob=1.0)), ('tokenmix', dict(prob=0.0)), ('transmix', dict(prob=1.0, per_example=True)),
+    ('comixup', dict(m=3)), ('tokenmix', dict(prob=1.0)), ('tokenmix', dict(prob=0.0)),
+    ('transmix', dict(prob=1.0, per_example=True)),
 ]
 CLASS_TOKEN = ('tokenmix', 'transmix')  # methods that need one
 

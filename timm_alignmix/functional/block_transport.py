@@ -47,12 +47,12 @@ def block_transport(wanted_BRC: torch.Tensor, value_BRC: torch.Tensor, distance:
     return torch.where(taken_BN < N, taken_BN, block_BN).view(B, R, C)
 
 
-def move_blocks(images: torch.Tensor, example_B: torch.Tensor, block_BRC: torch.Tensor) -> torch.Tensor:
+def move_blocks(images: torch.Tensor, example: torch.Tensor, block_BRC: torch.Tensor) -> torch.Tensor:
     """Images made of the blocks of others.
 
     Args:
         images: (B, channels, H, W), any dtype and memory format; R divides H, and C divides W.
-        example_B: (B,) which image to take the blocks of.
+        example: (B,) which image to take the blocks of, or (B, R, C) for each block.
         block_BRC: (B, R, C) which block to show at each place, in row-major order.
 
     Returns:
@@ -69,7 +69,7 @@ def move_blocks(images: torch.Tensor, example_B: torch.Tensor, block_BRC: torch.
     R, C = block_BRC.shape[1:]
     split = (B, channels, R, H // R, C, W // C)
     blocks = images.view(split).permute(0, 2, 4, 1, 3, 5).reshape(B * R * C, -1)
-    taken = blocks.index_select(0, (example_B.unsqueeze(1) * (R * C) + block_BRC.flatten(1)).flatten())
+    taken = blocks.index_select(0, (example.view(B, -1) * (R * C) + block_BRC.flatten(1)).flatten())
     moved = torch.empty_like(images)
     moved.view(split).copy_(taken.view(B, R, C, channels, H // R, W // C).permute(0, 3, 1, 4, 2, 5))
     return moved

@@ -3,6 +3,7 @@ from .. import kernels
 from .alignmix import AlignMix
 from .alignmix_ae import AlignMixAE
 from .base import Mix
+from .comixup import CoMixup
 from .cutmix import CutMix
 from .cutout import Cutout
 from .densemultimix import DenseMultiMix
@@ -23,8 +24,8 @@ from .transmix import TransMix
 from .zeta import ZetaMixup
 
 __all__ = [
-    'AlignMix', 'AlignMixAE', 'CutMix', 'Cutout', 'DenseMultiMix', 'FMix', 'GuidedMixup', 'ManifoldMixup', 'Mix',
-    'Mixup', 'MultiMix', 'NoMix', 'ParseMix', 'PuzzleMix', 'RegMixup', 'ResizeMix', 'SaliencyMix', 'SnapMix',
+    'AlignMix', 'AlignMixAE', 'CoMixup', 'CutMix', 'Cutout', 'DenseMultiMix', 'FMix', 'GuidedMixup', 'ManifoldMixup',
+    'Mix', 'Mixup', 'MultiMix', 'NoMix', 'ParseMix', 'PuzzleMix', 'RegMixup', 'ResizeMix', 'SaliencyMix', 'SnapMix',
     'TokenMix', 'TransMix', 'ZetaMixup', 'canonical', 'create_mix', 'list_mixes', 'register_mix', 'with_probability']
 
 kernels.register()

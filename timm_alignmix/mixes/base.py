@@ -303,10 +303,7 @@ class MaskPair(PairMix):
         raise NotImplementedError
 
     def images(self, images: torch.Tensor, draw: Draw) -> torch.Tensor:
-        if 'clean_pass' in draw:
-            raise RuntimeError(
-                f'mix {self.name!r} looks at the clean batch before it mixes, and this draw is from before that; call '
-                'complete() first, as MixModule.complete does')
+        check_completed(self, draw)
         return self.mix_images(images, draw) if 'mask' in draw else super().images(images, draw)
 
     def mix_images(self, images: torch.Tensor, draw: Draw) -> torch.Tensor:
@@ -341,6 +338,14 @@ def _with_lam(draw: Draw) -> Draw:
 def weighed(draw: Draw, lam: torch.Tensor | None) -> Draw:
     """Draw with the weights that the forward of mixed images told, if it told any."""
     return draw if lam is None else dict(draw, lam=lam)
+
+
+def check_completed(mix: Mix, draw: Draw) -> None:
+    """Raise RuntimeError if a draw still waits for the clean batch."""
+    if 'clean_pass' in draw:
+        raise RuntimeError(
+            f'mix {mix.name!r} looks at the clean batch before it mixes, and this draw is from before that; call '
+            'complete() first, as MixModule.complete does')
 
 
 def mix_masked(x: torch.Tensor, partner: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

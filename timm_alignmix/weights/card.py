@@ -9,6 +9,7 @@ _ALIGNMIX = ('2103.15375', 'AlignMixup: Improving Representations By Interpolati
 _MULTIMIX = ('2311.05538', 'Embedding Space Interpolation Beyond Mini-Batch, Beyond Pairs and Beyond Examples')
 PAPERS = {  # method: arXiv id, title
     'mixup': ('1710.09412', 'mixup: Beyond Empirical Risk Minimization'),
+    'comixup': ('2102.03065', 'Co-Mixup: Saliency Guided Joint Mixup with Supermodular Diversity'),
     'cutmix': ('1905.04899', 'CutMix: Regularization Strategy to Train Strong Classifiers with Localizable Features'),
     'cutout': ('1708.04552', 'Improved Regularization of Convolutional Neural Networks with Cutout'),
     'fmix': ('2002.12047', 'FMix: Enhancing Mixed Sample Data Augmentation'),

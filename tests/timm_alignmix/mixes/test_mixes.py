@@ -31,6 +31,15 @@ def random(seed=0, step=0, rank=0):
     return StepRandom(seed, rank).at(step, torch.device('cpu'))
 
 
+def drawn(mix, images, rng):
+    """A step; methods with a pass over the clean images get a map of the images in place of the gradient."""
+    draw = mix.draw(images, rng)
+    if 'clean_pass' not in draw:
+        return draw
+    saliency = images.square().mean(dim=1).sqrt()
+    return mix.complete(images, draw, saliency.to(torch.promote_types(images.dtype, torch.float32)), None)
+
+
 def onehot(y):
     return F.one_hot(y, 5).double()
 
@@ -290,12 +299,12 @@ def test_hull_methods_are_input_mixup_otherwise(name):
 
 def test_names_and_options():
     assert list_mixes() == [
-        'alignmix', 'alignmix_ae', 'cutmix', 'cutout', 'densemultimix', 'fmix', 'guidedmixup', 'manifold', 'mixup',
-        'multimix', 'none', 'puzzlemix', 'regmixup', 'resizemix', 'saliencymix', 'snapmix', 'tokenmix', 'transmix',
-        'zeta']
+        'alignmix', 'alignmix_ae', 'comixup', 'cutmix', 'cutout', 'densemultimix', 'fmix', 'guidedmixup', 'manifold',
+        'mixup', 'multimix', 'none', 'puzzlemix', 'regmixup', 'resizemix', 'saliencymix', 'snapmix', 'tokenmix',
+        'transmix', 'zeta']
     assert create_mix('AlignMix-AE', dim=16).name == 'alignmix_ae'
     assert create_mix('Dense_Multi-Mix', n=5).name == 'densemultimix'
-    with pytest.raises(ValueError, match="unknown mix 'cutmixx'; available: alignmix, alignmix_ae, cutmix"):
+    with pytest.raises(ValueError, match="unknown mix 'cutmixx'; available: alignmix, alignmix_ae, comixup, cutmix"):
         create_mix('cutmixx')
     with pytest.raises(ValueError, match="'multimix' has no option beta; its options: n=1000, m=None"):
         create_mix('multimix', beta=1)
@@ -318,6 +327,12 @@ def test_names_and_options():
     ('puzzlemix', dict(gamma=1.1), '0 <= gamma <= 1'),
     ('puzzlemix', dict(n_labels=1), '2 to 9 labels'),
     ('puzzlemix', dict(saliency_mode='test'), "saliency_mode must be 'eval' or 'train'"),
+    ('comixup', dict(blocks=7), '2 to 6 blocks per side'),
+    ('comixup', dict(m=0), 'm >= 1'),
+    ('comixup', dict(omega=1.5), '0 <= omega <= 1'),
+    ('comixup', dict(eta=-1), 'eta and tau >= 0'),
+    ('comixup', dict(threshold='none'), "threshold must be 'hard' or 'soft'"),
+    ('comixup', dict(saliency_mode='test'), "saliency_mode 'eval' or 'train'"),
     ('resizemix', dict(high=1.1), '0 < low <= high <= 1'),
     ('zeta', dict(gamma=0), 'gamma must be > 0'),
     ('cutout', dict(length=0), 'length >= 1'),
@@ -355,23 +370,23 @@ def test_mode_frequencies_and_modes_shared_by_ranks(name, options, expected):
 
 
 @pytest.mark.parametrize('name, options', [
-    ('mixup', dict(per_example=True)), ('cutmix', {}), ('cutout', dict(length=20)), ('fmix', {}),
-    ('guidedmixup', dict(prob=1, pairing='random')), ('regmixup', {}), ('resizemix', {}),
+    ('mixup', dict(per_example=True)), ('comixup', {}), ('cutmix', {}), ('cutout', dict(length=20)), ('fmix', {}),
+    ('guidedmixup', dict(prob=1, pairing='random')), ('puzzlemix', {}), ('regmixup', {}), ('resizemix', {}),
     ('saliencymix', dict(prob=1)), ('zeta', {}),
 ])
 def test_draws_are_a_function_of_seed_step_and_rank(name, options):
     mix, images = create_mix(name, **options), batch()[0]
-    mixed = mix.images(images, mix.draw(images, random(3, 7, 1)))
+    mixed = mix.images(images, drawn(mix, images, random(3, 7, 1)))
     torch.manual_seed(99)
     np.random.seed(99)
-    assert torch.equal(mix.images(images, mix.draw(images, random(3, 7, 1))), mixed)
-    others = [mix.images(images, mix.draw(images, random(*key))) for key in ((4, 7, 1), (3, 8, 1), (3, 7, 0))]
+    assert torch.equal(mix.images(images, drawn(mix, images, random(3, 7, 1))), mixed)
+    others = [mix.images(images, drawn(mix, images, random(*key))) for key in ((4, 7, 1), (3, 8, 1), (3, 7, 0))]
     assert not any(torch.equal(other, mixed) for other in others)
 
 
 INPUT = [
     ('cutmix', dict(per_example=True)), ('cutmix', {}), ('fmix', dict(per_example=True)), ('fmix', {}),
-    ('guidedmixup', dict(prob=1)), ('resizemix', {}), ('saliencymix', dict(prob=1)),
+    ('comixup', {}), ('guidedmixup', dict(prob=1)), ('puzzlemix', {}), ('resizemix', {}), ('saliencymix', dict(prob=1)),
     ('saliencymix', dict(prob=1, box='batch', centre='random')), ('saliencymix', dict(prob=1, per_example=True)),
 ]
 
@@ -383,7 +398,7 @@ def test_masks_weigh_pixels_and_targets(name, options):
     images = number.view(6, 1, 1, 1).expand(6, 3, 24, 40)
     for step in range(6):
         mix = create_mix(name, **options)
-        draw = mix.draw(batch(size=40)[0][:, :, :24], random(step=step))
+        draw = drawn(mix, batch(size=40)[0][:, :, :24], random(step=step))
         mean = mix.images(images, draw).mean(dim=(1, 2, 3))
         counted = 1 / (24 * 40) if name == 'fmix' else 1e-6  # of fmix lam is what was drawn
         torch.testing.assert_close(mean, mix.target(number[:, None], draw)[:, 0], rtol=0, atol=8 * counted)
@@ -391,26 +406,27 @@ def test_masks_weigh_pixels_and_targets(name, options):
 
 
 @pytest.mark.parametrize('name, options', [
-    ('cutmix', {}), ('fmix', {}), ('guidedmixup', dict(prob=1)), ('mixup', {}), ('regmixup', {}),
-    ('saliencymix', dict(prob=1)), ('zeta', {}),
+    ('comixup', {}), ('cutmix', {}), ('fmix', {}), ('guidedmixup', dict(prob=1)), ('mixup', {}),
+    ('puzzlemix', dict(transport=False)), ('regmixup', {}), ('saliencymix', dict(prob=1)), ('zeta', {}),
 ])
 def test_equal_images_stay_and_so_do_layouts_and_dtypes(name, options):
     one = batch(B=1, dtype=torch.float32)[0].expand(4, 3, 64, 64)
     mix = create_mix(name, **options)
     for images in (one.contiguous(), one.contiguous(memory_format=torch.channels_last), one.bfloat16()):
-        mixed = mix.images(images, mix.draw(images, random()))
+        mixed = mix.images(images, drawn(mix, images, random()))
         tolerance = 0.02 if images.dtype == torch.bfloat16 else 1e-5
         torch.testing.assert_close(mixed, images.repeat(len(mixed) // 4, 1, 1, 1), rtol=tolerance, atol=tolerance)
         assert mixed.stride()[1:] == images.stride()[1:]
 
 
-@pytest.mark.parametrize('name', ['saliencymix', 'guidedmixup', 'zeta'])
+@pytest.mark.parametrize('name', ['comixup', 'saliencymix', 'guidedmixup', 'puzzlemix', 'zeta'])
 def test_autocast_does_not_change_what_is_drawn_and_mixed(name):
-    images, mix = batch(dtype=torch.float32)[0], create_mix(name, **({} if name == 'zeta' else dict(prob=1)))
+    images = batch(dtype=torch.float32)[0]
+    mix = create_mix(name, **({} if name in ('comixup', 'zeta') else dict(prob=1)))
     target = onehot(torch.arange(6) % 5).float()
-    mixed, rows = (f(x, mix.draw(images, random())) for f, x in ((mix.images, images), (mix.target, target)))
+    mixed, rows = (f(x, drawn(mix, images, random())) for f, x in ((mix.images, images), (mix.target, target)))
     with torch.autocast('cpu', torch.bfloat16):
-        draw = mix.draw(images, random())
+        draw = drawn(mix, images, random())
         assert torch.equal(mix.images(images, draw), mixed) and torch.equal(mix.target(target, draw), rows)
 
 
