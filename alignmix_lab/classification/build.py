@@ -167,6 +167,8 @@ def create_task(
         model, mix=mix, mix_kwargs=mix_kwargs, criterion=criterion, seed=config.seed, rank=rank,
         img_size=data_config['input_size'][-2:], device=device, verbose=rank == 0)
     task.mix.set_normalization(data_config['mean'], data_config['std'])
+    if not rank and (remark := task.mix.remark(config.batch_size, num_classes)):
+        _logger.warning(remark)
     return task
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 import torch
 from matplotlib.figure import Figure
 
-from alignmix_lab.runs.plotting import figure
+from alignmix_lab.runs.plotting import figure, panels
 from timm_alignmix.functional import spectral_residual
 from timm_alignmix.mixes import create_mix, list_mixes
 from timm_alignmix.step_random import StepRandom
@@ -32,10 +32,16 @@ def gallery(
         pixels: (2, 3, H, W) in [0, 1].
         names: Names of the images, e.g. their classes.
         lams: Weights of the first image. Each method shows the step that comes nearest, of the steps it drew; methods
-            that draw no weight have fewer pictures.
+            that draw no weight have fewer pictures. With a single weight, a picture of each method.
         seed: Seed of the draws.
     """
     mixes = input_mixes()
+    if len(lams) == 1:  # a picture for each method
+        fig, axes = panels(len(mixes) + 2, most_columns=7, size=(1.35, 1.55))
+        pictures = [*pixels, *(mixed_pairs(name, pixels, lams, seed)[0][0] for name in mixes)]
+        for ax, image, title in zip(axes, pictures, [*names, *mixes], strict=True):
+            show(ax, image, title)
+        return fig
     fig, axes = figure(len(mixes), len(lams) + 2, size=(1.35, 1.55))
     for row, name in zip(axes, mixes, strict=True):
         show(row[0], pixels[0], f'A: {names[0]}' if name == mixes[0] else '')

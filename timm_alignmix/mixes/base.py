@@ -107,6 +107,10 @@ class Mix:
             UnsupportedModel: The method cannot mix this model exactly.
         """
 
+    def remark(self, batch: int, num_classes: int) -> str:
+        """What a user should know who trains so many classes in batches of this size; '' for nothing."""
+        return ''
+
     def draw(self, images: torch.Tensor, rng: StepRandom) -> Draw:
         """Draw a step for a batch of images."""
         raise NotImplementedError

@@ -72,6 +72,9 @@ class MixChoice(Mix):
             return f'{method}/{mode}'
         return 'clean' if method == 'none' else method
 
+    def remark(self, batch: int, num_classes: int) -> str:
+        return '. '.join(filter(None, (mix.remark(batch, num_classes) for mix in self.mixes.values())))
+
     def draw(self, images: torch.Tensor, rng: StepRandom) -> Draw:
         method = draw_mode(self.chances, rng)
         return dict(method=method, **self.mixes[method].draw(images, rng))

@@ -13,6 +13,8 @@ from ..step_random import StepRandom
 from .base import Draw, PairMix, draw_mode, mix_examples
 from .registry import register_mix
 
+_CROWDED = 1.5  # examples of a mixture for each class: from here on targets teach little
+
 
 class HullMix(PairMix):
     """Base class of MultiMix and Dense MultiMix: input mixup, or n random points in the convex hull of the mini-batch.
@@ -39,6 +41,15 @@ class HullMix(PairMix):
         self.n, self.m, self.hull_alpha, self.mode = n, m, (float(low), float(high)), mode
         self.probs = {mode: prob, 'input': 1 - prob}
         self.pairs = prob == 0
+
+    def remark(self, batch: int, num_classes: int) -> str:
+        m = min(self.m or batch, batch)
+        if m < _CROWDED * num_classes:
+            return ''
+        return (
+            f'{self.name} mixes {m} examples of {num_classes} classes at a time, whose targets are nearly the same '
+            'every time and teach little: with few classes a small m, such as m=2 or m=4, learns faster '
+            '(docs/methods.md)')
 
     def draw_weights(self, batch: int, rng: StepRandom, positions: int | None = None) -> torch.Tensor:
         m = None if self.m is None else min(self.m, batch)

@@ -545,3 +545,13 @@ def test_512_ranks_mix_in_the_same_mode_and_draw_on_their_own(name):
             if torch.is_tensor(draws[0].get(key)):
                 assert len({draw[key].flatten()[0].item() for draw in draws}) > 500  # float32 may repeat
     assert len(modes) > 1
+
+
+def test_mixtures_of_more_examples_than_there_are_classes_are_remarked_on():
+    for name in ('multimix', 'densemultimix'):
+        mix = create_mix(name)
+        assert 'mixes 128 examples of 10 classes at a time' in mix.remark(128, 10)
+        assert mix.remark(128, 10).startswith(name) and not mix.remark(128, 100) and not mix.remark(8, 10)
+        assert not create_mix(name, m=4).remark(128, 10) and create_mix(name, m=16).remark(128, 10)
+    several = create_mix({'multimix': 0.5, 'cutmix': 0.5})
+    assert several.remark(128, 10) == create_mix('multimix').remark(128, 10) and not create_mix('cutmix').remark(128, 2)
