@@ -8,6 +8,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -60,8 +61,7 @@ def sharding_arguments(precision: str) -> dict[str, Any]:
     if precision == 'fp16':
         raise ValueError('FSDP: float16 has not been tested with shards; pass --amp-dtype bfloat16')
     dtype = torch.bfloat16 if precision == 'bf16' else None
-    # Inputs keep their type: targets and the numbers of a draw are among them, and autocast casts what it needs.
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=dtype and torch.float32, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=dtype and torch.float32)
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2, mixed_precision_policy=policy, auto_wrap_policy='transformer_based_wrap',
         transformer_cls_names_to_wrap=[], cpu_ram_efficient_loading=False)
@@ -128,12 +128,22 @@ def shard_task(
     _fill(modules, values, device)
     task.to(device)
     if average is not None:
-        # The average of a stand-in, because it copies what it is given.
-        ema = task.trainable_module_ema = ModelEmaV3(nn.Linear(1, 1, device=device), **average)
-        ema.module = modules[1].eval()
+        task.trainable_module_ema = _ShardedAverage(modules[1], **average)
     with torch.no_grad():  # after the whole has run once, parts may run alone, in evaluation and clean passes
         module.eval()(torch.zeros(1, *input_size, device=device))
     reshard(module)
+
+
+class _ShardedAverage(ModelEmaV3):
+    """timm's average, of a module that is a sharded copy already, made shard by shard."""
+
+    def __init__(self, module: nn.Module, **kwargs: Any) -> None:
+        super().__init__(nn.Linear(1, 1), **kwargs)  # a stand-in, since it copies what it is given
+        self.module = module.eval()
+
+    def _foreach_lerp_(
+            self, ema_values: list[torch.Tensor], model_values: list[torch.Tensor], weight: float) -> None:
+        super()._foreach_lerp_(*([own_part(value) for value in values] for values in (ema_values, model_values)), weight)
 
 
 def _shard(accelerator: Accelerator, module: nn.Module) -> None:
@@ -141,15 +151,21 @@ def _shard(accelerator: Accelerator, module: nn.Module) -> None:
     from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 
     network, plugin = module.model, accelerator.state.fsdp_plugin
-    if any('running_mean' in part._buffers for part in network.modules()):
-        # Kernels of batch norm want weights in the type of its statistics.
-        policy = plugin.mixed_precision_policy
-        plugin.mixed_precision_policy = type(policy)(cast_forward_inputs=False)
-    plugin.transformer_cls_names_to_wrap = [*block_classes(network), type(network).__name__]
+    name, policy = type(network).__name__, plugin.mixed_precision_policy
+    # Kernels of batch norm want weights in the type of its statistics.
+    has_statistics = any('running_mean' in part._buffers for part in network.modules())
     try:
+        plugin.mixed_precision_policy = replace(policy, param_dtype=None) if has_statistics else policy
+        plugin.transformer_cls_names_to_wrap = block_classes(network)
+        fsdp2_prepare_model(accelerator, network)
+        plugin.transformer_cls_names_to_wrap = []
+        # Its inputs keep their type: among them are targets and the numbers of a draw.
+        plugin.mixed_precision_policy = replace(policy, cast_forward_inputs=False)
         fsdp2_prepare_model(accelerator, module)
     except (ValueError, NotImplementedError) as e:
-        raise ValueError(f'FSDP: torch cannot shard {type(network).__name__} ({e})') from e
+        raise ValueError(f'FSDP: torch cannot shard {name} ({e})') from e
+    finally:
+        plugin.mixed_precision_policy = policy
     # Methods apply the classifier once more after the forward pass.
     network.set_reshard_after_forward(False, recurse=False)
 
