@@ -143,7 +143,7 @@ class _ShardedAverage(ModelEmaV3):
 
     def _foreach_lerp_(
             self, ema_values: list[torch.Tensor], model_values: list[torch.Tensor], weight: float) -> None:
-        super()._foreach_lerp_(*([own_part(value) for value in values] for values in (ema_values, model_values)), weight)
+        super()._foreach_lerp_([own_part(v) for v in ema_values], [own_part(v) for v in model_values], weight)
 
 
 def _shard(accelerator: Accelerator, module: nn.Module) -> None:
