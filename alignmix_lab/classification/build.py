@@ -23,7 +23,7 @@ from alignmix_lab.runs.accelerator import start_processes
 from alignmix_lab.runs.models import classifier_parameters, create_model, fit_img_size, freeze, size_error
 from alignmix_lab.runs.options import blaming, near_names
 from alignmix_lab.runs.run import Run, average_arguments
-from alignmix_lab.runs.sharding import is_sharded, shard_task, share_task
+from alignmix_lab.runs.sharding import check_steps, is_sharded, shard_task, share_task
 
 from .config import TrainConfig
 from .totals import MixTotals
@@ -208,6 +208,8 @@ def build_run(config: TrainConfig) -> Run:
         task = create_task(config, arguments, data_config, loaders.num_classes, *place, class_weights=weights)
     run = Run(config, accelerator, loaders, task, data_config, MixTotals)
     run.add_optimizer(scaled=classifier_parameters(task.get_eval_model()), scale=config.head_lr_scale)
+    if is_sharded(accelerator):
+        check_steps(run.optimizer, config.opt)
     if config.num_processes not in (None, accelerator.num_processes):
         _logger.warning(
             f'The settings are meant for {config.num_processes} processes, this run has {accelerator.num_processes}: '
@@ -216,11 +218,12 @@ def build_run(config: TrainConfig) -> Run:
 
 
 def _check_sharded(config: TrainConfig) -> None:
-    for option, why in (
-            ('torchcompile', 'compiles the model as one piece'),
-            ('model_ema_force_cpu', 'wants the average in one piece')):
-        if getattr(config, option):
-            raise ValueError(f'--{option.replace("_", "-")} {why}, FSDP divides it; leave out one')
+    for option, given, why in (
+            ('--torchcompile', config.torchcompile, 'compiles the model as one piece'),
+            ('--model-ema-force-cpu', config.model_ema_force_cpu, 'keeps the average in one piece'),
+            ('--clip-mode agc', config.clip_grad is not None and config.clip_mode == 'agc', 'measures whole layers')):
+        if given:
+            raise ValueError(f'{option} {why}, which FSDP divides; leave out one')
 
 
 def balanced_weights(labels: np.ndarray, num_classes: int) -> torch.Tensor:

@@ -215,6 +215,27 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     return chain(module.named_parameters(), module.named_buffers())
 
 
+def check_steps(optimizer: torch.optim.Optimizer, name: str) -> None:
+    """Let an optimizer step on shards of zeros, before its first step; must be called on all processes.
+
+    Raises:
+        ValueError: It cannot.
+    """
+    groups = optimizer.param_groups
+    like = groups[0]['params'][0]
+    probes = [_place(torch.zeros(shape), like).requires_grad_() for shape in ((4, 4), (4,))]
+    for probe in probes:
+        probe.grad = torch.zeros_like(probe)
+    optimizer.param_groups = [{**groups[0], 'params': probes}]
+    try:
+        optimizer.step()
+    except Exception as e:  # of any type
+        raise ValueError(f'--opt {name} cannot train a model in shards (FSDP; {" ".join(str(e).split())[:200]})') from e
+    finally:
+        optimizer.param_groups = groups
+        optimizer.state.clear()
+
+
 def reshard(model: nn.Module) -> None:
     """Free what the forward passes of an evaluation have gathered."""
     for module in model.modules():

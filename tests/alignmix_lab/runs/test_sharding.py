@@ -60,6 +60,7 @@ def trained(make_config, on_processes, tmp_path_factory):
             jobs['asked'] = (stopped, dict(launcher=FSDP, at=(15, 'signal')))
             jobs['asked-on'] = (dict(stopped, output=folder / 'asked'), dict(launcher=FSDP))
             jobs['full'] = (dict(VIT, checkpoint_steps=12), dict(launcher=FSDP, at=(11, 'spoil')))
+            jobs['unfit'] = (dict(VIT, opt='adafactor'), dict(launcher=FSDP))
         if count == 3:
             first, _ = train(2)
             for name in ('full', 'vit-whole'):
@@ -121,6 +122,11 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(trained):
     assert 0 < steps < len(expected['losses']) and found['losses'] == expected['losses'][-steps:]
     assert_same(found['end'], expected['end'], atol=0, rtol=0)
     assert found['history'] == expected['history'][-1:]
+
+
+def test_an_optimizer_that_cannot_step_is_refused(trained):
+    for part in trained(2)[1]('unfit'):
+        assert '--opt adafactor cannot train a model in shards' in part['code']
 
 
 def test_files_are_pruned_with_their_shards(trained):

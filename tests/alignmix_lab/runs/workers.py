@@ -150,7 +150,8 @@ def train_in_shards(jobs: dict[str, dict[str, Any]], folder: Path) -> None:
             timm_alignmix.MixTask.forward, checkpoint.HuggingFaceStorageWriter.write_data = forward, write
             for variable in launcher:
                 del os.environ[variable]
-        saved['end'] = weights(run)
+        if 'start' in saved:
+            saved['end'] = weights(run)
         torch.save(saved, folder / f'{name}-{os.environ["RANK"]}.pt')
 
 
