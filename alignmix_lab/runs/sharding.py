@@ -56,8 +56,8 @@ def sharding_arguments(precision: str) -> dict[str, Any]:
     shards = int(os.environ.get('PARALLELISM_CONFIG_DP_SHARD_SIZE', 0)) or processes // replicas
     if shards < 2 or replicas * shards != processes:
         raise ValueError(
-            f'FSDP: {replicas} replicas of {shards} shards do not fit {processes} processes; launch '
-            'replicas x shards processes, with at least 2 shards')
+            f'FSDP: {processes} processes cannot hold {replicas} x {shards} shards; launch at least 2, and with '
+            'replicas a multiple of them')
     if precision == 'fp16':
         raise ValueError('FSDP: float16 has not been tested with shards; pass --amp-dtype bfloat16')
     dtype = torch.bfloat16 if precision == 'bf16' else None

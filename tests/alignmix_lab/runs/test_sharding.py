@@ -197,8 +197,8 @@ def test_blocks_are_found(model, blocks):
     (dict(FSDP_ACTIVATION_CHECKPOINTING='true'), 'pass --grad-checkpointing'),
     (dict(FSDP_AUTO_WRAP_POLICY='SIZE_BASED_WRAP'), "the groups are the model's own blocks"),
     (dict(PARALLELISM_CONFIG_TP_SIZE='2'), 'parallelism_config_tp_size 2'),
-    (dict(PARALLELISM_CONFIG_DP_SHARD_SIZE='3'), '1 replicas of 3 shards do not fit 1 processes'),
-    ({}, '1 replicas of 1 shards do not fit 1 processes'),
+    (dict(PARALLELISM_CONFIG_DP_SHARD_SIZE='3'), '1 processes cannot hold 1 x 3 shards'),
+    ({}, '1 processes cannot hold 1 x 1 shards; launch at least 2'),
 ])
 def test_what_shards_cannot_do_is_refused(monkeypatch, variables, said):
     for name, value in {**FSDP, **variables}.items():
