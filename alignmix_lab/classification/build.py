@@ -2,6 +2,7 @@
 import logging
 import os
 import pickle
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,8 @@ from alignmix_lab.data.options import LoaderOptions
 from alignmix_lab.runs.accelerator import start_processes
 from alignmix_lab.runs.models import classifier_parameters, create_model, fit_img_size, freeze, size_error
 from alignmix_lab.runs.options import blaming, near_names
-from alignmix_lab.runs.run import Run
+from alignmix_lab.runs.run import Run, average_arguments
+from alignmix_lab.runs.sharding import check_steps, is_sharded, shard_task, share_task
 
 from .config import TrainConfig
 from .totals import MixTotals
@@ -131,11 +133,11 @@ def create_data(
 
 def create_task(
         config: TrainConfig, arguments: dict[str, Any], data_config: dict[str, Any], num_classes: int,
-        device: torch.device, rank: int = 0, world_size: int = 1,
+        device: torch.device, rank: int | None = 0, world_size: int = 1,
         class_weights: torch.Tensor | None = None) -> timm_alignmix.MixTask:
     """Create the model on the run's device, inside its training task.
 
-    `class_weights` (num_classes,) float32 weigh the loss.
+    `class_weights` (num_classes,) float32 weigh the loss. Without `rank` the draws ask torch.distributed for it.
     """
     if config.initial_checkpoint and not os.path.isfile(config.initial_checkpoint):
         raise ValueError(f'--initial-checkpoint {config.initial_checkpoint}: no such file')
@@ -165,7 +167,7 @@ def create_task(
     mix, mix_kwargs = config.mixing()
     task = timm_alignmix.MixTask(
         model, mix=mix, mix_kwargs=mix_kwargs, criterion=criterion, seed=config.seed, rank=rank,
-        img_size=data_config['input_size'][-2:], device=device, verbose=rank == 0)
+        img_size=data_config['input_size'][-2:], device=device, verbose=not rank)
     task.mix.set_normalization(data_config['mean'], data_config['std'])
     if not rank and (remark := task.mix.remark(config.batch_size, num_classes)):
         _logger.warning(remark)
@@ -190,21 +192,40 @@ def build_run(config: TrainConfig) -> Run:
     Raises:
         ValueError: An option, the data or the model does not fit; the message suggests a remedy.
     """
-    accelerator = start_processes(config)
+    accelerator = start_processes(config, may_shard=True)
+    if is_sharded(accelerator):
+        _check_sharded(config)
     arguments, data_config = resolve_model(config)
     place = accelerator.device, accelerator.process_index, accelerator.num_processes
     with accelerator.local_main_process_first():  # the first process of each machine writes the shared files
         loaders = create_data(config, data_config, *place)
     data_config.update(loader=loaders.kind, class_names=loaders.class_names)
     weights = balanced_weights(loaders.train.labels(), loaders.num_classes) if config.class_weights != 'none' else None
-    task = create_task(config, arguments, data_config, loaders.num_classes, *place, class_weights=weights)
+    if is_sharded(accelerator):
+        task, values = share_task(accelerator, lambda: create_task(
+            replace(config, channels_last=False), arguments, data_config, loaders.num_classes, torch.device('cpu'),
+            None, accelerator.num_processes, weights))
+        shard_task(accelerator, task, values, data_config['input_size'], average_arguments(config))
+    else:
+        task = create_task(config, arguments, data_config, loaders.num_classes, *place, class_weights=weights)
     run = Run(config, accelerator, loaders, task, data_config, MixTotals)
     run.add_optimizer(scaled=classifier_parameters(task.get_eval_model()), scale=config.head_lr_scale)
+    if is_sharded(accelerator):
+        check_steps(run.optimizer, config.opt)
     if config.num_processes not in (None, accelerator.num_processes):
         _logger.warning(
             f'The settings are meant for {config.num_processes} processes, this run has {accelerator.num_processes}: '
             f'global batch {run.global_batch_size}, learning rate {run.config.lr:.4g}')
     return run
+
+
+def _check_sharded(config: TrainConfig) -> None:
+    for option, given, why in (
+            ('--torchcompile', config.torchcompile, 'compiles the model as one piece'),
+            ('--model-ema-force-cpu', config.model_ema_force_cpu, 'keeps the average in one piece'),
+            ('--clip-mode agc', config.clip_grad is not None and config.clip_mode == 'agc', 'measures whole layers')):
+        if given:
+            raise ValueError(f'{option} {why}, which FSDP divides; leave out one')
 
 
 def balanced_weights(labels: np.ndarray, num_classes: int) -> torch.Tensor:

@@ -12,6 +12,7 @@ from timm.models import clean_state_dict
 
 from alignmix_lab.runs.checkpoint import load_weights, read_checkpoint
 from alignmix_lab.runs.options import result_options
+from alignmix_lab.runs.sharding import read_shards
 from timm_alignmix import create_mix, weights
 from timm_alignmix.version import __version__
 
@@ -47,7 +48,7 @@ def export_checkpoint(
     if ema and 'state_dict_ema' not in state:
         raise ValueError(f'{path} has no moving average: the run did not use --model-ema; export the raw weights')
     key = 'state_dict' if ema is False or 'state_dict_ema' not in state else 'state_dict_ema'
-    state_dict = clean_state_dict(state[key])
+    state_dict = clean_state_dict(read_shards(state, path, key)[key])
 
     config = TrainConfig(**{name: args[name] for name in _MODEL_OPTIONS if args.get(name) is not None})
     arguments = model_arguments(config)

@@ -8,6 +8,7 @@ from torch import nn
 
 from alignmix_lab.runs.logs import progress_bar
 from alignmix_lab.runs.run import Run
+from alignmix_lab.runs.sharding import match_forwards
 
 _logger = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ def validate(run: Run, model: nn.Module, name: str = 'Test') -> OrderedDict[str,
             bar.update()
             if index % interval == 0 and index + 1 < batches:
                 _log_test(name, index, batches, start, evaluator.summary())
+    match_forwards(run.accelerator, model, batches, run.data_config['input_size'])
     metrics = evaluator.compute(distributed=run.accelerator.num_processes > 1)
     _log_test(name, batches - 1, batches, start, metrics)
     return metrics

@@ -12,6 +12,7 @@ from torch import nn
 from alignmix_lab.evaluation.config import EvalConfig
 from alignmix_lab.evaluation.models import EvalModel, open_models
 from alignmix_lab.runs.checkpoint import read_checkpoint
+from alignmix_lab.runs.sharding import read_shards
 from timm_alignmix.mixes.alignmix_ae import AlignMixAE
 from timm_alignmix.task import MixTask
 
@@ -92,7 +93,7 @@ def open_autoencoder(name: str) -> tuple[nn.Module, AlignMixAE]:
     """
     path = Path(name)
     path = path / 'last.pth.tar' if path.is_dir() else path
-    state = read_checkpoint(path)
+    state = read_shards(read_checkpoint(path), path, 'task_state', 'task_state_ema')
     opened = open_network(str(path))
     facts = opened.training
     if facts.get('mix') != 'alignmix_ae' or not facts['mix_options']['decoder']:

@@ -5,18 +5,21 @@ from datetime import timedelta
 
 import psutil
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs, PartialState
 
 from .config import RunConfig
 from .optim import check_optimizer
+from .sharding import sharding_arguments, sharding_asked_for
 from .trackers import check_trackers
 
 _logger = logging.getLogger(__name__)
 _LAUNCHED = 'ACCELERATE_MIXED_PRECISION'  # set by accelerate launch, whatever the precision
 
 
-def start_processes(config: RunConfig) -> Accelerator:
+def start_processes(config: RunConfig, may_shard: bool = False) -> Accelerator:
     """Start Accelerate for a training run, after checking the options that need no data.
+
+    With `may_shard` the launcher may ask for FSDP.
 
     Raises:
         ValueError: There is no such optimizer or tracker, the device does not support an option, or the launcher's
@@ -25,7 +28,7 @@ def start_processes(config: RunConfig) -> Accelerator:
     check_optimizer(config.opt)
     check_trackers(config.log_trackers)
     accelerator = create_accelerator(
-        config.device, config.amp, config.amp_dtype, config.dist_timeout, not config.no_ddp_bb)
+        config.device, config.amp, config.amp_dtype, config.dist_timeout, not config.no_ddp_bb, may_shard)
     if config.sync_bn and accelerator.device.type == 'cpu':
         raise ValueError('--sync-bn needs GPUs: PyTorch has no synchronized batch norm on CPUs')
     return accelerator
@@ -33,25 +36,31 @@ def start_processes(config: RunConfig) -> Accelerator:
 
 def create_accelerator(
         device: str = 'auto', amp: bool = False, amp_dtype: str = 'float16', dist_timeout: int = 600,
-        broadcast_buffers: bool = True) -> Accelerator:
+        broadcast_buffers: bool = True, may_shard: bool = False) -> Accelerator:
     """Start Accelerate and check that it sees all processes of the launcher.
 
     Without `amp` the precision is that of accelerate launch --mixed_precision. After `dist_timeout` seconds without the
-    others a process fails.
+    others a process fails. With `may_shard` the launcher may ask for FSDP.
 
     Raises:
         ValueError: The launcher's processes would run separately, or it asks for what the run does not do.
     """
-    _check_launch_settings()
+    _check_launch_settings(may_shard)
+    precision, group = choose_precision(amp, amp_dtype), InitProcessGroupKwargs(timeout=timedelta(seconds=dist_timeout))
+    sharding = {}
+    if sharding_asked_for():
+        sharding = sharding_arguments(precision)
+        _let_shard(PartialState(cpu=device == 'cpu', **group.to_kwargs()))
     accelerator = Accelerator(
         cpu=device == 'cpu',
-        mixed_precision=choose_precision(amp, amp_dtype),
+        mixed_precision=precision,
         kwargs_handlers=[
             # Bucket views save a copy of the gradients. The graph is not static: it changes with the mode of the mix
             # and with accumulation.
             DistributedDataParallelKwargs(broadcast_buffers=broadcast_buffers, gradient_as_bucket_view=True),
-            InitProcessGroupKwargs(timeout=timedelta(seconds=dist_timeout)),
+            group,
         ],
+        **sharding,
     )
     # A launcher that starts several tells each its rank; a number alone is left over from something else.
     launched = int(os.environ.get('WORLD_SIZE', 1)) if 'RANK' in os.environ else 1
@@ -72,6 +81,14 @@ def create_accelerator(
     # TF32 stays off for matrix products: transport costs need full float32 precision.
     torch.backends.cudnn.benchmark = True
     return accelerator
+
+
+def _let_shard(state: PartialState) -> None:
+    """Let CPUs shard, which torch can and Accelerate does not offer; refuse devices that cannot."""
+    if state.device.type not in ('cpu', 'cuda', 'xpu', 'npu', 'hpu'):
+        raise ValueError(f'{state.device.type} devices cannot shard a model (FSDP); launch without --use_fsdp')
+    if state.distributed_type == DistributedType.MULTI_CPU:
+        PartialState._shared_state['distributed_type'] = DistributedType.MULTI_GPU  # what Accelerate makes FSDP of
 
 
 def _several_asked_for() -> bool:
@@ -106,9 +123,12 @@ def choose_precision(amp: bool, amp_dtype: str) -> str:
     return chosen
 
 
-def _check_launch_settings() -> None:
+def _check_launch_settings(may_shard: bool) -> None:
     """Refuse settings of accelerate launch that a run would ignore or apply a second time."""
-    for name in ('FSDP', 'DEEPSPEED', 'MEGATRON_LM', 'PARALLELISM_CONFIG'):
+    unknown = ('DEEPSPEED', 'MEGATRON_LM')
+    if not (may_shard and sharding_asked_for()):
+        unknown += ('FSDP', 'PARALLELISM_CONFIG')
+    for name in unknown:
         if os.environ.get(f'ACCELERATE_USE_{name}', '').lower() in ('true', '1'):
             raise ValueError(
                 f'accelerate launch was configured for {name}, which is not supported: every process holds the whole '

@@ -16,6 +16,8 @@ from torch import nn
 
 from timm_alignmix.weights import key_problems
 
+from .sharding import check_shards, copy_shards, remove_shards
+
 _logger = logging.getLogger(__name__)
 
 
@@ -62,6 +64,7 @@ class CheckpointSaver:
                 self._link(epoch)
         for old, _ in dropped:
             self.path(old).unlink(missing_ok=True)
+        self._forget_shards()
 
     def save_recovery(self, state: dict[str, Any], epoch: int, updates: int) -> Path:
         """Save an epoch after some of its updates; timm would continue such a file from the start of the epoch."""
@@ -70,6 +73,7 @@ class CheckpointSaver:
             self._write(name, {**state, 'epoch': epoch - 1, 'metric': None, 'metrics': None, **self._ranking()})
         for _, old in _within_epochs(self.folder)[:-2]:
             old.unlink()
+        self._forget_shards()
         return self.path(name)
 
     def forget_after(self, position: tuple[int, int]) -> None:
@@ -77,6 +81,9 @@ class CheckpointSaver:
         for later, path in _within_epochs(self.folder):
             if later > position:
                 path.unlink()
+
+    def _forget_shards(self) -> None:
+        remove_shards(self.folder, self.folder.glob('*.pth.tar'))
 
     def _ranking(self) -> dict[str, Any]:
         return {'saver': {'eval_metric': self.eval_metric, 'history': self.history, 'best': self.best}}
@@ -106,6 +113,7 @@ class CheckpointSaver:
         if source.parent.resolve() == self.folder.resolve():
             self.history = [(epoch, metric) for epoch, metric in saver['history'] if self.path(epoch).exists()]
         elif (best := source.parent / self.path('model_best').name).exists():
+            copy_shards(best, self.folder)
             shutil.copy2(best, self.path('model_best'))
 
     @property
@@ -169,6 +177,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise ValueError(f'{path} is damaged or no checkpoint ({e})') from e
     if not isinstance(state, dict) or not {'state_dict', 'optimizer', 'epoch'} <= state.keys():
         raise ValueError(f'{path} has no training state to resume; to start from its weights pass --initial-checkpoint')
+    check_shards(state, Path(path))
     return state
 
 

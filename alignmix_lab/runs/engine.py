@@ -14,6 +14,7 @@ from torch import nn
 from .agreement import Agreement, StopRequested
 from .logs import EpochLog, progress_bar
 from .run import Run
+from .sharding import whole
 from .totals import LossTotals
 
 _logger = logging.getLogger(__name__)
@@ -119,7 +120,8 @@ def _update(run: Run, number: int, measure: bool) -> torch.Tensor | None:
         run.accelerator.unscale_gradients(run.optimizer)
     clips_norm = config.clip_grad is not None and config.clip_mode == 'norm'
     if clips_norm or measure:  # an infinite limit only measures
-        norm = nn.utils.clip_grad_norm_(task.get_clip_parameters(), config.clip_grad if clips_norm else math.inf)
+        limit = config.clip_grad if clips_norm else math.inf
+        norm = whole(nn.utils.clip_grad_norm_(task.get_clip_parameters(), limit))
     if config.clip_grad is not None and not clips_norm:
         parameters = task.get_clip_parameters(exclude_head='agc' in config.clip_mode)
         dispatch_clip_grad(parameters, config.clip_grad, mode=config.clip_mode)

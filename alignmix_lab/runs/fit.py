@@ -23,8 +23,9 @@ from .files import lock_file, write_whole
 from .logs import append_summary, mean_lr
 from .models import trained_norms
 from .options import changed_options
-from .run import Run
+from .run import Run, average_arguments
 from .run_report import draw_curves, write_report
+from .sharding import is_sharded, write_shards
 from .totals import LossTotals
 from .trackers import start_trackers, track_epoch
 
@@ -50,10 +51,8 @@ def open_run(run: Run, name: str) -> CheckpointSaver:
         return saver
 
     resumed = _find_resume(config, saver.folder)
-    if config.model_ema:
-        run.task.setup_ema(
-            decay=config.model_ema_decay, use_warmup=config.model_ema_warmup,
-            device='cpu' if config.model_ema_force_cpu else None)
+    if config.model_ema and not run.task.has_ema():  # a sharded model came with it
+        run.task.setup_ema(**average_arguments(config))
     if resumed is not None:
         run.load_state_dict(resumed[1], resumed[0])
     if config.start_epoch is not None:
@@ -127,7 +126,12 @@ def _open_folder(saver: CheckpointSaver, config: RunConfig, resumed: bool) -> IO
 def wrap_run(run: Run) -> None:
     """Wrap a run's model and optimizer for its devices, and set the schedule to where the run starts."""
     task, accelerator = run.task, run.accelerator
-    task.trainable_module, run.optimizer = accelerator.prepare(task.get_trainable_module(), run.optimizer)
+    module = task.get_trainable_module()
+    if is_sharded(accelerator):  # sharded when it was built; what is left is mixed precision
+        accelerator.prepare_model(module, device_placement=False, evaluation_mode=True)
+        run.optimizer = accelerator.prepare_optimizer(run.optimizer)
+    else:
+        task.trainable_module, run.optimizer = accelerator.prepare(module, run.optimizer)
     if run.scheduler is None:
         return
     if run.start_epoch > 0:
@@ -209,7 +213,7 @@ def _run_epoch(run: Run, saver: CheckpointSaver, evaluate: Callable, epoch: int,
     config, accelerator = run.config, run.accelerator
 
     def save_within(updates: int, totals: LossTotals) -> None:
-        state = run.state_dict(epoch, updates, totals)
+        state = write_shards(accelerator, run.state_dict(epoch, updates, totals), saver.folder, epoch, updates)
         if accelerator.is_main_process:
             saver.save_recovery(state, epoch, updates)
 
@@ -219,7 +223,7 @@ def _run_epoch(run: Run, saver: CheckpointSaver, evaluate: Callable, epoch: int,
     metrics = entry.get('validation')
     if run.scheduler is not None:
         run.scheduler.step(epoch + 1, metrics and metrics[config.eval_metric])
-    state = run.state_dict(epoch + 1)
+    state = write_shards(accelerator, run.state_dict(epoch + 1), saver.folder, epoch + 1)
     if accelerator.is_main_process:
         summary = saver.folder / 'summary.csv'
         with saver.explained(summary.name):

@@ -20,9 +20,19 @@ from .checkpoint import check_weights, position
 from .config import RunConfig
 from .optim import fused_update, scale_lr, scaled_lr
 from .options import blaming
+from .sharding import is_sharded, own_part, read_own_shards, read_shards
 from .totals import LossTotals
 
 _logger = logging.getLogger(__name__)
+
+
+def average_arguments(config: RunConfig) -> dict[str, Any] | None:
+    """Collect the arguments of a run's moving average, timm's ModelEmaV3; None if it has none."""
+    if not config.model_ema:
+        return None
+    return dict(
+        decay=config.model_ema_decay, use_warmup=config.model_ema_warmup,
+        device='cpu' if config.model_ema_force_cpu else None)
 
 
 @dataclass
@@ -172,6 +182,7 @@ class Run:
         config, task = self.config, self.task
         source = f'{path} ({state.get("arch", "unknown model")})'
         check_weights(task.get_eval_model(), state['state_dict'], source, config.arch)
+        state = self._read_shards(state, path)
         task.load_checkpoint_state(state['state_dict'], state.get('task_state'))
         if task.has_ema():
             ema = state.get('state_dict_ema', state['state_dict'])
@@ -192,6 +203,13 @@ class Run:
         if self.start_update:
             where = f'epoch {self.start_epoch} continues after {self.start_update} of {self.updates_per_epoch} updates'
         _logger.info(f'Resumed {path}: {where}')
+
+    def _read_shards(self, state: dict[str, Any], path: Path) -> dict[str, Any]:
+        if not is_sharded(self.accelerator):
+            return read_shards(state, path)
+        own = {**self.task.get_checkpoint_state(), **self.task.get_checkpoint_state(ema=True)}
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group['params']]
+        return read_own_shards(state, path, own, parameters)
 
     def _load_progress(self, progress: dict[str, Any], args: dict[str, Any]) -> None:
         """Continue an epoch; with another layout at the same sample, because the batches of all processes follow one
@@ -219,9 +237,10 @@ class Run:
         _logger.warning(message + '; the random draws of mixing and dropout will differ')
 
     def _check_finite(self) -> None:
-        weights = [parameter.detach() for parameter in self.task.get_eval_model().parameters()]
-        largest = torch._foreach_norm(weights, math.inf)
-        if not torch.stack([value.float() for value in largest]).isfinite().all():
+        weights = [own_part(parameter.detach()) for parameter in self.task.get_eval_model().parameters()]
+        largest = torch._foreach_norm([weight for weight in weights if weight.numel()], math.inf)
+        finite = torch.stack([value.float() for value in largest]).isfinite().all()
+        if self.accelerator.reduce(finite.float(), 'mean') < 1:  # each process may hold other weights
             raise RuntimeError(
                 'the weights are no longer finite although the loss was: gradients overflowed. Nothing was saved; '
                 'continue from the last checkpoint with a lower --lr, --clip-grad or --amp-dtype bfloat16')

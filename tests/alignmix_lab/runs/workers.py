@@ -1,4 +1,4 @@
-"""What test_processes.py runs on each of several processes; see its fixture `on_processes`."""
+"""What tests run on each of several processes; see the fixture `on_processes`."""
 import copy
 import hashlib
 import os
@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState
+from torch.distributed import checkpoint
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 import timm_alignmix
-from alignmix_lab.classification import TrainConfig, prepare
+from alignmix_lab.classification import TrainConfig, fit_and_export, prepare
 from alignmix_lab.classification.validate import validate
 from alignmix_lab.runs.fit import fit
+from alignmix_lab.runs.sharding import whole
 
 
 def begin(rank: int, processes: int, port: int, target: Any, *args: Any) -> None:
@@ -97,3 +100,69 @@ def train_all(jobs: dict[str, dict[str, Any]], folder: Path) -> None:
             'state_dict': run.task.get_eval_model().state_dict(),
             'state_dict_ema': ema and ema.state_dict(),
         }, folder / f'{name}-{rank}.pt')
+
+
+def train_in_shards(jobs: dict[str, dict[str, Any]], folder: Path) -> None:
+    """Train one configuration after the other in the same processes, in shards or not; save what this process saw.
+
+    A job with the key 'launcher' has these environment variables. With 'at' it acts in a step of the task: 'signal', or
+    'spoil' the disk, both on the second process.
+    """
+    forward, write = timm_alignmix.MixTask.forward, checkpoint.HuggingFaceStorageWriter.write_data
+    for name, options in jobs.items():
+        options = copy.deepcopy(options)
+        (at, act), launcher = options.pop('at', (-1, None)), options.pop('launcher', {})
+        AcceleratorState._reset_state(reset_partial_state=True)
+        os.environ.update(launcher)
+        saved = dict(losses=[], gradients=[], code=None, history=None)
+        try:
+            run, saver = prepare(TrainConfig(**options))
+            second = run.accelerator.process_index == 1
+            saved['kinds'] = sorted({type(p).__name__ for p in run.task.get_trainable_module().parameters()})
+            saved['local'] = sum(
+                (p.to_local() if launcher else p).numel() for p in run.task.get_trainable_module().parameters())
+            saved['start'] = weights(run)
+
+            def step(task, images, target, at=at, act=act, second=second, saved=saved):
+                number = task.step
+                result = forward(task, images, target)
+                saved['losses'].append((result['mode'], float(result['loss'].detach())))
+                if number == at and act == 'signal' and second:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                if number == at and act == 'spoil' and second:
+                    checkpoint.HuggingFaceStorageWriter.write_data = refuse
+                return result
+
+            def keep(optimizer, *_, saved=saved):
+                if not saved['gradients']:
+                    saved['gradients'] = [
+                        whole(p.grad).clone() for group in optimizer.param_groups for p in group['params']]
+
+            run.optimizer.optimizer.register_step_pre_hook(keep)
+            timm_alignmix.MixTask.forward = step
+            result = fit_and_export(run, saver)
+            saved['history'] = result and result['history']
+        except SystemExit as e:
+            saved['code'] = e.code
+        except (RuntimeError, ValueError) as e:
+            saved['code'] = str(e)
+        finally:
+            timm_alignmix.MixTask.forward, checkpoint.HuggingFaceStorageWriter.write_data = forward, write
+            for variable in launcher:
+                del os.environ[variable]
+        if 'start' in saved:
+            saved['end'] = weights(run)
+        torch.save(saved, folder / f'{name}-{os.environ["RANK"]}.pt')
+
+
+def refuse(*_: Any) -> None:
+    raise OSError('no space left on device')
+
+
+def weights(run: Any) -> dict[str, dict[str, torch.Tensor]]:
+    """Gathered weights of a run's model and of its moving average, if any."""
+    models = {'state_dict': run.task.get_eval_model()}
+    if run.task.has_ema():
+        models['state_dict_ema'] = run.task.get_eval_model(ema=True)
+    return {key: {name: whole(value).clone() for name, value in model.state_dict().items()}
+            for key, model in models.items()}
