@@ -5,6 +5,7 @@ The model is built on the meta device, which has shapes but no values, so that t
 import logging
 import os
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ import torch
 import yaml
 from timm.task import ClassificationTask
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from alignmix_lab.data.loaders import Loaders
@@ -23,6 +25,7 @@ from alignmix_lab.runs.files import write_whole
 from alignmix_lab.runs.models import classifier_parameters, freeze
 from alignmix_lab.runs.plotting import as_png, figure
 from alignmix_lab.runs.run import Run
+from alignmix_lab.runs.sharding import block_classes
 
 from .build import create_data, create_task, model_arguments, resolve_model
 from .config import TrainConfig
@@ -133,7 +136,9 @@ class StepEstimate:
     gradients: int  # of those that are not frozen
     optimizer: int | None  # its state; None if it cannot step without values
     average: int  # the moving average on the device
+    gathered: int  # of a run in shards: weights outside of blocks, two blocks, and the gradients of one; in float32
     activations: int  # in float32, those that the forward pass saves for the backward pass
+    checkpointed: int | None  # the same with gradient checkpointing; None if the model does not have it
     flops: float  # operations of a forward pass on one image; a multiply-add counts as two
 
 
@@ -147,27 +152,79 @@ def step_cost(run: Run) -> StepEstimate:
     if config.max_res:
         height = width = config.max_res
     own = {tensor.untyped_storage()._cdata for tensor in model.parameters()}
-    saved = {}
+    classes = block_classes(model)
+    blocks = [module for module in model.modules() if type(module).__name__ in classes]
+    # Storages are held, so that no other takes the address of one. Checkpointing keeps those outside of blocks and the
+    # inputs of blocks, and computes one block again at a time.
+    outside, inputs, inside = {}, {}, [{} for _ in blocks]
+    saved = [outside]  # where to note what is saved now
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
+    def keep(tensor: torch.Tensor, place: dict | None = None) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in own:
-            saved[storage._cdata] = storage  # held, so that no other storage takes its address
+            (saved[-1] if place is None else place)[storage._cdata] = storage
         return tensor
 
+    def enter(block: torch.nn.Module, args: tuple) -> None:
+        for value in args:
+            if isinstance(value, torch.Tensor):
+                keep(value, inputs)
+        saved.append(inside[blocks.index(block)])
+
+    def leave(*_: object) -> None:
+        saved.pop()
+
+    handles = [handle for block in blocks for handle in (
+        block.register_forward_pre_hook(enter), block.register_forward_hook(leave))]
     with torch.device('meta'):
         images = torch.empty(config.batch_size, channels, height, width)
         target = torch.empty(config.batch_size, dtype=torch.long)
         counter = FlopCounterMode(display=False)
-        with counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with counter, _FusedAttentions(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             F.cross_entropy(model(images), target)
+    for handle in handles:
+        handle.remove()
     parameters = [p for p in model.parameters() if p.requires_grad]
     average = [*model.parameters(), *model.buffers()] if config.model_ema and not config.model_ema_force_cpu else []
+    weights, of_blocks = _bytes([*model.parameters()]), [_bytes([*block.parameters()]) for block in blocks]
+    kept = _stored(outside | inputs) + max(map(_stored, inside), default=0)
     return StepEstimate(
-        parameters=_bytes(list(model.parameters())), gradients=_bytes(parameters),
+        parameters=weights, gradients=_bytes(parameters),
         optimizer=_optimizer_bytes(run.optimizer, parameters), average=_bytes(average),
-        activations=sum(storage.nbytes() for storage in saved.values()),
+        gathered=weights - sum(of_blocks) + 3 * max(of_blocks, default=0),
+        activations=_stored({key: storage for place in (outside, *inside) for key, storage in place.items()}),
+        checkpointed=kept if blocks and _has_checkpointing(model) else None,
         flops=counter.get_total_flops() / config.batch_size)
+
+
+class _FusedAttentions(TorchFunctionMode):
+    """Attention saves what fused kernels save: on the meta device torch's own form saves the matrix."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.scaled_dot_product_attention:
+            return _FusedAttention.apply(partial(func, **(kwargs or {})), *args)
+        return func(*args, **(kwargs or {}))
+
+
+class _FusedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, attend, query, key, value, *options):
+        output = attend(query, key, value, *options)
+        ctx.save_for_backward(query, key, value, output)
+        return output
+
+
+def _has_checkpointing(model: torch.nn.Module) -> bool:
+    try:
+        model.set_grad_checkpointing(enable=True)
+    except (AssertionError, AttributeError):  # the former is raised by timm's models without it
+        return False
+    model.set_grad_checkpointing(enable=False)
+    return True
+
+
+def _stored(storages: dict[int, torch.UntypedStorage]) -> int:
+    return sum(storage.nbytes() for storage in storages.values())
 
 
 def _bytes(tensors: list[torch.Tensor]) -> int:
@@ -187,29 +244,38 @@ def _optimizer_bytes(optimizer: torch.optim.Optimizer, parameters: list[torch.nn
 
 def describe_cost(run: Run, cost: StepEstimate) -> list[str]:
     """Describe memory and compute, and how they were estimated."""
-    config = run.config
-    parts = {'parameters': cost.parameters, 'gradients': cost.gradients, 'optimizer': cost.optimizer}
-    if run.accelerator.num_processes > 1:
-        parts['buckets of gradients'] = cost.gradients
+    config, processes = run.config, run.accelerator.num_processes
+    states = {'parameters': cost.parameters, 'gradients': cost.gradients, 'optimizer': cost.optimizer}
     if cost.average:
-        parts['moving average'] = cost.average
-    parts['activations'] = cost.activations // 2 if config.amp else cost.activations
-    known = {name: value for name, value in parts.items() if value is not None}
-    text = ', '.join(f'{name} {value / GIB:.2f}' for name, value in known.items())
+        states['moving average'] = cost.average
+    known = {name: value for name, value in states.items() if value is not None}
+    activations = [value // 2 if config.amp and value else value for value in (cost.activations, cost.checkpointed)]
     notes = ['activations: saved by one forward pass of the plain model, counted without computing it'
              + (', taken as half for mixed precision' if config.amp else '')]
-    if len(known) < len(parts):
+    if len(known) < len(states):
         notes.append(f'the state of {config.opt} is not known')
-    if config.grad_checkpointing:
-        notes.append('--grad-checkpointing saves fewer')
-    images = run.num_epochs * len(run.loaders.train) * config.batch_size * run.accelerator.num_processes
+    lines = [_memory_line('Memory of a process, estimated', known, *activations)]
+    if processes > 1:
+        shards = {f'{name} / {processes}': value // processes for name, value in known.items()}
+        gathered = cost.gathered // 2 if config.amp else cost.gathered
+        lines.append(_memory_line('  in shards (--use_fsdp)', {**shards, 'gathered': gathered}, *activations))
+    images = run.num_epochs * len(run.loaders.train) * config.batch_size * processes
     return [
-        f'Memory of a process, estimated: {sum(known.values()) / GIB:.2f} GiB = {text}',
+        *lines,
         f'  ({"; ".join(notes)}; excluding mixing, kernel workspace and fragmentation)',
         f'Compute, estimated: forward {cost.flops / 1e9:.2f} GFLOP per image, training three times that, '
         f'{3 * cost.flops * images / 1e18:.3g} EFLOP in total without evaluation'
         + (' (at the largest image size)' if config.max_res else ''),
     ]
+
+
+def _memory_line(title: str, states: dict[str, int], activations: int, checkpointed: int | None) -> str:
+    text = ', '.join(f'{name} {value / GIB:.2f}' for name, value in states.items())
+    total = sum(states.values())
+    line = f'{title}: {(total + activations) / GIB:.2f} GiB = {text}, activations {activations / GIB:.2f}'
+    if checkpointed is not None:
+        line += f'; with --grad-checkpointing {(total + checkpointed) / GIB:.2f}, activations {checkpointed / GIB:.2f}'
+    return line
 
 
 class Curve(NamedTuple):
