@@ -223,7 +223,8 @@ def check_steps(optimizer: torch.optim.Optimizer, name: str) -> None:
     """
     groups = optimizer.param_groups
     like = groups[0]['params'][0]
-    probes = [_place(torch.zeros(shape), like).requires_grad_() for shape in ((4, 4), (4,))]
+    shapes = (256, 256), (256,)  # some optimizers treat small matrices as vectors
+    probes = [_place(torch.zeros(shape), like).requires_grad_() for shape in shapes]
     for probe in probes:
         probe.grad = torch.zeros_like(probe)
     optimizer.param_groups = [{**groups[0], 'params': probes}]
