@@ -10,17 +10,17 @@ exec((here / 'timm_alignmix' / 'version.py').read_text(encoding='utf-8'), versio
 train = [
     'accelerate>=1.0',
     'matplotlib>=3.8',
-    'psutil',
-    'pyyaml',
+    'psutil>=5.9',
+    'pyyaml>=6.0',
     'scikit-learn>=1.3',  # carries the built-in sample
     'scipy>=1.11',
-    'torchvision',
-    'tqdm',
+    'torchvision>=0.20',
+    'tqdm>=4.65',
 ]
 evaluate = [
     *train,
-    'jinja2',
-    'opencv-python-headless',
+    'jinja2>=3.1',
+    'opencv-python-headless>=4.8.1',
     'torchmetrics>=1.4',
     'umap-learn>=0.5.6',
 ]
@@ -39,7 +39,7 @@ test = [
     'POT>=0.9.4',
     'pycocotools>=2.0.8',
     'pytest>=8.0',
-    'tensorboard',
+    'tensorboard>=2.15',
 ]
 dev = [
     'pre-commit',
