@@ -1,24 +1,29 @@
-"""MkDocs hooks: the site has the repository's pages at their own paths, so that links hold on GitHub and on the site.
+#!/usr/bin/env python3
+"""Build the site: the repository's pages at their own paths, so that links hold on GitHub and on the site.
 
 It begins with README.md and goes on to all that pages link to. Code becomes pages that show it, folders pages that list
-them, the notebook a page with its stored outputs. Pages of the API come from the docstrings, read and not imported.
+them, the notebook a page with its stored outputs. Pages of the API come from the docstrings, which are read and not
+imported. Broken links and anchors end it.
 
-    mkdocs build        # into build/site
+    python tools/build_site.py      # pages into build/pages, the site into build/site; needs pip install '.[docs]'
 """
 import ast
 import base64
 import json
 import posixpath
 import re
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from mkdocs.structure.files import File, Files
+import griffe
 
 ROOT = Path(__file__).resolve().parents[1]
+PAGES = ROOT / 'build' / 'pages'
 LINK = re.compile(r'(?<=\]\()(?!\w+:|#)([^)\s#]+)')  # up to the anchor
-ROLE = re.compile(r':(?:attr|class|func|meth|mod):<code>([\w.]+)</code>')
+ROLE = re.compile(r':(?:class|func|meth|mod):`([\w.]+)`')
 MEDIA = ('.png', '.jpg', '.css')
 LANGUAGES = {'.cff': 'yaml', '.py': 'python', '.sh': 'bash', '.yaml': 'yaml'}
 API = {
@@ -35,17 +40,15 @@ def page_of(path: str) -> str:
     return path.removesuffix('.ipynb') + '.md'
 
 
-def linked(text: str, path: str) -> Iterator[str]:
+def linked(text: str, path: str) -> list[str]:
     """Files and folders of the repository that a page links to."""
-    for link in LINK.findall(text):
-        yield posixpath.normpath(posixpath.join(posixpath.dirname(path), link))
+    return [posixpath.normpath(posixpath.join(posixpath.dirname(path), link)) for link in LINK.findall(text)]
 
 
 def with_pages(text: str, path: str) -> str:
     """The text with links to files and folders turned into links to their pages."""
     folder = posixpath.dirname(path)
-    return LINK.sub(lambda link: posixpath.relpath(
-        page_of(posixpath.normpath(posixpath.join(folder, link[0]))), folder or '.'), text)
+    return LINK.sub(lambda link: posixpath.relpath(page_of(*linked(f'[]({link[0]})', path)), folder or '.'), text)
 
 
 def listing(path: str) -> str:
@@ -86,56 +89,67 @@ def public_names(module: str) -> list[str]:
     return [name for name in ast.literal_eval(value) if name[0] != '_' and not (package / name).is_dir()]
 
 
+NAMES = {name: f'{module}.{name}' for module in reversed(API) for name in public_names(module)}
+
+
 def api_pages() -> Iterator[tuple[str, str]]:
     rows = []
     for module, title in API.items():
         names = public_names(module)
         parts = [f'# {title}', f'::: {module}\n    options: {{members: false, show_root_heading: false}}']
         yield f'api/{module}.md', '\n\n'.join([*parts, *(f'::: {module}.{name}' for name in names)]) + '\n'
-        rows.append(f'| [{title}]({module}.md) | `{module}` | {", ".join(f"[`{n}`][{module}.{n}]" for n in names)} |')
-    yield 'api/README.md', '\n'.join(['# API', '', '| page | module | names |', '|---|---|---|', *rows, ''])
+        rows.append(f'| [{title}]({module}.md) | {", ".join(f"[`{n}`][{module}.{n}]" for n in names)} |')
+    yield 'api/README.md', '\n'.join(['# API', '', '| page | names |', '|---|---|', *rows, ''])
 
 
-def on_files(files: Files, config: Any) -> None:
-    """Put the repository's pages, and those of the API, in the place of the contents of docs/."""
-    for file in [file for file in files if file.src_dir == config.docs_dir]:
-        files.remove(file)
-    todo, done = ['README.md', 'docs/site.css'], set()
+class Docstrings(griffe.Extension):
+    """Sphinx's roles become links where the API has a page, code otherwise; `Example` the heading that griffe knows."""
+
+    def on_instance(self, *, obj: griffe.Object, **_) -> None:
+        if obj.docstring:
+            obj.docstring.value = ROLE.sub(self._link, obj.docstring.value).replace('\nExample:\n', '\nExamples:\n')
+
+    @staticmethod
+    def _link(role: re.Match) -> str:
+        first, *rest = role[1].removeprefix('timm_alignmix.').removeprefix('functional.').split('.')
+        return f'[`{role[1]}`][{".".join([NAMES[first], *rest])}]' if first in NAMES else f'`{role[1]}`'
+
+
+def pages() -> dict[str, str | bytes]:
+    """Every page and picture of the site by its name there."""
+    found, todo = dict(api_pages()), ['README.md', 'docs/site.css']
     while todo:
         path = todo.pop()
         page = page_of(path)
-        if page in done:
+        if page in found:
             continue
-        done.add(page)
         if path.endswith(MEDIA):
-            files.append(File.generated(config, page, abs_src_path=str(ROOT / path)))
-            continue
-        pictures = {}
-        if (ROOT / page).is_file() and page.endswith('.md'):
-            path, text = page, (ROOT / page).read_text(encoding='utf-8')
+            found[page] = (ROOT / path).read_bytes()
+        elif (ROOT / page).is_file():
+            path, found[page] = page, (ROOT / page).read_text(encoding='utf-8')
         elif (ROOT / path).is_dir():
-            path, text = page, listing(path)
+            path, found[page] = page, listing(path)
         elif path.endswith('.ipynb'):
-            text, pictures = notebook(path)
+            found[page], pictures = notebook(path)
+            found |= pictures
         else:
-            files.append(File.generated(config, page, content=source(path)))
+            found[page] = source(path)
             continue
-        for name, picture in pictures.items():
-            done.add(name)
-            files.append(File.generated(config, name, content=picture))
-        todo += linked(text, path)
-        files.append(File.generated(config, page, content=with_pages(text, path)))
-    for page, text in api_pages():
-        files.append(File.generated(config, page, content=text))
+        if page.endswith('.md'):
+            todo += [file for file in linked(found[page], path) if file not in found]
+            found[page] = with_pages(found[page], path)
+    return found
 
 
-def on_page_content(html: str, **_: Any) -> str:
-    """Sphinx's roles of the docstrings become links where there is a page of the API."""
-    names = {name: f'{module}.{name}' for module in API for name in public_names(module)}
+def main() -> None:
+    shutil.rmtree(PAGES, ignore_errors=True)
+    for name, content in pages().items():
+        file = PAGES / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    command = [Path(sys.executable).with_name('zensical'), 'build', '--clean', '--strict']
+    sys.exit(subprocess.run(command, cwd=ROOT).returncode)
 
-    def link(role: re.Match) -> str:
-        first, _, rest = role[1].removeprefix('timm_alignmix.').partition('.')
-        full = f'{names[first]}.{rest}'.rstrip('.') if first in names else role[1]
-        known = first in names or role[1].startswith('timm_alignmix.')
-        return f'<autoref identifier="{full}"><code>{role[1]}</code></autoref>' if known else f'<code>{role[1]}</code>'
-    return ROLE.sub(link, html)
+
+if __name__ == '__main__':
+    main()
