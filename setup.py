@@ -1,4 +1,4 @@
-"""Packaging of timm-alignmix: `pip install .` is the plugin, the extras add what training and testing need."""
+"""Packaging of timm-alignmix: `pip install .` is the plugin, the extras add what its programs and tests need."""
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -41,9 +41,17 @@ test = [
     'pytest>=8.0',
     'tensorboard>=2.15',
 ]
+docs = [
+    'mkdocstrings-python>=2.0',
+    'ruff==0.17.5',  # breaks the lines of long signatures
+    'zensical==0.1.2',  # before 1.0, so no other
+]
 dev = [
+    'build',
+    'mypy==2.4.1',
     'pre-commit',
     'ruff==0.17.5',  # the version pinned in .pre-commit-config.yaml
+    'twine',
 ]
 
 setup(
@@ -52,13 +60,21 @@ setup(
     description='AlignMixup, MultiMix and Dense MultiMix for timm, with ImageNet-scale training',
     long_description=(here / 'README.md').read_text(encoding='utf-8'),
     long_description_content_type='text/markdown',
+    author='The timm-alignmix authors',
     license='Apache-2.0',
+    license_files=['LICENSE'],
+    project_urls={
+        'AlignMixup': 'https://arxiv.org/abs/2103.15375',
+        'MultiMix': 'https://arxiv.org/abs/2311.05538',
+        'timm': 'https://github.com/huggingface/pytorch-image-models',
+    },
     packages=[
         *find_packages(include=['timm_alignmix', 'timm_alignmix.*', 'alignmix_lab', 'alignmix_lab.*']),
         'alignmix_lab.recipes',
     ],
     package_dir={'alignmix_lab.recipes': 'recipes'},  # where the programs find recipes by name without a clone
     package_data={
+        'timm_alignmix': ['py.typed'],
         'alignmix_lab.recipes': ['**/*.yaml', 'README.md'],
         'alignmix_lab.evaluation': ['published.csv', 'report.html', 'studies.yaml'],
     },
@@ -74,13 +90,18 @@ setup(
         'detection': detection,
         'evaluate': evaluate,
         'ffcv': ffcv,
-        'test': detection + evaluate + test,
+        'test': detection + evaluate + docs + test,
+        'docs': docs,
         'dev': dev,
     },
     classifiers=[
         'Development Status :: 3 - Alpha',
         'Intended Audience :: Science/Research',
-        'Programming Language :: Python :: 3',
+        'Operating System :: POSIX :: Linux',
+        'Programming Language :: Python :: 3 :: Only',
+        *(f'Programming Language :: Python :: 3.{minor}' for minor in range(10, 14)),
         'Topic :: Scientific/Engineering :: Artificial Intelligence',
+        'Topic :: Scientific/Engineering :: Image Recognition',
+        'Typing :: Typed',
     ],
 )
