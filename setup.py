@@ -42,9 +42,10 @@ test = [
     'tensorboard>=2.15',
 ]
 docs = [
+    'mkdocs>=1.6,<2',  # 2 has no plugins
+    'mkdocs-material>=9.7',
     'mkdocstrings-python>=2.0',
     'ruff==0.17.5',  # breaks the lines of long signatures
-    'zensical==0.1.2',  # before 1.0, so no other
 ]
 dev = [
     'build',

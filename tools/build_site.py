@@ -3,13 +3,14 @@
 
 It begins with README.md and goes on to all that pages link to. Code becomes pages that show it, folders pages that list
 them, the notebook a page with its stored outputs. Pages of the API come from the docstrings, which are read and not
-imported. Broken links and anchors end it.
+imported. Broken links and anchors, and pages that the navigation lacks, end it.
 
     python tools/build_site.py      # pages into build/pages, the site into build/site; needs pip install '.[docs]'
 """
 import ast
 import base64
 import json
+import os
 import posixpath
 import re
 import shutil
@@ -147,8 +148,8 @@ def main() -> None:
         file = PAGES / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(content if isinstance(content, bytes) else content.encode())
-    command = [Path(sys.executable).with_name('zensical'), 'build', '--clean', '--strict']
-    sys.exit(subprocess.run(command, cwd=ROOT).returncode)
+    command = [sys.executable, '-m', 'mkdocs', 'build', '--strict']
+    sys.exit(subprocess.run(command, cwd=ROOT, env={**os.environ, 'NO_MKDOCS_2_WARNING': '1'}).returncode)
 
 
 if __name__ == '__main__':
