@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Build the site: the repository's pages at their own paths, so that links hold on GitHub and on the site.
 
-It begins with README.md and goes on to all that pages link to. Code becomes pages that show it, folders pages that list
+It begins with README.md and docs/ and goes on to all that pages link to. Code becomes pages that show it, folders pages that list
 them, the notebook a page with its stored outputs. Pages of the API come from the docstrings, which are read and not
 imported. Broken links and anchors, and pages that the navigation lacks, end it.
 
@@ -118,7 +118,8 @@ class Docstrings(griffe.Extension):
 
 def pages() -> dict[str, str | bytes]:
     """Every page and picture of the site by its name there."""
-    found, todo = dict(api_pages()), ['README.md', 'docs/site.css']
+    found = dict(api_pages())
+    todo = ['README.md', 'docs/site.css', *(f'docs/{page.name}' for page in (ROOT / 'docs').glob('*.md'))]
     while todo:
         path = todo.pop()
         page = page_of(path)
