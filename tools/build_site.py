@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Build the site: the repository's pages at their own paths, so that links hold on GitHub and on the site.
 
-It begins with README.md and docs/ and goes on to all that pages link to. Code becomes pages that show it, folders pages that list
-them, the notebook a page with its stored outputs. Pages of the API come from the docstrings, which are read and not
-imported. Broken links and anchors, and pages that the navigation lacks, end it.
+It begins with README.md and docs/, and goes on to all that pages link to. Code becomes pages that show it, folders
+pages that list them, the notebook a page with its stored outputs. Pages of the API come from the docstrings, which are
+read and not imported. Broken links and anchors, and pages that the navigation lacks, end it.
 
     python tools/build_site.py      # pages into build/pages, the site into build/site; needs pip install '.[docs]'
 """
