@@ -85,6 +85,7 @@ say "installing timm-alignmix and its Python packages; PyTorch's are some gigaby
 
 install_ffcv() {
     local packages
+    say "FFCV reads .beton files, which keeps GPUs busy on ImageNet. It costs a compiler, OpenCV and libjpeg-turbo."
     packages=$(missing_for_ffcv | tr '\n' ' ')
     if [[ -n $packages ]]; then
         # shellcheck disable=SC2086
@@ -103,7 +104,7 @@ else
 
 install.sh: ############################################################################
 install.sh: WARNING: FFCV could not be installed, the reason is above.
-install.sh: All else works: training will use timm's loader in its place, which is slower.
+install.sh: All else works: training reads folders of images with timm's loader, which is slower.
 install.sh: Run install.sh again once the reason is gone.
 install.sh: ############################################################################
 MESSAGE

@@ -4,12 +4,13 @@ The import adds to timm the networks of :mod:`timm_alignmix.models` and the tags
 It lists one folder for these and opens no file; with TIMM_ALIGNMIX_NO_LOCAL_WEIGHTS=1 it does not look.
 """
 import os
-from typing import Any
 
 from . import models, weights
 from .anatomy import Anatomy, UnsupportedModel, dense_model_kwargs
+from .attached import attach
 from .mixes import Mix, create_mix, list_mixes, register_mix
 from .mixup_fn import create_mixup
+from .task import MixTask
 from .version import __version__
 
 __all__ = [
@@ -18,15 +19,3 @@ __all__ = [
 
 if os.environ.get('TIMM_ALIGNMIX_NO_LOCAL_WEIGHTS', '0') in ('', '0'):
     weights.register_local()
-
-
-def __getattr__(name: str) -> Any:
-    """Import :class:`MixTask` and :func:`attach` when asked for: older releases of timm lack timm.task."""
-    if name not in ('MixTask', 'attach'):
-        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-    from . import attached, task
-    return task.MixTask if name == 'MixTask' else attached.attach
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})

@@ -6,6 +6,7 @@ features, closed-form losses) must run there too.
 import copy
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -82,7 +83,7 @@ class Step:
         backward = torch._C._current_graph_task_id()
         if backward not in self._again:
             self._again[backward] = []
-            torch.autograd.Variable._execution_engine.queue_callback(lambda: self._again.pop(backward))
+            torch.autograd.Variable._execution_engine.queue_callback(partial(self._again.__delitem__, backward))
         self._again[backward].append(forward)
 
     def recomputed(self) -> tuple[Mix | None, Draw | None]:

@@ -78,7 +78,7 @@ def check_timm_is_the_installed_one() -> None:
 
     `python -m` looks in the working directory first, and in a clone of timm's repository finds the clone's timm.
     """
-    installed = Path(importlib.metadata.distribution('timm').locate_file('timm/__init__.py'))
+    installed = Path(str(importlib.metadata.distribution('timm').locate_file('timm/__init__.py')))
     imported = Path(timm.__file__)
     if installed.exists() and not installed.samefile(imported):
         raise RuntimeError(
@@ -114,7 +114,7 @@ def check_args(args: Namespace, defaults: dict[str, Any]) -> None:
         raise ValueError(f"--mix {mix.name} takes the place of timm's mixing: drop it or {flags} ({instead}).")
 
 
-def install(train: ModuleType) -> None:
+def install(train: Any) -> None:
     """Add --mix and --mix-kwargs to a train script and replace its task by MixTask.
 
     Args:

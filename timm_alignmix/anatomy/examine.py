@@ -301,7 +301,8 @@ class Anatomy:
                 f'{self.name} classifies its class token, which dense mixing would leave to the input-mixup half; '
                 "create it with global_pool='avg', class_token=False, fc_norm=False where its family takes them (plain "
                 'ViTs), or pass allow_class_token=True to insist')
-        positions = {self.input_size: layout.positions(self._trace.by_name[name].output).shape[2]}
+        positions: dict[tuple[int, ...], int] = {
+            self.input_size: layout.positions(self._trace.by_name[name].output).shape[2]}
         if positions[self.input_size] < 2:
             raise UnsupportedModel(
                 f'{self.name} has one position before its classifier, so nothing to mix densely; use mix multimix')
@@ -434,7 +435,7 @@ def dense_model_kwargs(model_name: str) -> dict[str, Any]:
         >>> dense_model_kwargs('resnet50')
         {}
     """
-    kwargs = dict(global_pool='avg', class_token=False, fc_norm=False)
+    kwargs: dict[str, Any] = dict(global_pool='avg', class_token=False, fc_norm=False)
     with torch.device('meta'):
         model = timm.create_model(model_name)
         if getattr(model, 'global_pool', None) != 'token' or not hasattr(model, 'fc_norm'):

@@ -28,7 +28,8 @@ class Layout:
         """Rows and columns of the features of images of this size; None if a sequence is no grid of their shape."""
         if self.kind == 'NLC':
             return grid_of(x.shape[1] - self.prefix, H, W)
-        return tuple(x.shape[2:] if self.kind == 'NCHW' else x.shape[1:3])
+        rows, columns = x.shape[2:] if self.kind == 'NCHW' else x.shape[1:3]
+        return rows, columns
 
     def restore(self, feat_BDR: torch.Tensor, like: torch.Tensor, prefix: torch.Tensor | None = None) -> torch.Tensor:
         """Bring features (B, D, R) into the shape of `like`, with (B, prefix, D) for its leading tokens."""

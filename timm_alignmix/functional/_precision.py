@@ -1,6 +1,7 @@
 """Full precision for the mathematics, whatever the caller has switched on."""
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -23,6 +24,7 @@ def full_precision(device: torch.device) -> Iterator[None]:
     A squared distance of 1000 is off by about 1 in TF32, and exp(-M / eps) with eps = 0.1 turns that into e^10. The
     switches are process-wide, so use this inside operators that torch.compile does not trace.
     """
+    saved: Any
     if not _MATMUL:
         saved = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision('highest')

@@ -29,8 +29,8 @@ def block_transport(wanted_BRC: torch.Tensor, value_BRC: torch.Tensor, distance:
                  [2, 3]]])
     """
     B, R, C = wanted_BRC.shape
-    N, side, options = R * C, max(R, C), dict(device=wanted_BRC.device)
-    block_N = torch.arange(N, **options)
+    N, side = R * C, max(R, C)
+    block_N = torch.arange(N, device=wanted_BRC.device)
     row_N, column_N = block_N // C, block_N % C
     away_NN = (row_N.unsqueeze(1) - row_N).square() + (column_N.unsqueeze(1) - column_N).square()
     cost_BNN = distance / max(side - 1, 1) ** 2 * away_NN - (

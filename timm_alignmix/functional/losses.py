@@ -158,7 +158,7 @@ def dense_multimix_loss(
         attention_BR = attention_BR.detach()
     if chunk_size is None:
         chunk_size = max(1, _CHUNK_ELEMENTS.get(logits_BRC.device.type, 2 ** 25) // (N * C))
-    binary = (None, None, None)
+    binary: tuple[torch.Tensor | None, torch.Tensor | None, float | None] = (None, None, None)
     if criterion is not None:
         binary = criterion.class_scale(logits_BRC), criterion.pos_weight, criterion.target_threshold
     return _DenseMultiMixLoss.apply(logits_BRC, target, weights_RNB, attention_BR, smoothing, chunk_size, *binary)
@@ -196,7 +196,7 @@ def dense_multimix_rows(
     R, N, _ = weights_RNB.shape
     logits_RBC = at_least_fp32(logits_BRC).transpose(0, 1)
     target_BC = soft_target(target, logits_RBC.shape[2], smoothing, logits_RBC.dtype).to(logits_RBC.dtype)
-    attended = R
+    attended: int | torch.Tensor = R
     if attention_BR is not None:
         attention_BR = attention_BR.to(logits_RBC.dtype)
         attended = attended_positions(attention_BR).to(logits_RBC.dtype)
@@ -257,7 +257,7 @@ def loss_and_grads(
     losses_R = logits_BRC.new_zeros(R, dtype=dtype)
     grad_BRC = logits_BRC.new_empty((B, R, C) if logits_grad else (0,))
     grad_BR = logits_BRC.new_empty((B, R) if attention_grad else (0,), dtype=dtype)
-    scale = 1 / R
+    scale: float | torch.Tensor = 1 / R
     if attention_BR is not None:
         attention_BR = attention_BR.to(dtype)
         scale = 1 / attended_positions(attention_BR).to(dtype)

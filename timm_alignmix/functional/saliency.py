@@ -3,6 +3,7 @@
 Shape suffixes: B batch, C channels, H rows, W columns.
 """
 import math
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
@@ -140,7 +141,7 @@ def gaussian_blur(x_BHW: torch.Tensor, radius: int = 3, sigma: float = 3.0) -> t
     padded = F.pad(x_BHW, (radius,) * 4, mode='reflect')
     for dim in (1, 2):
         size = padded.shape[dim] - 2 * radius
-        padded = sum(tap / sum(taps) * padded.narrow(dim, i, size) for i, tap in enumerate(taps))
+        padded = reduce(torch.add, (tap / sum(taps) * padded.narrow(dim, i, size) for i, tap in enumerate(taps)))
     return padded
 
 

@@ -13,7 +13,6 @@ computed without a (B, R, R, D) tensor, and the marginal that is exact at the en
 import math
 
 import torch
-import torch.nn.functional as F
 
 from ._precision import at_least_fp32, full_precision
 
@@ -163,7 +162,7 @@ def _scaled_plan(kernel_BRR: torch.Tensor, first: torch.Tensor, iterations: int,
             scaled_BRR = torch.empty_like(kernel_BRR)
         torch.add(kernel_BRR, first, out=scaled_BRR).add_(second).clamp_min_(floor)
         # Zero what is at the floor: its products would underflow too.
-        F.threshold_(_exp_(scaled_BRR), 2 * math.exp(floor), 0.0)
+        torch.threshold_(_exp_(scaled_BRR), 2 * math.exp(floor), 0.0)
         factor_second = torch.ones_like(second)
         for _ in range(steps):
             factor_first = _sums_of(scaled_BRR, factor_second).reciprocal_()

@@ -3,6 +3,7 @@
 Shape suffixes: B batch, N generated examples, R spatial positions.
 """
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,8 +56,8 @@ def convex_weights(
         raise ValueError(f'alpha must be positive, or a pair with 0 < low <= high, got {alpha}')
     if device is None:
         device = generator.device if generator is not None else torch.device('cpu')
-    options = dict(generator=generator, device=device)
-    rows = (n,) if positions is None else (positions, n)
+    options: dict[str, Any] = dict(generator=generator, device=device)
+    rows: tuple[int, ...] = (n,) if positions is None else (positions, n)
     alpha_rows = torch.rand(*rows, dtype=dtype, **options).mul_(high - low).add_(low)
     draw_rows = _dirichlet_rows_cpu if device.type == 'cpu' else _dirichlet_rows
     weights = draw_rows(alpha_rows.flatten(), m, generator).view(*rows, m)

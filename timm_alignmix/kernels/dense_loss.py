@@ -19,7 +19,7 @@ def loss_and_grads(
     R, N, _ = weights_RNB.shape
     logits_BRC = logits_BRC if logits_BRC.stride(2) == 1 else logits_BRC.contiguous()
     weights_RNB = weights_RNB.contiguous()
-    scale = 1 / R
+    scale: float | torch.Tensor = 1 / R
     if attention_BR is not None:
         attention_BR = attention_BR.float()
         scale = 1 / attended_positions(attention_BR)

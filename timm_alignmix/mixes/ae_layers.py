@@ -45,8 +45,8 @@ class AELayers(nn.Module):
         self.resolution, self.tensor, self.variational = resolution, tensor, variational
         parts = 2 if variational else 1
         if tensor:
-            self.code_shape = (dim // 4, resolution // 2, resolution // 2)
-            self.embed = nn.Conv2d(chs, parts * (dim // 4), 2, stride=2)
+            self.code_shape: tuple[int, ...] = (dim // 4, resolution // 2, resolution // 2)
+            self.embed: nn.Module = nn.Conv2d(chs, parts * (dim // 4), 2, stride=2)
         else:
             self.code_shape = (dim,)
             self.embed = nn.Linear(chs * resolution ** 2, parts * dim)

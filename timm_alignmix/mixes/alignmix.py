@@ -52,7 +52,8 @@ class AlignedMix(PairMix):
         partner_BDR = partners_of(feat_BDR, draw['perm'])
         # The release normalises columns, the partner's side, last in both modes.
         side = 'moved' if self.final_marginal == 'columns' and not keep_partner else 'kept'
-        options = dict(eps=self.eps, iterations=self.iterations, final_marginal=side, tolerance=self.tolerance)
+        options: dict[str, Any] = dict(
+            eps=self.eps, iterations=self.iterations, final_marginal=side, tolerance=self.tolerance)
         if keep_partner:
             return mix_pairs(align_to(partner_BDR, feat_BDR, **options), draw, partner_BDR)
         return mix_pairs(feat_BDR, draw, align_to(feat_BDR, partner_BDR, **options))

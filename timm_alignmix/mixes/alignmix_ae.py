@@ -142,7 +142,7 @@ class AlignMixAE(AlignedMix):
 
     def draw(self, images: torch.Tensor, rng: StepRandom) -> Draw:
         mode = draw_mode(self.probs, rng)
-        draw = dict(mode=mode, layer=self.head.name, lam=None)
+        draw: Draw = dict(mode=mode, layer=self.head.name, lam=None)
         draw.update(dict(images=images) if mode == 'clean' else self.draw_pair(images, rng))
         if self.variational:
             draw['noise'] = torch.randn(

@@ -431,7 +431,7 @@ def mix_examples(x: torch.Tensor, weights_NB: torch.Tensor) -> torch.Tensor:
 
 def _memory_order(x: torch.Tensor) -> tuple[list[int], list[int]]:
     """Permutation of the dimensions into their order in memory, the batch first, and the one back."""
-    order = [0, *sorted(range(1, x.ndim), key=lambda dim: -x.stride(dim))]
+    order = [0, *sorted(range(1, x.ndim), key=lambda dim: -x.stride()[dim])]
     return order, sorted(range(x.ndim), key=order.__getitem__)
 
 

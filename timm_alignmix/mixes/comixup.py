@@ -16,6 +16,8 @@ Departures from the published code:
   TinyImageNet), and of every eighth in larger ones (ImageNet). Where all places are the same, D is 0 and not 0 / 0.
 - The clean loss is for saliency alone, in evaluation mode, and not trained on (its clean_lam = 0).
 """
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
@@ -87,7 +89,7 @@ class CoMixup(Mix):
                 f'threshold={threshold!r} and saliency_mode={saliency_mode!r}')
         self.m, self.blocks, self.alpha, self.eta, self.omega = m, blocks, float(alpha), eta, omega
         self.clean_pass = saliency_mode
-        self.labelling = dict(
+        self.labelling: dict[str, Any] = dict(
             beta=beta, gamma=gamma, tau=tau, threshold=threshold, sweeps=sweeps, resolve=resolve)
 
     def draw(self, images: torch.Tensor, rng: StepRandom) -> Draw:
@@ -96,7 +98,7 @@ class CoMixup(Mix):
             raise ValueError(
                 f'comixup needs images whose sides {S} blocks divide, got {H}x{W}; crop or resize them, or set its '
                 'option blocks')
-        options = dict(dtype=torch.float64, device=images.device)
+        options: dict[str, Any] = dict(dtype=torch.float64, device=images.device)
         return dict(
             mode='input', layer=None, lam=None, clean_pass=self.clean_pass,
             # Gamma variates; divided by the sum of a part they are Dirichlet. And where in a part to start.
@@ -135,7 +137,7 @@ class CoMixup(Mix):
         S = self.blocks
 
         def of_parts(x: torch.Tensor) -> torch.Tensor:
-            return pad_sequence(x.tensor_split(self.parts(B)), batch_first=True)
+            return pad_sequence([*x.tensor_split(self.parts(B))], batch_first=True)
 
         present_PM = of_parts(torch.ones_like(variate_B))
         variate_PM = of_parts(variate_B)

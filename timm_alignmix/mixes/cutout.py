@@ -5,6 +5,8 @@ is as in the published code: rows and columns [c - L // 2, c + L // 2), so an od
 normalisation, the mean colour. The paper has L = 16 for CIFAR-10 and 8 for CIFAR-100; half the shorter side of other
 images is our choice.
 """
+from typing import Any
+
 import torch
 
 from ..functional import box_around, inside
@@ -40,7 +42,7 @@ class Cutout(Mix):
     def draw(self, images: torch.Tensor, rng: StepRandom) -> Draw:
         B, _, H, W = images.shape
         length = min(H, W) // 2 if self.length is None else self.length
-        options = dict(generator=rng.device, device=images.device)
+        options: dict[str, Any] = dict(generator=rng.device, device=images.device)
         centre = torch.stack([torch.randint(n, (B * self.n_holes,), **options) for n in (H, W)], dim=1)
         holes = inside(box_around(centre, torch.full_like(centre[:1], length // 2 * 2), H, W), H, W)
         holes = holes.view(B, self.n_holes, H, W).any(dim=1, keepdim=True)

@@ -7,6 +7,8 @@ lam * H * W rounded down or up with equal chance, and the target has the lam tha
 Departure from the published code, see docs/findings.md: that one takes two rows of the noise for the two parts of every
 frequency, so its masks hardly vary along rows.
 """
+from typing import Any
+
 import torch
 
 from ..step_random import StepRandom, sample_beta
@@ -40,7 +42,7 @@ class FMix(MaskPair):
     def draw_mask(self, images: torch.Tensor, rng: StepRandom) -> Draw:
         B, _, H, W = images.shape
         K, device = B if self.per_example else 1, images.device
-        options = dict(generator=rng.device, device=device)
+        options: dict[str, Any] = dict(generator=rng.device, device=device)
         lam = sample_beta(self.alpha, (K,), rng.device)
         frequency = torch.hypot(torch.fft.fftfreq(H, device=device).unsqueeze(1), torch.fft.rfftfreq(W, device=device))
         spectrum = torch.randn(K, *frequency.shape, dtype=torch.complex64, **options)

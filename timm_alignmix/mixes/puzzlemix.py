@@ -97,7 +97,7 @@ class PuzzleMix(MaskPair):
         if not sizes:
             raise ValueError(f'puzzlemix needs images with even sides, got {H}x{W}; crop or resize them')
         # On the host, because shapes depend on it.
-        blocks = sizes[torch.randint(len(sizes), (), generator=rng.host).item()]
+        blocks = sizes[int(torch.randint(len(sizes), (), generator=rng.host))]
         pair = self.draw_pair(images, rng)
         return dict(perm=pair['perm'], prior_lam=pair['lam'], blocks=blocks)
 
@@ -158,7 +158,7 @@ class PuzzleMix(MaskPair):
             probability = math.comb(K, level) * lam ** (K - level) * (1 - lam) ** level
             prior = -self.eta / S ** 2 * (probability + 1e-8).log()
             cost.append((1 - level / K) * one_BSS + level / K * zero_BSS + prior)
-        return torch.stack(cost, dim=1), *weights
+        return torch.stack(cost, dim=1), weights[0], weights[1]
 
     def _borders(self, images: torch.Tensor, perm_B: torch.Tensor, S: int) -> list[tuple[torch.Tensor, ...]]:
         """Mean difference of pixels along the borders of blocks, vertical neighbours first and then horizontal ones.

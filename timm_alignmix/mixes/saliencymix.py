@@ -9,6 +9,7 @@ Departures from the published code, see docs/findings.md: it takes the box of on
 `box='batch', centre='random'` is what the published figures amount to.
 """
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -60,7 +61,7 @@ class SaliencyMix(MaskPair):
 
     def draw_mask(self, images: torch.Tensor, rng: StepRandom) -> Draw:
         B, _, H, W = images.shape
-        options = dict(generator=rng.device, device=images.device)
+        options: dict[str, Any] = dict(generator=rng.device, device=images.device)
         perm = torch.randperm(B, **options)
         partner = perm if self.box == 'example' else perm[:1]
         lam = sample_beta(self.alpha, (B if self.per_example else 1, 1), rng.device)

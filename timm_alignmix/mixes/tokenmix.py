@@ -59,7 +59,7 @@ class TokenMix(WeighedPair):
                 "scores must be 'attention', 'area' or a callable and mask 'block' or 'random', got "
                 f'scores={scores!r}, mask={mask!r}')
         self.scores, self.mask, self.normalize = scores, mask, normalize
-        self.clean_pass = {'attention': 'forward', 'area': None}.get(scores, 'target')
+        self.clean_pass = 'target' if callable(scores) else 'forward' if scores == 'attention' else None
 
     def bind(self, anatomy: Anatomy) -> None:
         if self.scores == 'attention':
@@ -75,7 +75,7 @@ class TokenMix(WeighedPair):
         y, x = ((torch.arange(side) / patch).long() for side, patch in zip((H, W), self.patch, strict=True))
         kept = ~pasted.index_select(0, y).index_select(1, x)
         perm = torch.randperm(B, generator=rng.device, device=images.device)
-        draw = dict(perm=perm, mask=kept.view(1, 1, H, W).to(images.device, non_blocking=True))
+        draw: Draw = dict(perm=perm, mask=kept.view(1, 1, H, W).to(images.device, non_blocking=True))
         if self.clean_pass:
             draw['pasted'] = pasted.flatten().to(images.device, non_blocking=True)
         if self.clean_pass == 'forward':
@@ -84,7 +84,7 @@ class TokenMix(WeighedPair):
 
     def complete_mask(
             self, images: torch.Tensor, draw: Draw, seen: torch.Tensor | None, target: torch.Tensor) -> Draw:
-        score_BR = seen if self.clean_pass == 'forward' else self.scores(images, target)
+        score_BR = self.scores(images, target) if callable(self.scores) else seen
         R = len(draw['pasted'])
         if score_BR.shape != (len(images), R):
             raise ValueError(

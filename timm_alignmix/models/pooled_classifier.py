@@ -1,4 +1,6 @@
 """Head shared by the networks here, with the methods that timm expects."""
+from typing import Any
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -8,7 +10,7 @@ from timm.layers import create_classifier, get_device_dtype
 class PooledClassifier(nn.Module):
     """Pooling, dropout and a linear classifier `fc` behind the feature map of a subclass's `forward_features`."""
 
-    def create_head(self, num_features: int, num_classes: int, global_pool: str, drop_rate: float, **dd) -> None:
+    def create_head(self, num_features: int, num_classes: int, global_pool: str, drop_rate: float, **dd: Any) -> None:
         """Build the head; `num_classes` 0 is no classifier, `global_pool` '' no pooling, `dd` device and dtype."""
         self.num_features, self.num_classes, self.drop_rate = num_features, num_classes, drop_rate
         self.global_pool, self.fc = create_classifier(num_features, num_classes, pool_type=global_pool, **dd)

@@ -17,6 +17,8 @@ Published code differs in details; the variants here:
   * WRN-16-8 is its paper's. In AlignMixup's code the convolutions have a bias, a block strides in its second
     convolution instead of its first, and the shortcut convolves x itself, not relu(bn1(x)).
 """
+from typing import Any
+
 import torch
 import torch.nn as nn
 from timm.layers import BatchNormAct2d, LayerType, get_norm_act_layer
@@ -43,8 +45,9 @@ class PreActBlock(nn.Module):
 
     def __init__(
             self, in_chs: int, out_chs: int, stride: int = 1, skip_preact: bool = False,
-            norm_layer: type[nn.Module] = BatchNormAct2d, device=None, dtype=None):
-        dd = {'device': device, 'dtype': dtype}
+            norm_layer: type[nn.Module] = BatchNormAct2d, device: torch.device | None = None,
+            dtype: torch.dtype | None = None):
+        dd: dict[str, Any] = {'device': device, 'dtype': dtype}
         super().__init__()
         self.skip_preact = skip_preact
         self.norm1 = norm_layer(in_chs, **dd)
@@ -100,11 +103,11 @@ class PreActResNet(PooledClassifier):
             drop_rate: float = 0.,
             act_layer: LayerType = 'relu',
             norm_layer: LayerType = 'batchnorm2d',
-            device=None,
-            dtype=None,
+            device: torch.device | None = None,
+            dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        dd = {'device': device, 'dtype': dtype}
+        dd: dict[str, Any] = {'device': device, 'dtype': dtype}
         norm_act_layer = get_norm_act_layer(norm_layer, act_layer)
         self.in_chans = in_chans
         self.grad_checkpointing = False
@@ -138,7 +141,7 @@ class PreActResNet(PooledClassifier):
                 nn.init.kaiming_normal_(m.weight, mode='fan_out', nonlinearity='relu')
 
     @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict:
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         return dict(
             stem=r'^conv1|bn1',
             blocks=[(r'^layer(\d+)' if coarse else r'^layer(\d+)\.(\d+)', None), (r'^norm', (99999,))])
@@ -158,13 +161,13 @@ class PreActResNet(PooledClassifier):
         return self.norm(x)
 
 
-def _create_preact_resnet(variant: str, pretrained: bool = False, **kwargs) -> PreActResNet:
+def _create_preact_resnet(variant: str, pretrained: bool = False, **kwargs: Any) -> PreActResNet:
     depth = len(kwargs.get('layers', (2, 2, 2, 2)))
     return build_model_with_cfg(
         PreActResNet, variant, pretrained, feature_cfg=dict(out_indices=tuple(range(depth))), **kwargs)
 
 
-def _cfg(**kwargs) -> dict:
+def _cfg(**kwargs: Any) -> dict[str, Any]:
     return {
         'num_classes': 10, 'input_size': (3, 32, 32), 'pool_size': (4, 4),
         'crop_pct': 1.0, 'interpolation': 'bilinear',
@@ -182,20 +185,20 @@ default_cfgs = generate_default_cfgs({
 
 
 @register_model
-def preactresnet18(pretrained: bool = False, **kwargs) -> PreActResNet:
+def preactresnet18(pretrained: bool = False, **kwargs: Any) -> PreActResNet:
     """PreActResNet-18 with identity skips: 11.17 M parameters at 10 classes."""
     return _create_preact_resnet('preactresnet18', pretrained, **kwargs)
 
 
 @register_model
-def preactresnet18_alignmixup(pretrained: bool = False, **kwargs) -> PreActResNet:
+def preactresnet18_alignmixup(pretrained: bool = False, **kwargs: Any) -> PreActResNet:
     """PreActResNet-18 as in AlignMixup's public code: norm after the stem, skips that carry relu(bn1(x))."""
     model_args = dict(stem_norm=True, skip_preact=True)
     return _create_preact_resnet('preactresnet18_alignmixup', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
-def wrn16_8(pretrained: bool = False, **kwargs) -> PreActResNet:
+def wrn16_8(pretrained: bool = False, **kwargs: Any) -> PreActResNet:
     """WRN-16-8, a wide ResNet of 16 layers and widening factor 8: 10.96 M parameters at 10 classes."""
     model_args = dict(layers=(2, 2, 2), channels=(128, 256, 512), stem_chs=16, final_norm=True)
     return _create_preact_resnet('wrn16_8', pretrained, **dict(model_args, **kwargs))

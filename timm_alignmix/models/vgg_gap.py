@@ -11,6 +11,8 @@ Papers:
 Pretrained weights are the thirteen convolutions of timm's vgg16.tv_in1k. The added convolution and the classifier start
 at random, also with 1000 classes, so the network has no ImageNet accuracy before training.
 """
+from typing import Any
+
 import torch
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -39,9 +41,10 @@ class VggGap(PooledClassifier):
 
     def __init__(
             self, stages: tuple[tuple[int, int], ...] = VGG16_STAGES, gap_chs: int = 1024, num_classes: int = 1000,
-            in_chans: int = 3, global_pool: str = 'avg', drop_rate: float = 0., device=None, dtype=None):
+            in_chans: int = 3, global_pool: str = 'avg', drop_rate: float = 0.,
+            device: torch.device | None = None, dtype: torch.dtype | None = None):
         super().__init__()
-        dd = {'device': device, 'dtype': dtype}
+        dd: dict[str, Any] = {'device': device, 'dtype': dtype}
         self.in_chans = in_chans
 
         layers: list[nn.Module] = []
@@ -68,7 +71,7 @@ class VggGap(PooledClassifier):
                 nn.init.zeros_(m.bias)
 
     @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict:
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         return dict(stem=r'^features\.0', blocks=[(r'^features\.(\d+)', None), (r'^conv6', (99999,))])
 
     @torch.jit.ignore
@@ -100,7 +103,7 @@ default_cfgs = generate_default_cfgs({
 
 
 @register_model
-def vgg16_gap(pretrained: bool = False, **kwargs) -> VggGap:
+def vgg16_gap(pretrained: bool = False, **kwargs: Any) -> VggGap:
     """VGG-16 with global average pooling for localization: 20.5 M parameters at 1000 classes.
 
     `pretrained=True` loads the thirteen convolutions of timm's vgg16.tv_in1k and nothing else.

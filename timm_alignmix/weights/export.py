@@ -62,7 +62,7 @@ def export(
         draft = Path(temporary)
         hook = model.register_state_dict_post_hook(_for_safetensors)
         try:
-            save_for_hf(model, draft, model_config={'label_names': class_names}, safe_serialization=True,
+            save_for_hf(model, str(draft), model_config={'label_names': class_names}, safe_serialization=True,
                         data_config=data_config)
         finally:
             hook.remove()

@@ -207,7 +207,7 @@ def _with_arguments(architecture: str, entry_point: Callable[..., nn.Module]) ->
         model = entry_point(pretrained=pretrained, pretrained_cfg=pretrained_cfg, **kwargs)
         model._model_args = dict(model_args)  # timm.create_model adds its caller's, so that a later export keeps both
         return model
-    create.takes_local_tags = True
+    create.takes_local_tags = True  # type: ignore[attr-defined]
     return create
 
 
