@@ -90,6 +90,7 @@ def test_maps_of_other_heads_rank_positions_as_their_dense_logits(name, kwargs):
     images, y = batch(B=2, H=(side := 224 if name == 'levit_128s' else 160), W=side)
     mix = MixTask(model, 'snapmix', img_size=side, verbose=False).mix
     feature_map = mix.head.feature_map(images)
+    feature_map = feature_map + torch.randn_like(feature_map)  # an untrained LeViT's positions are all equal
     model.eval()
     maps = mix.activation(images, feature_map, y)
     logits_BRC, _ = mix.head(feature_map)
