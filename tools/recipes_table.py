@@ -64,6 +64,8 @@ RECIPES = {
     'finetune/convnext_tiny': (None,),
     'finetune/vit_small': (None,),
     'finetune/dinov2_small': (None,),
+    'finetune/vit_large': (None,),
+    'finetune/dinov3_7b': (None,),
     'detection/ssd300_voc0712': (None, ('M', 'Table 5', 'VOC07+12', 'SSD ResNet-50')),
     'detection/ssd300_voc07': (None,),
     'detection/fasterrcnn_coco': (None, ('M', 'Table 5', 'COCO', 'Faster R-CNN ResNet-50')),

@@ -26,6 +26,7 @@ from alignmix_lab.runs.models import classifier_parameters, freeze
 from alignmix_lab.runs.plotting import as_png, figure
 from alignmix_lab.runs.run import Run
 from alignmix_lab.runs.sharding import block_classes
+from timm_alignmix import create_mix
 
 from .build import create_data, create_task, model_arguments, resolve_model
 from .config import TrainConfig
@@ -34,6 +35,7 @@ from .totals import MixTotals
 _logger = logging.getLogger(__name__)
 
 GIB = 2**30
+_LARGE = 2e9  # values of a model that a dry run does not build
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,15 @@ def _stand_in_loaders(config: TrainConfig, processes: int) -> Loaders | None:
 
 
 def mode_probabilities(run: Run) -> dict[str, float]:
-    """Return the probability of each mode, after checking on a real model that the method can mix it."""
+    """Return the probability of each mode, after checking on a real model that the method can mix it.
+
+    Models too large for that are not checked.
+    """
+    size = sum(parameter.numel() for parameter in run.task.get_trainable_module().parameters())
+    if size > _LARGE:
+        _logger.info(f'Not checked, for the size of {run.config.model}: whether the method can mix it')
+        mix, options = run.config.mixing()
+        return create_mix(mix, **options).modes
     config = replace(run.config, pretrained=False, initial_checkpoint='')
     task = create_task(
         config, model_arguments(config), run.data_config, run.loaders.num_classes, torch.device('cpu'))

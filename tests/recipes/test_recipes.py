@@ -81,7 +81,8 @@ def test_a_recipe_is_planned_without_data(name, mix):
     assert all(np.isfinite(rates).all() and rates.min() >= 0 < rates.max() for rates in curve.rates.values())
     if mix in (None, 'none'):
         cost = step_cost(run)
-        assert cost.optimizer and 0.01 < (4 * cost.parameters + cost.activations) / 2**30 < 80
+        most = 150 if '7b' in name else 80
+        assert cost.optimizer and 0.01 < (4 * cost.parameters + cost.activations) / 2**30 < most
     default = {'mixup': 0.5, 'cutmix': 0.5} if 'rsb' in name else 'none'
     assert config.mix == (re.sub('_release$', '', mix) if mix else default)
 
@@ -160,7 +161,9 @@ SMALL = {
     'tinyimagenet': dict(img_size=32),
     'cub200': dict(crop_resize=72),
     'finetune/resnet50': dict(freeze=2),
-    'finetune/vit': dict(freeze=8),
+    'finetune/vit_large': dict(freeze=22, img_size=64),
+    'finetune/vit_small': dict(freeze=8),
+    'finetune/dinov3_7b': dict(model='vit_tiny_patch16_dinov3_qkvb', img_size=64),
     'finetune/dinov2': dict(img_size=70),
 }
 

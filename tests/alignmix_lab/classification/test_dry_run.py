@@ -35,7 +35,7 @@ def test_nothing_is_needed_but_sizes(run_training, monkeypatch, tmp_path):
     assert 'Steps: 7 epochs x 3 updates (8 batches)' in lines
     assert 'Total: 21 updates, 6,720 images' in lines
     assert 'input 0.333, feat 0.333, feat_prime 0.333' in lines
-    assert 'buckets of gradients' in lines and 'moving average' in lines
+    assert 'optimizer / 6 ' in lines and 'moving average' in lines and 'with --grad-checkpointing ' in lines
     assert yaml.safe_load(run.printed)['lr'] == pytest.approx(0.1 * 360 / 256)
     image = np.asarray(Image.open(tmp_path / 'out' / 'run' / 'learning_rate.png').convert('L'))
     assert image.std() > 5 and [path.name for path in (tmp_path / 'out').rglob('*')] == ['run', 'learning_rate.png']
@@ -95,6 +95,39 @@ def test_memory_is_that_of_a_real_step(opt, states):
         torch.nn.functional.cross_entropy(model(torch.randn(4, 3, 64, 64)), torch.zeros(4, dtype=torch.long))
     real = sum(tensor.untyped_storage().nbytes() for tensor in held.values())
     assert cost.activations == pytest.approx(real, rel=0.02)
+
+
+@pytest.mark.parametrize('model', ['test_vit', 'resnet18'])
+def test_activations_with_checkpointing_are_what_its_graph_holds(model):
+    """Counted on real tensors: outside of blocks by hooks, inputs of blocks, and the most that one of them saves."""
+    cost = step_cost(plan(model=model, batch_size=4))
+    network = timm.create_model(model, num_classes=10, **({'img_size': 64} if model == 'test_vit' else {})).train()
+    kind = type(network.blocks[0] if model == 'test_vit' else network.layer1[0])
+    own = {parameter.data_ptr() for parameter in network.parameters()}
+    held, inputs, within = {}, {}, {}
+
+    def hold(place, tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            place[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    def again(block, args, output):
+        """The block once more, alone."""
+        hold(inputs, args[0])
+        within[block] = saved = {}
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: hold(saved, tensor), lambda tensor: tensor):
+            block.forward(args[0])
+
+    for block in network.modules():
+        if isinstance(block, kind):
+            block.register_forward_hook(again)
+    network.set_grad_checkpointing(True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: hold(held, tensor), lambda tensor: tensor):
+        network(torch.randn(4, 3, 64, 64)).sum()
+    size = sum(nbytes for nbytes, _ in {**held, **inputs}.values())
+    largest = max(sum(nbytes for nbytes, _ in saved.values()) for saved in within.values())
+    assert cost.checkpointed == pytest.approx(size + largest, rel=0.1) and cost.checkpointed < 0.75 * cost.activations
 
 
 def test_memory_follows_batch_size_and_precision():
