@@ -80,7 +80,8 @@ class MixChoice(Mix):
         return dict(method=method, **self.mixes[method].draw(images, rng))
 
     def complete(self, images: torch.Tensor, draw: Draw, seen: torch.Tensor | None, target: torch.Tensor) -> Draw:
-        return self.mixes[draw['method']].complete(images, draw, seen, target)
+        method = draw['method']
+        return dict(self.mixes[method].complete(images, draw, seen, target), method=method)
 
     def images(self, images: torch.Tensor, draw: Draw) -> torch.Tensor:
         return self.mixes[draw['method']].images(images, draw)

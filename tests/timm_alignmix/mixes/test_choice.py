@@ -1,4 +1,5 @@
 """Several methods in one run, and steps without mixing."""
+import copy
 import math
 from itertools import count
 
@@ -13,11 +14,11 @@ from timm_alignmix import MixTask, create_mix, create_mixup
 from timm_alignmix.mixes import with_probability
 from timm_alignmix.step_random import StepRandom
 
-# One mode each, and two that need the output of the same layer: alignmix replaces it, densemultimix looks at it.
+# One mode each. Of one layer alignmix replaces the output, and densemultimix and snapmix look at it.
 OPTIONS = dict(
     none={}, mixup=dict(alpha=0.4), cutmix=dict(per_example=True), manifold=dict(layers=['layer1']),
     alignmix=dict(mode_probs=dict(feat_prime=1), align_at='last'), multimix=dict(prob=1.0, n=8),
-    densemultimix=dict(prob=1.0, n=8))
+    densemultimix=dict(prob=1.0, n=8), comixup=dict(m=3), snapmix={})
 SEVERAL = {name: 1 + i % 2 for i, name in enumerate(OPTIONS)}
 DOTTED = {f'{name}.{key}': value for name, options in OPTIONS.items() for key, value in options.items()}
 
@@ -61,17 +62,19 @@ def test_the_order_in_which_methods_are_written_does_not_matter():
 
 
 def test_a_step_is_that_of_the_method_alone():
-    """Loss, output and gradients, bit by bit, at the first step that draws each of seven methods."""
+    """Loss, output and gradients, bit by bit, at the first step that draws each of the methods."""
     images, y = batch()
     model, seen = tiny(), set()
     task = MixTask(model, SEVERAL, DOTTED, seed=3, verbose=False)
     for step in count():
         model.zero_grad()
+        before = copy.deepcopy(model.state_dict())  # running statistics, which passes over clean images use
         result = task(images, y)
         mode = 'none' if result['mode'] == 'clean' else result['mode'].partition('/')[0]
         if mode not in seen:
             result['loss'].backward()
             other = tiny()
+            other.load_state_dict(before)
             alone = MixTask(other, mode, OPTIONS[mode], seed=3, verbose=False)
             alone.step = step
             expected = alone(images, y)
