@@ -158,8 +158,9 @@ def syncs(args: Namespace) -> None:
     vit = 'test_vit' if args.quick else 'deit_small_patch16_224'
     rows = []
     for mix in sorted(set(list_mixes()) - {'alignmix_ae'}):
-        name = vit if mix in ('tokenmix', 'transmix') else convnet  # of a class token
-        step = step_cost.build_step(name, mix, batch, step_options(args))
+        options = step_options(args)
+        options.dense_kwargs = mix not in ('tokenmix', 'transmix')  # these need the class token
+        step = step_cost.build_step(convnet if options.dense_kwargs else vit, mix, batch, options)
         for mode in step_cost.modes_of(step):
             step.step(mode)
             activities = [torch.profiler.ProfilerActivity.CPU]

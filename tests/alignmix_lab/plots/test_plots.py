@@ -70,7 +70,7 @@ def test_gallery_mixes_as_the_targets_say():
     assert [ax.get_ylabel() for ax in figure.axes if ax.get_ylabel()] == input_mixes()
     titles = drawn(figure)
     assert {'A: dark', 'B: light'} <= set(titles)
-    assert drawn(plots.gallery(pixels, ('dark', 'light'), lams=[0.5])) == ['dark', 'light', *input_mixes()]
+    assert [*drawn(plots.gallery(pixels, ('dark', 'light'), lams=[0.5]))] == ['dark', 'light', *input_mixes()]
     row = input_mixes().index('cutout')
     assert len([ax for ax in figure.axes if ax.images and ax.get_subplotspec().rowspan.start == row]) == 3  # one mix
 

@@ -92,7 +92,7 @@ def test_a_recipe_is_found_by_name_and_is_a_base_by_name(resolve, tmp_path, monk
     assert path == find_recipe('recipes/cifar100/preactresnet18_300ep.yaml')
     config = resolve(own='base: cifar100/preactresnet18_300ep\nepochs: 3\n')
     assert (config.model, config.epochs, config.dataset) == ('preactresnet18', 3, 'torch/cifar100')
-    assert recipe_mixes(str(path), type(config)) == ['alignmix_release']
+    assert recipe_mixes(str(path), type(config)) == ['puzzlemix', 'alignmix_release']
 
 
 def test_an_unknown_recipe_names_the_near_ones_or_all(monkeypatch):
