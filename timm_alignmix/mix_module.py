@@ -196,20 +196,20 @@ class MixModule(nn.Module):
         # A head that the method applies to what it has read must not drop channels or normalise by the batch either.
         with torch.no_grad(), evaluating(self.model) if kind == 'forward' else nullcontext():
             if kind == 'forward':
-                seen = self._record(images, dict(draw, layer=draw['clean_layer']))
+                _, seen = self._run(images, dict(draw, layer=draw['clean_layer']))
             elif kind != 'target':
                 seen = gradient_saliency(self.model, images, target, kind)
             return self.mix.complete(images, draw, seen, target)
 
-    def _record(self, images: torch.Tensor, draw: Draw) -> torch.Tensor:
-        """Run the model alone and return what a step reads of draw['layer']."""
+    def _run(self, images: torch.Tensor, draw: Draw) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Run the model for a step and return its output, and what the step reads of draw['layer']."""
         self.arm(draw)
         try:
             output = self.model(images)
         finally:
             seen = self.disarm()
         self.check_ran(draw, output, seen)
-        return seen
+        return output, seen
 
     def arm(self, draw: Draw) -> None:
         """Make the next forward of the model the step that was drawn."""
@@ -250,12 +250,7 @@ class MixModule(nn.Module):
         """
         if draw is None:
             return self._reaching_extra(self.model(images))
-        self.arm(draw)
-        try:
-            output = self.model(images)
-        finally:
-            feature_map = self.disarm()
-        self.check_ran(draw, output, feature_map)
+        output, feature_map = self._run(images, draw)
         lam = self.mix.lam(feature_map, draw)
         draw = weighed(draw, lam)
         output = self._reaching_extra(self.mix.output(output, draw))

@@ -4,6 +4,7 @@ The model is built on the meta device, which has shapes but no values, so that t
 """
 import logging
 import os
+from collections import ChainMap
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -166,7 +167,7 @@ def step_cost(run: Run) -> StepEstimate:
     blocks = [module for module in model.modules() if type(module).__name__ in classes]
     # Storages are held, so that no other takes the address of one. Checkpointing keeps those outside of blocks and the
     # inputs of blocks, and computes one block again at a time.
-    outside, inputs, inside = {}, {}, [{} for _ in blocks]
+    outside, inputs, inside = {}, {}, {block: {} for block in blocks}
     saved = [outside]  # where to note what is saved now
 
     def keep(tensor: torch.Tensor, place: dict | None = None) -> torch.Tensor:
@@ -179,7 +180,7 @@ def step_cost(run: Run) -> StepEstimate:
         for value in args:
             if isinstance(value, torch.Tensor):
                 keep(value, inputs)
-        saved.append(inside[blocks.index(block)])
+        saved.append(inside[block])
 
     def leave(*_: object) -> None:
         saved.pop()
@@ -197,12 +198,12 @@ def step_cost(run: Run) -> StepEstimate:
     parameters = [p for p in model.parameters() if p.requires_grad]
     average = [*model.parameters(), *model.buffers()] if config.model_ema and not config.model_ema_force_cpu else []
     weights, of_blocks = _bytes([*model.parameters()]), [_bytes([*block.parameters()]) for block in blocks]
-    kept = _stored(outside | inputs) + max(map(_stored, inside), default=0)
+    kept = _stored(outside | inputs) + max(map(_stored, inside.values()), default=0)
     return StepEstimate(
         parameters=weights, gradients=_bytes(parameters),
         optimizer=_optimizer_bytes(run.optimizer, parameters), average=_bytes(average),
         gathered=weights - sum(of_blocks) + 3 * max(of_blocks, default=0),
-        activations=_stored({key: storage for place in (outside, *inside) for key, storage in place.items()}),
+        activations=_stored(dict(ChainMap(outside, *inside.values()))),
         checkpointed=kept if blocks and _has_checkpointing(model) else None,
         flops=counter.get_total_flops() / config.batch_size)
 

@@ -11,16 +11,16 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-import torch.utils.data
 
 from .images.decode import UnusableData
 
 
-def enter_epoch(reader: Any, seed: int, start: int, batch_size: int) -> tuple[int, int]:
+def enter_epoch(reader: Any, worker: int, seed: int, start: int, batch_size: int) -> tuple[int, int]:
     """Prepare timm's ReaderWds, in its worker, for the rest of an epoch of training.
 
     Args:
         reader: Its epoch and number of workers are set.
+        worker: Number of this worker.
         start: Batches of this rank's epoch that are left out. The loader takes the first of those that follow from
             worker 0, so the workers take over each other's parts.
 
@@ -28,8 +28,7 @@ def enter_epoch(reader: Any, seed: int, start: int, batch_size: int) -> tuple[in
         Which worker's part of the epoch this worker reads, and how many samples it leaves out.
     """
     reader._lazy_init()  # finds out the worker, and how many there are
-    worker = torch.utils.data.get_worker_info()
-    reader.worker_id = ((0 if worker is None else worker.id) + start) % reader.num_workers
+    reader.worker_id = (worker + start) % reader.num_workers
     reader.global_worker_id = reader.dist_rank * reader.num_workers + reader.worker_id
     key = seed, reader.epoch_count.value, reader.dist_rank, reader.worker_id
     reader.worker_seed = int(np.random.SeedSequence(key).generate_state(1)[0])
@@ -38,8 +37,8 @@ def enter_epoch(reader: Any, seed: int, start: int, batch_size: int) -> tuple[in
     if count:
         late = _Late(reader.ds, count)
         *shards, read, shuffle, decode, rename = late.pipeline.pipeline
-        numbers = range(len(lengths)) if (lengths := _list_lengths(reader, shards)) else ()
-        parts = itertools.chain.from_iterable(itertools.repeat(number, lengths[number]) for number in numbers)
+        lengths = _list_lengths(reader, shards)
+        parts = itertools.chain.from_iterable(itertools.repeat(number, length) for number, length in enumerate(lengths))
         generator = random.Random(reader.worker_seed)
         coming = itertools.islice(shuffle.f(parts, **{**shuffle.kw, 'rng': generator}), count, None)
         late.pipeline.pipeline[:] = [
@@ -63,7 +62,7 @@ class _FromHere:
         self.read, self.lengths, self.needed = read, lengths, needed
 
     def __call__(self, shards: Iterator[dict]) -> Iterator[dict | None]:
-        if not self.lengths or not self.needed:  # nothing is known of the shards, or all are used up: a second round
+        if not self.needed:  # nothing is known of the shards, or all are used up: a second round
             yield from self.read(shards)
             return
         for number, shard in enumerate(shards):

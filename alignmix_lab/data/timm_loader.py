@@ -161,7 +161,7 @@ class _EveryNth(torch.utils.data.IterableDataset):
         part, left_out, last = 0 if worker is None else worker.id, 0, None
         if self.is_sharded:
             reader = self.source.dataset.reader
-            part, left_out = enter_epoch(reader, self.seed, self.start.value, self.batch_size)
+            part, left_out = enter_epoch(reader, part, self.seed, self.start.value, self.batch_size)
             last = reader._num_samples_per_worker() - left_out
         self.source.dataset.transform.begin(part, left_out)
         for image, label in itertools.islice(self.source.dataset, self.first, last, self.n):
