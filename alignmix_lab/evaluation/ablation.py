@@ -8,53 +8,39 @@
 Finished runs are kept, interrupted ones resumed; those that fail are reported while the rest goes on. Without a recipe
 and data the runs are on the built-in sample.
 """
-import csv
 import itertools
 import logging
-import os
 import re
 import shlex
-import signal
-import subprocess
 import sys
-import time
-from contextlib import suppress
-from dataclasses import dataclass, field, fields
-from datetime import timedelta
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import psutil
 import torch
 import yaml
 from matplotlib.figure import Figure
 from scipy.special import stdtrit
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils import setup_default_logging
-from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from alignmix_lab.classification.config import TrainConfig, resolve_config
 from alignmix_lab.runs import options as opts
 from alignmix_lab.runs import plotting
-from alignmix_lab.runs.agreement import StopSignals
 from alignmix_lab.runs.files import write_whole
-from alignmix_lab.runs.run_report import seconds_per_epoch
+from alignmix_lab.runs.jobs import Job, describe_jobs, run_jobs
 from alignmix_lab.runs.timing import hardware
 
 from . import published
 from .result import Column, Result, environment, table, write_result
+from .studies import STUDIES, Cell, Study, grid_study, load_studies, parse_words, short, shown
 
 _logger = logging.getLogger(__name__)
 _what = partial(opts.config_option, 'What to compare')
 _how = partial(opts.config_option, 'How to train')
 _run = partial(opts.config_option, 'Run, logs and checkpoints')
 
-STUDIES = Path(__file__).with_name('studies.yaml')
 SCRIPT = Path(__file__).resolve().parents[2] / 'train_imagenet.py'  # of a clone
-GRACE = 120  # seconds that interrupted runs have to save their state
-LAUNCHER = 'ALIGNMIX_ABLATION'  # environment variable of all processes of the runs: process id of the ablation
 
 
 @dataclass
@@ -135,170 +121,6 @@ def ablate(options: AblationOptions, command: str) -> dict[str, str]:
     return failed
 
 
-# Studies: which options take which values
-
-@dataclass(frozen=True)
-class Job:
-    """A run and its command; it is finished when its summary.csv has the last epoch, whoever ran the command."""
-    command: list[str]  # resumes the run where there is one; 'python' is this interpreter
-    folder: Path
-    epochs: int
-
-    @property
-    def name(self) -> str:
-        return self.folder.name
-
-    @property
-    def curve(self) -> dict[int, float]:
-        """Top-1 (%) by epoch, of the epochs that were evaluated."""
-        path = self.folder / 'summary.csv'
-        lines = path.read_text(encoding='utf-8').splitlines() if path.is_file() else []
-        return {int(row['epoch']): float(row['eval_top1']) for row in csv.DictReader(lines) if row['eval_top1']}
-
-    @property
-    def done(self) -> int:
-        """Epochs up to the last evaluation."""
-        return min(max(self.curve, default=-1) + 1, self.epochs)
-
-    @property
-    def finished(self) -> bool:
-        return self.done == self.epochs
-
-    def start(self, variables: dict[str, str]) -> subprocess.Popen:
-        """Run the command with more environment variables; its output goes beside the folder, which it makes."""
-        words = [sys.executable, *self.command[1:]] if self.command[0] == 'python' else self.command
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
-        with open(f'{self.folder}.log', 'a', encoding='utf-8') as log:
-            print('$', shlex.join(self.command), file=log, flush=True)
-            return subprocess.Popen(
-                words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,  # Ctrl-C is ours
-                env={**os.environ, **variables, LAUNCHER: str(os.getpid())})
-
-
-@dataclass
-class Cell:
-    """A case of a study: what is trained with every seed."""
-    settings: dict[str, Any]  # an option of the method is mix_kwargs.NAME
-    name: str = ''
-    published: str = ''  # name of the method in published.csv
-    config: TrainConfig | None = None
-    jobs: dict[int, Job] = field(default_factory=dict)  # by seed
-    curves: dict[int, dict[int, float]] = field(default_factory=dict)  # of finished jobs
-
-    @property
-    def last(self) -> dict[int, float]:
-        """Top-1 (%) at the last epoch, by seed."""
-        return {seed: curve[max(curve)] for seed, curve in self.curves.items()}
-
-    @property
-    def score(self) -> tuple[float | None, float | None]:
-        """Mean and standard deviation of top-1 at the last epoch."""
-        return plotting.spread([*self.last.values()])
-
-
-@dataclass
-class Study:
-    """Cases that are compared; studies.yaml describes the fields."""
-    name: str
-    title: str
-    cases: list[dict[str, Any]]
-    source: str = ''
-    set: dict[str, Any] = field(default_factory=dict)
-    x: str | None = None
-    paper: str | None = None
-    table: str | None = None
-    note: str = ''
-    reference: str | dict[str, Any] | None = None
-
-    def __post_init__(self):
-        if not self.cases:
-            raise ValueError(f'study {self.name} needs cases')
-        cells = {}
-        for case in self.cases:
-            grid = {key: value for key, value in case.items() if key not in ('label', 'published')}
-            for values in itertools.product(*(v if isinstance(v, list) else [v] for v in grid.values())):
-                own = dict(zip(grid, values, strict=True))
-                method = re.sub('{(.+?)}', lambda m, own=own: str(own.get(m[1], m[0])), case.get('published', ''))
-                settings = {**self.set, **own}
-                cells[repr(sorted(settings.items()))] = Cell(settings, case.get('label') or shown(settings), method)
-        self.cells = list(cells.values())
-        keys = dict.fromkeys(key for cell in self.cells for key in cell.settings)
-        self.keys = [key for key in keys if len({repr(cell.settings.get(key, '')) for cell in self.cells}) > 1]
-        if self.reference and not any(map(self.reference_of, self.cells)):
-            raise ValueError(f'study {self.name}: no case is the reference {shown(self.reference)}')
-
-    def reference_of(self, cell: Cell) -> Cell | None:
-        """The case that a case is compared with; first of all one that differs in the reference's settings alone."""
-        wanted = [self.reference]
-        if isinstance(self.reference, dict):
-            wanted = [{**cell.settings, **self.reference}, {**self.set, **self.reference}]
-        found = (other for known in wanted for other in self.cells if known in (other.name, other.settings))
-        return next((other for other in found if other is not cell), None)
-
-    def lines(self) -> dict[str, list[Cell]]:
-        """Cases with finished runs, by what they differ in other than the horizontal axis."""
-        lines: dict[str, list[Cell]] = {}
-        for cell in self.cells:
-            own = {key: cell.settings[key] for key in self.keys if key != self.x and key in cell.settings}
-            if cell.curves:
-                lines.setdefault(shown(own) or str(cell.settings.get('mix', 'top-1')), []).append(cell)
-        return lines
-
-    def place(self, cell: Cell) -> str:
-        """Where a case stands on the horizontal axis."""
-        return shown(cell.settings.get(self.x, cell.name))
-
-
-def short(key: str) -> str:
-    """An option's own name."""
-    return key.rpartition('.')[2]
-
-
-def shown(value: Any) -> str:
-    """A value, or several options and values, in tables, pictures and names."""
-    if isinstance(value, dict):
-        return ' '.join(shown(v) if key == 'mix' else f'{short(key)}={shown(v)}' for key, v in value.items())
-    if isinstance(value, list):
-        return f'U[{", ".join(map(str, value))}]'
-    return {'None': 'all', 'True': 'on', 'False': 'off'}.get(str(value), str(value))
-
-
-def parse_words(words: list[str], flag: str) -> dict[str, Any]:
-    """Options from words such as `epochs=5`, or for --grid lists of values from `mix_kwargs.n=1,10`, all in YAML."""
-    options = {}
-    for word in words:
-        key, _, text = word.partition('=')
-        key = key.removeprefix('--').replace('-', '_')
-        if not key or not text or key in options:
-            raise ValueError(f'{flag} takes OPTION=VALUE, each option once, got {word!r}')
-        options[key] = opts.load_yaml(f'[{text}]' if flag == '--grid' else text, f'{flag} {word}')
-    return options
-
-
-def grid_study(grid: dict[str, list[Any]]) -> Study:
-    """The study of all combinations; the last option with several numbers is the horizontal axis."""
-    x = next((key for key in reversed(grid) if sum(type(value) in (int, float) for value in grid[key]) > 1), None)
-    return Study('grid', f'Grid of {", ".join(map(short, grid))}', [grid], x=x,
-                 reference={'mix': 'none'} if {'none'} < {*map(str, grid.get('mix', ()))} else None)
-
-
-def load_studies(names: list[str]) -> list[Study]:
-    """Studies of the papers by name, or all of a YAML file; a ValueError says what is wrong with one."""
-    studies = []
-    for name in names:
-        path = Path(name) if name.endswith(('.yaml', '.yml')) else STUDIES
-        try:
-            entries = opts.load_yaml(path.read_text(encoding='utf-8'), str(path))
-            known = {key: Study(key, **entry) for key, entry in entries.items()}
-        except (OSError, AttributeError, TypeError) as e:
-            raise ValueError(f'--study {name}: {e}') from e
-        if path is STUDIES and name not in known:
-            near = opts.near_names(name, known)
-            raise ValueError(f'--study {name}: there is none{near}; there are {", ".join(known)}, or a YAML file')
-        studies += [known[name]] if path is STUDIES else known.values()
-    return studies
-
-
 # Runs
 
 def plan(options: AblationOptions, studies: list[Study]) -> list[Job]:
@@ -348,81 +170,6 @@ def make_job(options: AblationOptions, cell: Cell, seed: int) -> Job:
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1)  # the schedule knows how many epochs it has
     _, epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(config), updates_per_epoch=1)
     return Job(command, folder, min(epochs, config.stop_epoch or epochs))
-
-
-def describe_jobs(jobs: list[Job], at_once: int = 1) -> str:
-    """Count runs and epochs, and estimate the time that is left where finished runs tell how long an epoch takes."""
-    finished = [job for job in jobs if job.finished]
-    total, done = sum(job.epochs for job in jobs), sum(job.done for job in jobs)
-    text = f'Runs: {len(jobs)}, {len(finished)} finished; epochs: {total}, {done} done'
-    paces = [pace for pace in (seconds_per_epoch(job.folder) for job in finished) if pace is not None]
-    if paces and done < total:
-        seconds = sum(paces) / len(paces) * (total - done) / min(at_once, len(jobs) - len(finished))
-        text += f'; the rest takes about {timedelta(seconds=round(seconds))} at the pace of the finished runs'
-    return text
-
-
-def run_jobs(jobs: list[Job], at_once: int = 1, progress: bool = False) -> dict[str, str]:
-    """Run what is not finished, `at_once` runs at a time; returns why runs failed, by name.
-
-    SIGTERM, SIGINT and SIGHUP are passed on; when the runs have saved their state, KeyboardInterrupt is raised.
-    """
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-    stop = StopSignals([number for number in numbers if signal.getsignal(number) != signal.SIG_IGN])  # as by nohup
-    done = {job.name: job.done for job in jobs}
-    waiting = [job for job in jobs if not job.finished]
-    running: dict[int, tuple[Job, subprocess.Popen]] = {}  # by slot
-    failed: dict[str, str] = {}
-    bar = tqdm(total=sum(job.epochs for job in jobs), initial=sum(done.values()), unit='epoch',
-               disable=not (progress or sys.stderr.isatty()))
-    with stop.listening(), logging_redirect_tqdm(), bar:
-        try:
-            while (waiting or running) and not stop.received:
-                for slot in sorted({*range(at_once)} - {*running})[:len(waiting)]:
-                    running[slot] = waiting[0], waiting[0].start(gpu_share(slot, at_once))
-                    del waiting[0]
-                bar.set_description(', '.join(job.name for job, _ in running.values()))
-                time.sleep(0.2)
-                ended = [slot for slot, (_, process) in running.items() if process.poll() is not None]
-                done |= {job.name: job.done for job, _ in running.values()}
-                bar.update(sum(done.values()) - bar.n)
-                for job, process in map(running.pop, [] if stop.received else ended):
-                    title = f'[{jobs.index(job) + 1}/{len(jobs)}] {job.name}'
-                    if process.returncode == 0 and job.finished:
-                        _logger.info(f'{title}: top-1 {job.curve[max(job.curve)]:.2f} % after {job.epochs} epochs')
-                        continue
-                    log = Path(f'{job.folder}.log')
-                    ending = log.read_text(encoding='utf-8', errors='replace').splitlines()[-15:]
-                    reason = f'exit code {process.returncode} after {job.done} epochs; {log} ends with'
-                    failed[job.name] = '\n    '.join([reason, *ending])
-                    _logger.error(f'{title} failed, going on with the rest: {failed[job.name]}')
-        finally:
-            if running or stop.received:
-                end_runs()
-    if stop.received:
-        raise KeyboardInterrupt
-    return failed
-
-
-def end_runs() -> None:
-    """Let all processes of the runs save and end; a launcher may have ended before what it launched."""
-    _logger.warning(f'Interrupted, waiting up to {GRACE} s for the runs to save their state')
-    family = [process for process in psutil.process_iter(['environ'])
-              if (process.info['environ'] or {}).get(LAUNCHER) == str(os.getpid())]
-    for ask, seconds in ((psutil.Process.terminate, GRACE), (psutil.Process.kill, 10)):
-        for process in family:
-            with suppress(psutil.NoSuchProcess):
-                ask(process)
-        _, family = psutil.wait_procs(family, seconds)
-
-
-def gpu_share(slot: int, slots: int) -> dict[str, str]:
-    """Environment variables that give one of several runs at a time its share of the GPUs."""
-    if slots == 1 or not torch.cuda.device_count():
-        return {}
-    gpus = os.environ.get('CUDA_VISIBLE_DEVICES', ','.join(map(str, range(torch.cuda.device_count())))).split(',')
-    each = len(gpus) // slots
-    return {'CUDA_VISIBLE_DEVICES': ','.join(gpus[slot * each:(slot + 1) * each]) or gpus[slot % len(gpus)]}
 
 
 # Results

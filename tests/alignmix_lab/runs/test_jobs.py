@@ -1,4 +1,4 @@
-"""Runs of ablations that end, fail, are cut or wait for each other."""
+"""Jobs that end, fail, are cut or wait for each other."""
 import os
 import signal
 import threading
@@ -9,8 +9,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from alignmix_lab.evaluation import ablation
-from alignmix_lab.evaluation.ablation import Job, describe_jobs, gpu_share, run_jobs
+from alignmix_lab.runs import jobs as running
+from alignmix_lab.runs.jobs import Job, describe_jobs, gpu_share, run_jobs
 
 FAKE = """
 import csv, pathlib, signal, sys, time
@@ -131,7 +131,7 @@ def test_what_a_launcher_leaves_behind_is_waited_for(tmp_path, children, own_ses
 
 
 def test_a_run_that_does_not_end_is_killed(tmp_path, monkeypatch, children):
-    monkeypatch.setattr(ablation, 'GRACE', 0.3)
+    monkeypatch.setattr(running, 'GRACE', 0.3)
     deaf = 'import pathlib, signal, sys, time; signal.signal(15, signal.SIG_IGN); pathlib.Path(sys.argv[1]).touch(); ' \
         'time.sleep(60)'
     job = Job(['python', '-c', deaf, str(tmp_path / 'ready')], tmp_path / 'a', 1)
