@@ -20,7 +20,6 @@ from pathlib import Path
 import torch
 import yaml
 from matplotlib.figure import Figure
-from scipy.special import stdtrit
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils import setup_default_logging
 
@@ -32,6 +31,7 @@ from alignmix_lab.runs.jobs import Job, describe_jobs, run_jobs
 from alignmix_lab.runs.timing import hardware
 
 from . import published
+from .over_seeds import evaluated, paired_difference
 from .result import Column, Result, environment, table, write_result
 from .studies import STUDIES, Cell, Study, grid_study, load_studies, parse_words, short, shown
 
@@ -58,6 +58,8 @@ class AblationOptions(opts.Options):
     queue: str = _how('', 'train nothing, write the commands of what is not finished to this file, one a line')
     collect: bool = _how(False, 'train nothing, show what is finished', bool)
     dry_run: bool = _how(False, 'train nothing, list the runs and how long they will take', bool)
+    evaluated: str = _run(
+        '', "folder of results of `alignmix evaluate` on the runs' last.pth.tar, which the tables add up over seeds")
     output: str = _run('./output/ablation', 'folder of the results')
     runs: str = _run('', "folder of the runs' folders; default: runs in --output")
     progress: bool = _run(False, 'progress bar even where the output is no terminal', bool)
@@ -113,11 +115,14 @@ def ablate(options: AblationOptions, command: str) -> dict[str, str]:
         'environment': {**environment(device, 1), 'device': hardware(device).partition(', torch')[0]},
         'options': {name: getattr(options, name) for name in ('recipe', 'set', 'seeds', 'launch')}}
     for study in studies:
-        result = make_result(study, options, failed)
         name = 'ablation' if study.name == 'grid' else f'ablation-{study.name}'
-        files = write_result(Path(options.output), name, study.title, result, facts)
-        print(f'\n{study.title}\n\n{table(result)}\n', flush=True)
-        _logger.info('Written: ' + ', '.join(map(str, files)))
+        results = {name: make_result(study, options, failed)}
+        if options.evaluated:
+            results[f'{name}-evaluated'] = evaluated(study, Path(options.evaluated))
+        for file, result in results.items():
+            files = write_result(Path(options.output), file, study.title, result, facts)
+            print(f'\n{study.title}\n\n{table(result)}\n', flush=True)
+            _logger.info('Written: ' + ', '.join(map(str, files)))
     return failed
 
 
@@ -174,28 +179,11 @@ def make_job(options: AblationOptions, cell: Cell, seed: int) -> Job:
 
 # Results
 
-def paired_difference(ours: dict[int, float], theirs: dict[int, float]) -> tuple[float | None, float | None]:
-    """Mean difference over the seeds that both have, and half its 95 % interval by Student's t.
-
-    Both are None for fewer than two seeds.
-
-    Example:
-        >>> paired_difference({0: 81.0, 1: 83.0, 2: 85.0}, {0: 80.0, 1: 81.0})
-        (1.5, 6.353...)
-    """
-    differences = [ours[seed] - theirs[seed] for seed in ours.keys() & theirs.keys()]
-    mean, std = plotting.spread(differences)
-    if std is None:
-        return None, None
-    return mean, float(stdtrit(len(differences) - 1, 0.975)) * std / len(differences) ** 0.5
-
-
 def make_result(study: Study, options: AblationOptions, failed: dict[str, str]) -> Result:
     """Table, notes and pictures of a study, from whatever is finished."""
-    keys = ['case'] if any('label' in case for case in study.cases) else study.keys
     figures = {f.method: f for f in published.find(paper=study.paper, table=study.table)} if study.table else {}
     columns = {
-        **{key: Column(short(key)) for key in keys},
+        **{key: Column(short(key)) for key in study.columns},
         'seeds': Column('seeds', 'd'),
         'last': Column('top-1, last epoch (%)', '.2f', 'higher'),
         'last_std': Column('std', '.2f'),
@@ -207,8 +195,7 @@ def make_result(study: Study, options: AblationOptions, failed: dict[str, str]) 
         cell.curves = {seed: job.curve for seed, job in cell.jobs.items() if job.finished}
     rows = []
     for cell in study.cells:
-        values = {'case': cell.name, **{key: shown(value) for key, value in cell.settings.items()}}
-        row = {'model': cell.config.model, **{key: values.get(key) for key in keys}, 'seeds': len(cell.curves)}
+        row = {'model': cell.config.model, **study.columns_of(cell), 'seeds': len(cell.curves)}
         row['last'], row['last_std'] = cell.score
         if study.reference:
             other = study.reference_of(cell)

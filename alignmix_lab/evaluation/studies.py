@@ -73,6 +73,16 @@ class Study:
         found = (other for known in wanted for other in self.cells if known in (other.name, other.settings))
         return next((other for other in found if other is not cell), None)
 
+    @property
+    def columns(self) -> list[str]:
+        """What names a case in tables: its label, or the options in which cases differ."""
+        return ['case'] if any('label' in case for case in self.cases) else self.keys
+
+    def columns_of(self, cell: Cell) -> dict[str, str | None]:
+        """A case's cells in these columns."""
+        values = {'case': cell.name, **{key: shown(value) for key, value in cell.settings.items()}}
+        return {key: values.get(key) for key in self.columns}
+
     def lines(self) -> dict[str, list[Cell]]:
         """Cases with finished runs, by what they differ in other than the horizontal axis."""
         lines: dict[str, list[Cell]] = {}

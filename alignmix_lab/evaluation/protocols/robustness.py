@@ -32,6 +32,7 @@ class RobustnessOptions(Options):
     """Options of the robustness protocol."""
     fgsm_eps: float = _option(8.0, "bound of FGSM", float, low=0.001)
     fgsm_curve: list[float] = _option([1, 2, 4, 8, 16], 'more bounds for the curve', float, nargs='+', low=0)
+    pgd: bool = _option(True, 'attack by PGD too, which takes 30 times as long as FGSM', bool)
     pgd_eps: float = _option(4.0, "bound of PGD", float, low=0.001)
     pgd_step: float = _option(2.0, "step of PGD at --pgd-eps; scaled with the bound on the curve", float, low=0)
     pgd_iterations: int = _option(20, "iterations of PGD", int, low=1)
@@ -40,8 +41,15 @@ class RobustnessOptions(Options):
     pgd_curve: list[float] = _option(
         [1, 2, 4, 8], 'more bounds for the curve; each costs as much as the attack', float, nargs='+', low=0)
 
+    @property
+    def attacks(self) -> list[str]:
+        """Attacks to run."""
+        return ['fgsm', 'pgd'] if self.pgd else ['fgsm']
+
     def bounds(self, attack: str) -> list[float]:
-        """Sorted bounds of 'fgsm' or 'pgd' in 1/255, without 0, which is the clean image."""
+        """Sorted bounds of 'fgsm' or 'pgd' in 1/255, without 0, which is the clean image; none if it is not run."""
+        if attack not in self.attacks:
+            return []
         curve = {*getattr(self, f'{attack}_curve'), getattr(self, f'{attack}_eps')}
         return sorted(curve - {0})
 
@@ -101,14 +109,11 @@ def robustness(ev: Evaluation) -> Result:
         curves[model.label] = {
             kind: {'eps': [0.0, *options.bounds(kind)],
                    'error': [error['clean'], *(error[f'{kind}_{eps:g}'] for eps in options.bounds(kind))]}
-            for kind in ('fgsm', 'pgd')
+            for kind in options.attacks
         }
         images = len(wrong['clean'])
-        shown = {
-            'clean': error['clean'],
-            'fgsm': error[f'fgsm_{options.fgsm_eps:g}'],
-            'pgd': error[f'pgd_{options.pgd_eps:g}'],
-        }
+        shown = {'clean': error['clean']}
+        shown |= {kind: error[f'{kind}_{getattr(options, f"{kind}_eps"):g}'] for kind in options.attacks}
         rows.append({
             'model': model.label,
             **shown,
@@ -117,23 +122,24 @@ def robustness(ev: Evaluation) -> Result:
             **error,
             **{f'{name}_standard_error': standard_error(value, images) for name, value in shown.items()},
         })
-    fgsm_title, pgd_title = f'FGSM {options.fgsm_eps:g}/255', f'PGD {options.pgd_eps:g}/255'
     start = {'uniform': 'from a uniformly random start', 'image': 'from the image'}[options.pgd_start]
+    pgd_note = (
+        f' PGD: l_inf {options.pgd_eps:g}/255, step {options.pgd_step:g}/255, {options.pgd_iterations} iterations '
+        f'{start}; on the curve the step scales with the bound. The papers do not state the number of iterations.')
     return Result(
         columns={
             'clean': Column('clean error (%)', '.2f', 'lower', 'clean_standard_error'),
-            'fgsm': Column(f'{fgsm_title} error (%)', '.2f', 'lower', 'fgsm_standard_error'),
-            'pgd': Column(f'{pgd_title} error (%)', '.2f', 'lower', 'pgd_standard_error'),
+            **{kind: Column(
+                f'{kind.upper()} {getattr(options, f"{kind}_eps"):g}/255 error (%)', '.2f', 'lower',
+                f'{kind}_standard_error') for kind in options.attacks},
             'no_gradient': Column('no gradient', 'd'),
             'images': Column('images', 'd'),
         },
         rows=rows,
         notes=[
-            f'FGSM: l_inf {options.fgsm_eps:g}/255, one step from the image. PGD: l_inf {options.pgd_eps:g}/255, step '
-            f'{options.pgd_step:g}/255, {options.pgd_iterations} iterations {start}; on the curve the step scales with '
-            'the bound.',
+            f'FGSM: l_inf {options.fgsm_eps:g}/255, one step from the image.' + (pgd_note if options.pgd else ''),
             'Gradients, steps and bounds refer to pixels in [0, 1]; normalisation inside the model, batch norms in '
-            'evaluation mode, float32, true labels, all images. The papers do not state the number of iterations.',
+            'evaluation mode, float32, true labels, all images.',
             'No gradient: images whose loss has a gradient of exactly 0. The attacks cannot change them, so an '
             'overconfident model looks robust there.',
             BOLD,
@@ -204,16 +210,16 @@ def _one_pgd(model: EvalModel, batch: Batch, eps: float, options: RobustnessOpti
 
 def draw(curves: dict[str, dict[str, dict[str, list[float]]]], options: RobustnessOptions) -> Figure:
     """Plot the error over the bound: a panel per attack, a line per model."""
-    fig, axes = figure(1, 2, size=(4.6, 3.6), sharey=True)
+    fig, axes = figure(1, len(options.attacks), size=(4.6, 3.6), sharey=True)
     titles = {'fgsm': 'FGSM, one step', 'pgd': f'PGD, {options.pgd_iterations} iterations'}
-    for ax, (kind, title) in zip(axes[0], titles.items(), strict=True):
+    for ax, kind in zip(axes[0], options.attacks, strict=True):
         for place, (label, attacks) in enumerate(curves.items()):
             ax.plot(attacks[kind]['eps'], attacks[kind]['error'], **line(place), label=label)
         reported = getattr(options, f'{kind}_eps')
         ax.axvline(reported, color=GREY, linewidth=1, zorder=0)
         ax.annotate('in the table', (reported, 0), xycoords=('data', 'axes fraction'), xytext=(-3, 3),
                     textcoords='offset points', ha='right', color=GREY, fontsize=8)
-        ax.set(title=title, xlabel='l_inf bound (1/255 of the pixel range)', ylim=(0, 102))
+        ax.set(title=titles[kind], xlabel='l_inf bound (1/255 of the pixel range)', ylim=(0, 102))
     axes[0, 0].set_ylabel('top-1 error (%), lower is better')
     shared_legend(fig, axes[0, 0])
     return fig

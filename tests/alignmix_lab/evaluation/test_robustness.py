@@ -165,7 +165,10 @@ def test_images_without_a_gradient_are_counted(run, networks, models, monkeypatc
     right."""
     original = PixelModel.forward
     monkeypatch.setattr(PixelModel, 'forward', lambda self, x: 1e9 * original(self, x))
-    row = run('robustness', pgd_iterations=1, pgd_curve=[4], model=[models[0]])['rows'][0]
+    found = run('robustness', pgd=False, model=[models[0]])
+    row = found['rows'][0]
+    assert [*found['columns']] == ['clean', 'fgsm', 'no_gradient', 'images']
+    assert [*found['details']['curves'].popitem()[1]] == ['fgsm']
     assert row['no_gradient'] == round(15 * (1 - row['clean'] / 100)) > 0
     assert row['fgsm'] <= row['clean'] + 1e-9
 
