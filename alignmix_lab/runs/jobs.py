@@ -73,6 +73,8 @@ def describe_jobs(jobs: list[Job], at_once: int = 1) -> str:
     if paces and done < total:
         seconds = sum(paces) / len(paces) * (total - done) / min(at_once, len(jobs) - len(finished))
         text += f'; the rest takes about {timedelta(seconds=round(seconds))} at the pace of the finished runs'
+    elif done < total:
+        text += '; how long the rest takes can be said when one has finished'
     return text
 
 

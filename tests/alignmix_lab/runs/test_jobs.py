@@ -158,7 +158,8 @@ def test_epochs_without_evaluation_have_no_top1(tmp_path):
 
 def test_time_is_estimated_from_finished_runs(tmp_path):
     jobs = [fake_job(tmp_path / name, epochs=100) for name in 'ab']
-    assert describe_jobs(jobs) == 'Runs: 2, 0 finished; epochs: 200, 0 done'
+    assert describe_jobs(jobs) == (
+        'Runs: 2, 0 finished; epochs: 200, 0 done; how long the rest takes can be said when one has finished')
     jobs[0].folder.mkdir()
     (jobs[0].folder / 'summary.csv').write_text('epoch,eval_top1\n99,80\n')
     (jobs[0].folder / 'report.md').write_text('- Data: x\n- Time: 2 days, 2:00:00 for 100 epochs of 9 updates\n')
