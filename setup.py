@@ -39,6 +39,7 @@ test = [
     'POT>=0.9.4',
     'pycocotools>=2.0.8',
     'pytest>=8.0',
+    'pytest-xdist>=3.6',
     'tensorboard>=2.15',
     'webdataset>=1.0',
 ]

@@ -56,7 +56,7 @@ def launch() -> Callable[..., str]:
 @pytest.fixture(scope='session', autouse=True)
 def torch_threads():
     """Two threads at most: the models of the suite are tiny, more threads only wait for each other."""
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
 @pytest.fixture(scope='module')
