@@ -23,7 +23,10 @@ RESNET = dict(model='test_resnet', no_ddp_bb=True, model_ema=True, model_ema_dec
 TOLERANCE = dict(atol=2e-5, rtol=0)
 SEED = 1527  # draws each of METHODS within 20 steps
 METHODS = sorted(set(timm_alignmix.list_mixes()) - {'none', 'alignmix_ae', 'tokenmix', 'transmix'})
-TOKENS = dict(model='test_vit', mix={'tokenmix': 0.5, 'transmix': 0.5}, mix_kwargs={'tokenmix.prob': 1.0})
+TOKENS = dict(
+    model='test_vit', mix=dict.fromkeys(('tokenmix', 'transmix', 'alignmix', 'manifold'), 0.25), epochs=1, batch_size=4,
+    mix_kwargs={'tokenmix.prob': 1.0}, seed=22,  # draws each, tokenmix first
+    grad_checkpointing=True, model_ema=True, model_ema_decay=0.7)
 
 
 @pytest.fixture(scope='module')
@@ -40,7 +43,7 @@ def trained(make_config, on_processes, tmp_path_factory):
                 mix_kwargs={'multimix.n': 12, 'densemultimix.n': 12, 'guidedmixup.saliency': 'ap'})
             jobs = {
                 'vit': dict(VIT, export='auto', checkpoint_hist=1), 'several': several,
-                'tokens': dict(TOKENS, epochs=1, batch_size=4),
+                'tokens': TOKENS,
                 'layers': dict(RESNET, mix='alignmix_ae', mix_kwargs={'dim': 8, 'width': 4}, epochs=1, batch_size=14)}
         if count == 4:
             jobs = {'vit': dict(VIT, epochs=1, batch_size=7)}
@@ -62,6 +65,7 @@ def trained(make_config, on_processes, tmp_path_factory):
             jobs['asked'] = (stopped, dict(launcher=FSDP, at=(15, 'signal')))
             jobs['asked-on'] = (dict(stopped, output=folder / 'asked'), dict(launcher=FSDP))
             jobs['full'] = (dict(VIT, checkpoint_steps=12), dict(launcher=FSDP, at=(11, 'spoil')))
+            jobs['compiled'] = (dict(TOKENS, torchcompile='aot_eager'), dict(launcher=FSDP))
             jobs['unfit'] = (dict(VIT, opt='adafactor'), dict(launcher=FSDP))
         if count == 3:
             first, _ = train(2)
@@ -88,11 +92,15 @@ def assert_same(found, expected, **tolerance):
 
 
 @pytest.mark.parametrize('count, name', [
-    (2, 'vit'), (2, 'several'), (2, 'tokens'), (2, 'layers'), (3, 'vit'), (4, 'vit')])
+    (2, 'vit'), (2, 'several'), (2, 'tokens'), (2, 'layers'), (2, 'compiled'), (3, 'vit'), (4, 'vit')])
 def test_shards_train_as_copies_do(trained, count, name):
-    """Losses of every step, gradients of the first update, weights and averages at the end; four are 2 x 2."""
+    """Losses of every step, gradients of the first update, weights and averages at the end.
+
+    Four are 2 x 2; the compiled run has the options of `tokens`.
+    """
     _, saved = trained(count)
-    for found, expected in zip(saved(name), saved(f'{name}-whole'), strict=True):
+    whole = 'tokens-whole' if name == 'compiled' else f'{name}-whole'
+    for found, expected in zip(saved(name), saved(whole), strict=True):
         assert found['kinds'] == ['DTensor'] and expected['kinds'] == ['Parameter']
         assert len(found['losses']) == len(expected['losses'])
         for (mode, loss), (same_mode, same_loss) in zip(found['losses'], expected['losses'], strict=True):
@@ -108,6 +116,13 @@ def test_shards_train_as_copies_do(trained, count, name):
 def test_all_methods_were_drawn(trained):
     modes = {mode.partition('/')[0] for mode, _ in trained(2)[1]('several')[0]['losses']}
     assert modes == set(METHODS)
+
+
+def test_modes_share_the_compiled_blocks(trained):
+    """One graph for the training of all blocks, one for the clean pass of tokenmix."""
+    for part in trained(2)[1]('compiled'):
+        assert {mode.partition('/')[0] for mode, _ in part['losses']} == set(TOKENS['mix'])
+        assert set(part['graphs']) == {2}
 
 
 def test_each_process_holds_its_part(trained):
