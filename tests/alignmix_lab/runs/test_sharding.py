@@ -1,5 +1,6 @@
 """Models in shards (FSDP2) on several processes on the CPU, held against the same runs with whole copies (DDP)."""
 import shutil
+from argparse import Namespace
 
 import pytest
 import timm
@@ -7,9 +8,10 @@ import torch
 
 import timm_alignmix
 from alignmix_lab.classification import prepare
+from alignmix_lab.classification.build import build_run
 from alignmix_lab.runs.accelerator import create_accelerator
 from alignmix_lab.runs.checkpoint import find_checkpoint, read_checkpoint
-from alignmix_lab.runs.sharding import block_classes, read_shards
+from alignmix_lab.runs.sharding import block_classes, compile_blocks, read_shards
 
 FSDP = dict(ACCELERATE_USE_FSDP='true', FSDP_VERSION='2')
 # A ViT whose last map is pooled, so that dense mixing trains its classifier on every position.
@@ -215,7 +217,12 @@ def test_blocks_are_found(model, blocks):
     (dict(FSDP_OFFLOAD_PARAMS='true'), 'fsdp_offload_params true'),
     (dict(FSDP_ACTIVATION_CHECKPOINTING='true'), 'pass --grad-checkpointing'),
     (dict(FSDP_AUTO_WRAP_POLICY='SIZE_BASED_WRAP'), "the groups are the model's own blocks"),
+    (dict(FSDP_TRANSFORMER_CLS_TO_WRAP='Block'), 'fsdp_transformer_cls_to_wrap Block'),
+    (dict(FSDP_IGNORED_MODULES='head'), 'the whole model is sharded'),
+    (dict(ACCELERATE_USE_DEEPSPEED='true'), 'configured for DEEPSPEED'),
+    (dict(ACCELERATE_USE_MEGATRON_LM='true'), 'configured for MEGATRON_LM'),
     (dict(PARALLELISM_CONFIG_TP_SIZE='2'), 'parallelism_config_tp_size 2'),
+    (dict(PARALLELISM_CONFIG_CP_SIZE='2'), 'parallelism_config_cp_size 2'),
     (dict(PARALLELISM_CONFIG_DP_SHARD_SIZE='3'), '1 processes cannot hold 1 x 3 shards'),
     ({}, '1 processes cannot hold 1 x 1 shards; launch at least 2'),
 ])
@@ -224,3 +231,28 @@ def test_what_shards_cannot_do_is_refused(monkeypatch, variables, said):
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=said):
         create_accelerator('cpu', may_shard=True)
+
+
+@pytest.mark.parametrize('device, precision, said', [
+    ('cpu', 'fp16', 'float16 has not been tested with shards'), ('mps', 'no', 'mps devices cannot shard')])
+def test_precisions_and_devices_that_shards_lack_are_refused(monkeypatch, device, precision, said):
+    for name, value in {**FSDP, 'WORLD_SIZE': '2', 'ACCELERATE_MIXED_PRECISION': precision}.items():
+        monkeypatch.setenv(name, value)
+    state = Namespace(device=torch.device(device))
+    monkeypatch.setattr('alignmix_lab.runs.accelerator.PartialState', lambda **_: state)
+    with pytest.raises(ValueError, match=said):
+        create_accelerator(may_shard=True)
+
+
+@pytest.mark.parametrize('options, said', [
+    (dict(clip_grad=0.1, clip_mode='agc'), '--clip-mode agc measures whole layers, which FSDP divides'),
+    (dict(model_ema=True, model_ema_force_cpu=True), '--model-ema-force-cpu keeps the average in one piece')])
+def test_options_that_need_whole_layers_are_refused(monkeypatch, make_config, tmp_path, options, said):
+    monkeypatch.setattr('alignmix_lab.classification.build.start_processes', lambda *_, **__: Namespace(is_fsdp2=True))
+    with pytest.raises(ValueError, match=said):
+        build_run(make_config(tmp_path, **options))
+
+
+def test_compiling_a_network_without_blocks_is_refused():
+    with pytest.raises(ValueError, match='compiles the blocks of models in shards, and MetaFormer has none'):
+        compile_blocks(timm_alignmix.MixTask(timm.create_model('poolformer_s12'), verbose=False), 'eager')
