@@ -36,7 +36,7 @@ def trained(make_config, on_processes, tmp_path_factory):
     """Callable: folder of the jobs on so many processes, and what a job's processes saved, by rank."""
     folders = {}
 
-    def jobs_on(count: int) -> dict[str, dict]:
+    def jobs_on(count: int, tokens: dict) -> dict[str, dict]:
         jobs = {'vit': dict(VIT, epochs=3, val_interval=3)}  # 21 updates
         if count == 2:
             several = dict(
@@ -45,8 +45,10 @@ def trained(make_config, on_processes, tmp_path_factory):
                 mix_kwargs={'multimix.n': 12, 'densemultimix.n': 12, 'guidedmixup.saliency': 'ap'})
             jobs = {
                 'vit': dict(VIT, export='auto', checkpoint_hist=1), 'several': several,
-                'tokens': TOKENS,
-                'layers': dict(RESNET, mix='alignmix_ae', mix_kwargs={'dim': 8, 'width': 4}, epochs=1, batch_size=14)}
+                'tokens': tokens,
+                'layers': dict(
+                    RESNET, mix='alignmix_ae', mix_kwargs={'dim': 8, 'width': 4}, epochs=1, batch_size=14, freeze='1',
+                    head_lr_scale=5.0, clip_grad=0.01, clip_mode='value')}
         if count == 4:
             jobs = {'vit': dict(VIT, epochs=1, batch_size=7)}
         return jobs
@@ -58,8 +60,9 @@ def trained(make_config, on_processes, tmp_path_factory):
         replicas = dict(
             ACCELERATE_USE_PARALLELISM_CONFIG='true', PARALLELISM_CONFIG_DP_REPLICATE_SIZE='2',
             PARALLELISM_CONFIG_DP_SHARD_SIZE='2') if count == 4 else {}
-        jobs = {}
-        for name, options in jobs_on(count).items():
+        tokens, jobs = dict(TOKENS, initial_checkpoint=str(folder / 'weights.pth')), {}
+        torch.save(timm.create_model('test_vit', num_classes=10).state_dict(), tokens['initial_checkpoint'])
+        for name, options in jobs_on(count, tokens).items():
             jobs[f'{name}-whole'] = (dict(options, export='none'), {})
             jobs[name] = (options, dict(launcher={**FSDP, **replicas}))
         if count == 2:
@@ -67,7 +70,7 @@ def trained(make_config, on_processes, tmp_path_factory):
             jobs['asked'] = (stopped, dict(launcher=FSDP, at=(15, 'signal')))
             jobs['asked-on'] = (dict(stopped, output=folder / 'asked'), dict(launcher=FSDP))
             jobs['full'] = (dict(VIT, checkpoint_steps=12), dict(launcher=FSDP, at=(11, 'spoil')))
-            jobs['compiled'] = (dict(TOKENS, torchcompile='aot_eager'), dict(launcher=FSDP))
+            jobs['compiled'] = (dict(tokens, torchcompile='aot_eager'), dict(launcher=FSDP))
             jobs['unfit'] = (dict(VIT, opt='adafactor'), dict(launcher=FSDP))
         if count == 3:
             first, _ = train(2)
@@ -118,6 +121,22 @@ def test_shards_train_as_copies_do(trained, count, name):
 def test_all_methods_were_drawn(trained):
     modes = {mode.partition('/')[0] for mode, _ in trained(2)[1]('several')[0]['losses']}
     assert modes == set(METHODS)
+
+
+def test_weights_of_a_file_reach_the_shards(trained):
+    folder, saved = trained(2)
+    expected = torch.load(folder / 'weights.pth', weights_only=True)
+    for part in saved('tokens'):
+        assert_same({'start': part['start']['state_dict']}, {'start': expected}, atol=0, rtol=0)
+
+
+def test_frozen_layers_stay(trained):
+    """The stem and the first stage of test_resnet."""
+    for part in trained(2)[1]('layers'):
+        same = {name for name, value in part['start']['state_dict'].items() if name.endswith('weight')
+                and torch.equal(value, part['end']['state_dict'][name])}
+        names = {name for name in part['start']['state_dict'] if name.endswith('weight')}
+        assert same == {name for name in names if name.startswith(('conv1', 'bn1', 'layer1'))}
 
 
 def test_modes_share_the_compiled_blocks(trained):
