@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Everything about speed that needs a GPU, on one GPU, in under eight minutes.
+"""Everything about speed that needs a GPU, on one GPU, in under eight minutes; with several, models in shards too.
 
     python benchmarks/gpu_suite.py --output results                  # prints each table as soon as it is there
     python benchmarks/gpu_suite.py --device cpu --quick              # tiny sizes: shows that every part runs
@@ -7,13 +7,19 @@
 Parts (--parts): ceilings (copy and bf16 matrix rates), accuracy (every Triton kernel against float64), kernels
 (Sinkhorn and the dense loss against the release's loop and the textbook form, draws), steps (overhead of each mix over
 none), syncs (what makes the host wait in a step), timm (a step of none against timm's train.py and the share of the
-matrix peak).
+matrix peak), shards (two GPUs or more: losses of training in shards, and what compiling costs, against whole copies).
 """
 import argparse
+import csv
+import os
+import subprocess
+import sys
+import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import dense_loss
 import sinkhorn
@@ -28,7 +34,8 @@ from alignmix_lab.runs.timing import time_interleaved
 from timm_alignmix import list_mixes
 from timm_alignmix.functional import convex_weights, losses, transport
 
-PARTS = ('ceilings', 'accuracy', 'kernels', 'steps', 'syncs', 'timm')
+ROOT = Path(__file__).resolve().parents[1]
+PARTS = ('ceilings', 'accuracy', 'kernels', 'steps', 'syncs', 'timm', 'shards')
 MIXES = ['alignmix', 'multimix', 'densemultimix']
 WAITS = ('cudaStreamSynchronize', 'cudaDeviceSynchronize', 'cudaEventSynchronize', 'Memcpy DtoH', 'aten::item')
 
@@ -237,6 +244,49 @@ def train_step(task, optimizer, images: torch.Tensor, target: torch.Tensor, dtyp
     optimizer.zero_grad()
 
 
+def shards(args: Namespace) -> None:
+    """Training in shards (FSDP2) and with whole copies, by accelerate launch: losses, and what compiling costs."""
+    processes = torch.cuda.device_count() if args.device == 'cuda' else 0
+    if processes < 2:
+        print(f'*** SKIPPED: shards. FSDP needs two GPUs, and there are {processes}: nothing was run in shards. ***')
+        return
+    model, epochs = ('test_vit', 2) if args.quick else ('vit_small_patch16_224', 3)
+    fsdp = ['--use_fsdp', '--fsdp_version', '2']
+    cases = {
+        'copies': (['--multi_gpu'], []), 'shards': (fsdp, []),
+        'shards, checkpointing': (fsdp, ['--grad-checkpointing']),
+        'copies, compiled whole': (['--multi_gpu'], ['--torchcompile']),
+        'shards, compiled blocks': (fsdp, ['--torchcompile'])}
+    seconds, losses = {}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        for number, (case, (launcher, options)) in enumerate(cases.items()):
+            experiment, start = f'run{number}', time.perf_counter()
+            subprocess.run(
+                [sys.executable, '-m', 'accelerate.commands.launch', *launcher, '--num_machines', '1',
+                 '--mixed_precision', 'no', '--dynamo_backend', 'no', '--num_processes', str(processes),
+                 str(ROOT / 'train_imagenet.py'), '--loader', 'timm', '--workers', '0', '--model', model, '--img-size',
+                 '64', '--mix', 'alignmix', '--batch-size', '32', '--train-samples', str(10 * 32 * processes), '--opt',
+                 'adamw', '--lr', '1e-4', '--warmup-epochs', '0', '--epochs', str(epochs), '--export', 'none',
+                 '--output', folder, '--experiment', experiment, *options],
+                env={**os.environ, 'TORCHINDUCTOR_CACHE_DIR': str(Path(folder) / f'cache{number}')}, check=True,
+                stdout=subprocess.DEVNULL)
+            seconds[case] = time.perf_counter() - start
+            with (Path(folder) / experiment / 'summary.csv').open(encoding='utf-8') as file:
+                losses[case] = [float(row['train_loss']) for row in csv.DictReader(file)]
+    rows = []
+    for case in cases:
+        apart = max(abs(a / b - 1) for a, b in zip(losses[case], losses['copies'], strict=True))
+        added = seconds[case] - seconds[case.partition(',')[0]] if 'compiled' in case else None
+        rows.append([
+            case, seconds[case], added,
+            ' '.join(f'{loss:.6f}' for loss in losses[case]), f'{apart:.1e}'])
+    report(
+        'shards_gpu', 'Training in shards against whole copies',
+        ['run', 's with its start', 's that compiling adds', 'loss of each epoch', 'relative, apart from copies'], rows,
+        [f'{processes} processes; {model}, 64 px, float32, alignmix, {epochs} epochs of 10 updates, 32 images each, '
+         'evaluations, empty caches.'], args)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
@@ -247,10 +297,10 @@ def main() -> None:
     torch.backends.cudnn.benchmark = True
     rates = ceilings(args)
     for part in args.parts:
-        if part in ('accuracy', 'kernels', 'steps', 'syncs'):
-            dict(accuracy=accuracy, kernels=kernels, steps=steps, syncs=syncs)[part](args)
-        elif part == 'timm':
+        if part == 'timm':
             timm_steps(args, rates)
+        elif part != 'ceilings':
+            dict(accuracy=accuracy, kernels=kernels, steps=steps, syncs=syncs, shards=shards)[part](args)
         print(f'\n[{part}: {time.perf_counter() - start:.0f} s since the start]\n', flush=True)
 
 

@@ -221,7 +221,6 @@ def build_run(config: TrainConfig) -> Run:
 
 def _check_sharded(config: TrainConfig) -> None:
     for option, given, why in (
-            ('--torchcompile', config.torchcompile, 'compiles the model as one piece'),
             ('--model-ema-force-cpu', config.model_ema_force_cpu, 'keeps the average in one piece'),
             ('--clip-mode agc', config.clip_grad is not None and config.clip_mode == 'agc', 'measures whole layers')):
         if given:

@@ -9,6 +9,7 @@ from alignmix_lab.runs.checkpoint import CheckpointSaver
 from alignmix_lab.runs.files import write_whole
 from alignmix_lab.runs.fit import fit, open_run, wrap_run
 from alignmix_lab.runs.run import Run
+from alignmix_lab.runs.sharding import compile_blocks, is_sharded
 
 from .build import build_run
 from .config import TrainConfig
@@ -38,7 +39,9 @@ def prepare(config: TrainConfig) -> tuple[Run, CheckpointSaver]:
     saver = open_run(run, f'{safe_model_name(config.model)}-{run.data_config["input_size"][-1]}-{config.mix_name}')
     if run.accelerator.is_main_process and run.loaders.val_listing is not None:
         _write_listing(saver.folder / 'val_split.txt', run.loaders.val_listing)
-    if config.torchcompile:
+    if config.torchcompile and is_sharded(run.accelerator):
+        compile_blocks(run.task, config.torchcompile)
+    elif config.torchcompile:
         run.task.compile(backend=config.torchcompile)
         run.task.compile_ema(backend=config.torchcompile)
     wrap_run(run)

@@ -1,7 +1,7 @@
 """Creation of timm models, with one sentence for the user if it fails, and their frozen parts."""
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from types import MethodType
+from functools import partial
 from typing import Any
 
 import timm
@@ -114,7 +114,7 @@ def freeze(model: nn.Module, part: str, name: str) -> None:
         owner, _, kind = key.rpartition('.')
         if key in frozen and kind in _RUNNING_STATISTICS:
             norm = model.get_submodule(owner).eval()
-            norm.train = MethodType(_stay, norm)
+            norm.train = partial(_stay, norm)  # may be pickled, unlike a method
 
 
 def _stay(norm: nn.Module, mode: bool = True) -> nn.Module:

@@ -215,6 +215,31 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     return chain(module.named_parameters(), module.named_buffers())
 
 
+def compile_blocks(task: TrainingTask, backend: str) -> None:
+    """Compile the forward pass of each block of a sharded network, and of its average.
+
+    Gathering and freeing, and what a method does to a block's output, are hooks around it and stay outside of the
+    graphs. So do blocks with hooks inside: those that hold other blocks, and the one whose attention a method reads.
+    Blocks of one class share their graphs where nothing but weights differs. torch stops at so many graphs a class
+    as it allows a function, so it is allowed as many for each block.
+
+    Raises:
+        ValueError: The network has no such blocks.
+    """
+    for network in (task.get_eval_model(ema=ema) for ema in (False, True) if not ema or task.has_ema()):
+        blocks = [
+            part for part in network.modules() if hasattr(part, 'reshard') and any(part.children())
+            and not any(inner._forward_hooks for inner in part.modules() if inner is not part)]
+        if not blocks:
+            raise ValueError(
+                f'--torchcompile compiles the blocks of models in shards, and {type(network).__name__} has none; leave '
+                'it out')
+        config = torch._dynamo.config
+        config.recompile_limit = max(config.recompile_limit, 8 * len(blocks))
+        for block in blocks:
+            block.forward = torch.compile(block.forward, backend=backend)
+
+
 def check_steps(optimizer: torch.optim.Optimizer, name: str) -> None:
     """Let an optimizer step on shards of zeros, before its first step; must be called on all processes.
 

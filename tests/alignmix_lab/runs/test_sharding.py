@@ -1,5 +1,6 @@
 """Models in shards (FSDP2) on several processes on the CPU, held against the same runs with whole copies (DDP)."""
 import shutil
+from argparse import Namespace
 
 import pytest
 import timm
@@ -7,9 +8,10 @@ import torch
 
 import timm_alignmix
 from alignmix_lab.classification import prepare
+from alignmix_lab.classification.build import build_run
 from alignmix_lab.runs.accelerator import create_accelerator
 from alignmix_lab.runs.checkpoint import find_checkpoint, read_checkpoint
-from alignmix_lab.runs.sharding import block_classes, read_shards
+from alignmix_lab.runs.sharding import block_classes, compile_blocks, read_shards
 
 FSDP = dict(ACCELERATE_USE_FSDP='true', FSDP_VERSION='2')
 # A ViT whose last map is pooled, so that dense mixing trains its classifier on every position.
@@ -23,7 +25,10 @@ RESNET = dict(model='test_resnet', no_ddp_bb=True, model_ema=True, model_ema_dec
 TOLERANCE = dict(atol=2e-5, rtol=0)
 SEED = 1527  # draws each of METHODS within 20 steps
 METHODS = sorted(set(timm_alignmix.list_mixes()) - {'none', 'alignmix_ae', 'tokenmix', 'transmix'})
-TOKENS = dict(model='test_vit', mix={'tokenmix': 0.5, 'transmix': 0.5}, mix_kwargs={'tokenmix.prob': 1.0})
+TOKENS = dict(
+    model='test_vit', mix=dict.fromkeys(('tokenmix', 'transmix', 'alignmix', 'manifold'), 0.25), epochs=1, batch_size=4,
+    mix_kwargs={'tokenmix.prob': 1.0}, seed=22,  # draws each, tokenmix first
+    grad_checkpointing=True, model_ema=True, model_ema_decay=0.7)
 
 
 @pytest.fixture(scope='module')
@@ -31,7 +36,7 @@ def trained(make_config, on_processes, tmp_path_factory):
     """Callable: folder of the jobs on so many processes, and what a job's processes saved, by rank."""
     folders = {}
 
-    def jobs_on(count: int) -> dict[str, dict]:
+    def jobs_on(count: int, tokens: dict) -> dict[str, dict]:
         jobs = {'vit': dict(VIT, epochs=3, val_interval=3)}  # 21 updates
         if count == 2:
             several = dict(
@@ -40,8 +45,10 @@ def trained(make_config, on_processes, tmp_path_factory):
                 mix_kwargs={'multimix.n': 12, 'densemultimix.n': 12, 'guidedmixup.saliency': 'ap'})
             jobs = {
                 'vit': dict(VIT, export='auto', checkpoint_hist=1), 'several': several,
-                'tokens': dict(TOKENS, epochs=1, batch_size=4),
-                'layers': dict(RESNET, mix='alignmix_ae', mix_kwargs={'dim': 8, 'width': 4}, epochs=1, batch_size=14)}
+                'tokens': tokens,
+                'layers': dict(
+                    RESNET, mix='alignmix_ae', mix_kwargs={'dim': 8, 'width': 4}, epochs=1, batch_size=14, freeze='1',
+                    head_lr_scale=5.0, clip_grad=0.01, clip_mode='value')}
         if count == 4:
             jobs = {'vit': dict(VIT, epochs=1, batch_size=7)}
         return jobs
@@ -53,8 +60,9 @@ def trained(make_config, on_processes, tmp_path_factory):
         replicas = dict(
             ACCELERATE_USE_PARALLELISM_CONFIG='true', PARALLELISM_CONFIG_DP_REPLICATE_SIZE='2',
             PARALLELISM_CONFIG_DP_SHARD_SIZE='2') if count == 4 else {}
-        jobs = {}
-        for name, options in jobs_on(count).items():
+        tokens, jobs = dict(TOKENS, initial_checkpoint=str(folder / 'weights.pth')), {}
+        torch.save(timm.create_model('test_vit', num_classes=10).state_dict(), tokens['initial_checkpoint'])
+        for name, options in jobs_on(count, tokens).items():
             jobs[f'{name}-whole'] = (dict(options, export='none'), {})
             jobs[name] = (options, dict(launcher={**FSDP, **replicas}))
         if count == 2:
@@ -62,6 +70,7 @@ def trained(make_config, on_processes, tmp_path_factory):
             jobs['asked'] = (stopped, dict(launcher=FSDP, at=(15, 'signal')))
             jobs['asked-on'] = (dict(stopped, output=folder / 'asked'), dict(launcher=FSDP))
             jobs['full'] = (dict(VIT, checkpoint_steps=12), dict(launcher=FSDP, at=(11, 'spoil')))
+            jobs['compiled'] = (dict(tokens, torchcompile='aot_eager'), dict(launcher=FSDP))
             jobs['unfit'] = (dict(VIT, opt='adafactor'), dict(launcher=FSDP))
         if count == 3:
             first, _ = train(2)
@@ -88,11 +97,15 @@ def assert_same(found, expected, **tolerance):
 
 
 @pytest.mark.parametrize('count, name', [
-    (2, 'vit'), (2, 'several'), (2, 'tokens'), (2, 'layers'), (3, 'vit'), (4, 'vit')])
+    (2, 'vit'), (2, 'several'), (2, 'tokens'), (2, 'layers'), (2, 'compiled'), (3, 'vit'), (4, 'vit')])
 def test_shards_train_as_copies_do(trained, count, name):
-    """Losses of every step, gradients of the first update, weights and averages at the end; four are 2 x 2."""
+    """Losses of every step, gradients of the first update, weights and averages at the end.
+
+    Four are 2 x 2; the compiled run has the options of `tokens`.
+    """
     _, saved = trained(count)
-    for found, expected in zip(saved(name), saved(f'{name}-whole'), strict=True):
+    whole = 'tokens-whole' if name == 'compiled' else f'{name}-whole'
+    for found, expected in zip(saved(name), saved(whole), strict=True):
         assert found['kinds'] == ['DTensor'] and expected['kinds'] == ['Parameter']
         assert len(found['losses']) == len(expected['losses'])
         for (mode, loss), (same_mode, same_loss) in zip(found['losses'], expected['losses'], strict=True):
@@ -108,6 +121,29 @@ def test_shards_train_as_copies_do(trained, count, name):
 def test_all_methods_were_drawn(trained):
     modes = {mode.partition('/')[0] for mode, _ in trained(2)[1]('several')[0]['losses']}
     assert modes == set(METHODS)
+
+
+def test_weights_of_a_file_reach_the_shards(trained):
+    folder, saved = trained(2)
+    expected = torch.load(folder / 'weights.pth', weights_only=True)
+    for part in saved('tokens'):
+        assert_same({'start': part['start']['state_dict']}, {'start': expected}, atol=0, rtol=0)
+
+
+def test_frozen_layers_stay(trained):
+    """The stem and the first stage of test_resnet."""
+    for part in trained(2)[1]('layers'):
+        same = {name for name, value in part['start']['state_dict'].items() if name.endswith('weight')
+                and torch.equal(value, part['end']['state_dict'][name])}
+        names = {name for name in part['start']['state_dict'] if name.endswith('weight')}
+        assert same == {name for name in names if name.startswith(('conv1', 'bn1', 'layer1'))}
+
+
+def test_modes_share_the_compiled_blocks(trained):
+    """One graph for the training of all blocks, one for the clean pass of tokenmix."""
+    for part in trained(2)[1]('compiled'):
+        assert {mode.partition('/')[0] for mode, _ in part['losses']} == set(TOKENS['mix'])
+        assert set(part['graphs']) == {2}
 
 
 def test_each_process_holds_its_part(trained):
@@ -200,7 +236,12 @@ def test_blocks_are_found(model, blocks):
     (dict(FSDP_OFFLOAD_PARAMS='true'), 'fsdp_offload_params true'),
     (dict(FSDP_ACTIVATION_CHECKPOINTING='true'), 'pass --grad-checkpointing'),
     (dict(FSDP_AUTO_WRAP_POLICY='SIZE_BASED_WRAP'), "the groups are the model's own blocks"),
+    (dict(FSDP_TRANSFORMER_CLS_TO_WRAP='Block'), 'fsdp_transformer_cls_to_wrap Block'),
+    (dict(FSDP_IGNORED_MODULES='head'), 'the whole model is sharded'),
+    (dict(ACCELERATE_USE_DEEPSPEED='true'), 'configured for DEEPSPEED'),
+    (dict(ACCELERATE_USE_MEGATRON_LM='true'), 'configured for MEGATRON_LM'),
     (dict(PARALLELISM_CONFIG_TP_SIZE='2'), 'parallelism_config_tp_size 2'),
+    (dict(PARALLELISM_CONFIG_CP_SIZE='2'), 'parallelism_config_cp_size 2'),
     (dict(PARALLELISM_CONFIG_DP_SHARD_SIZE='3'), '1 processes cannot hold 1 x 3 shards'),
     ({}, '1 processes cannot hold 1 x 1 shards; launch at least 2'),
 ])
@@ -209,3 +250,28 @@ def test_what_shards_cannot_do_is_refused(monkeypatch, variables, said):
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=said):
         create_accelerator('cpu', may_shard=True)
+
+
+@pytest.mark.parametrize('device, precision, said', [
+    ('cpu', 'fp16', 'float16 has not been tested with shards'), ('mps', 'no', 'mps devices cannot shard')])
+def test_precisions_and_devices_that_shards_lack_are_refused(monkeypatch, device, precision, said):
+    for name, value in {**FSDP, 'WORLD_SIZE': '2', 'ACCELERATE_MIXED_PRECISION': precision}.items():
+        monkeypatch.setenv(name, value)
+    state = Namespace(device=torch.device(device))
+    monkeypatch.setattr('alignmix_lab.runs.accelerator.PartialState', lambda **_: state)
+    with pytest.raises(ValueError, match=said):
+        create_accelerator(may_shard=True)
+
+
+@pytest.mark.parametrize('options, said', [
+    (dict(clip_grad=0.1, clip_mode='agc'), '--clip-mode agc measures whole layers, which FSDP divides'),
+    (dict(model_ema=True, model_ema_force_cpu=True), '--model-ema-force-cpu keeps the average in one piece')])
+def test_options_that_need_whole_layers_are_refused(monkeypatch, make_config, tmp_path, options, said):
+    monkeypatch.setattr('alignmix_lab.classification.build.start_processes', lambda *_, **__: Namespace(is_fsdp2=True))
+    with pytest.raises(ValueError, match=said):
+        build_run(make_config(tmp_path, **options))
+
+
+def test_compiling_a_network_without_blocks_is_refused():
+    with pytest.raises(ValueError, match='compiles the blocks of models in shards, and MetaFormer has none'):
+        compile_blocks(timm_alignmix.MixTask(timm.create_model('poolformer_s12'), verbose=False), 'eager')

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState
+from torch._dynamo.utils import counters
 from torch.distributed import checkpoint
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
@@ -114,7 +115,8 @@ def train_in_shards(jobs: dict[str, dict[str, Any]], folder: Path) -> None:
         (at, act), launcher = options.pop('at', (-1, None)), options.pop('launcher', {})
         AcceleratorState._reset_state(reset_partial_state=True)
         os.environ.update(launcher)
-        saved = dict(losses=[], gradients=[], code=None, history=None)
+        saved = dict(losses=[], gradients=[], graphs=[], code=None, history=None)
+        counters.clear()
         try:
             run, saver = prepare(TrainConfig(**options))
             second = run.accelerator.process_index == 1
@@ -127,6 +129,7 @@ def train_in_shards(jobs: dict[str, dict[str, Any]], folder: Path) -> None:
                 number = task.step
                 result = forward(task, images, target)
                 saved['losses'].append((result['mode'], float(result['loss'].detach())))
+                saved['graphs'].append(counters['stats']['unique_graphs'])
                 if number == at and act == 'signal' and second:
                     os.kill(os.getpid(), signal.SIGTERM)
                 if number == at and act == 'spoil' and second:
