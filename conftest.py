@@ -15,5 +15,5 @@ if workers := int(os.environ.get('PYTEST_XDIST_WORKER_COUNT', 0)):  # before tor
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """One a core, as long as memory is no concern: a worker takes some 2 GB."""
+    """One a core, and at most eight, since each holds a torch of its own in memory."""
     return min(8, CORES)

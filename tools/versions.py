@@ -54,7 +54,7 @@ def main() -> None:
         print(f'== {name}', flush=True)
         subprocess.run(['uv', 'pip', 'freeze', '--python', python], check=True)
         done = subprocess.run(
-            [python, '-m', 'pytest', '-q', *(words or TESTS)], cwd=ROOT,
+            [python, '-m', 'pytest', '-q', '-n', 'auto', '--dist', 'loadfile', *(words or TESTS)], cwd=ROOT,
             env={**os.environ, 'PYTHONPATH': str(ROOT)})
         failed += [name] if done.returncode else []
     sys.exit(f'failed: {", ".join(failed)}' if failed else 0)
