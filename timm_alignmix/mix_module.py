@@ -196,7 +196,7 @@ class MixModule(nn.Module):
         # A head that the method applies to what it has read must not drop channels or normalise by the batch either.
         with torch.no_grad(), evaluating(self.model) if kind == 'forward' else nullcontext():
             if kind == 'forward':
-                _, seen = self._run(images, dict(draw, layer=draw['clean_layer']))
+                _, seen = self._run(images, {**draw, 'layer': draw['clean_layer']})
             elif kind != 'target':
                 seen = gradient_saliency(self.model, images, target, kind)
             return self.mix.complete(images, draw, seen, target)

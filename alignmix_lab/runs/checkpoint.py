@@ -169,7 +169,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise ValueError(f'{path}: no such checkpoint')
     try:
         with zipfile.ZipFile(path) as file:
-            damaged = file.testzip()
+            damaged = file.testzip() or next(
+                (entry.filename for entry in file.infolist() if entry.external_attr), None)  # torch writes none
         if damaged is not None:
             raise ValueError(f'the checksum of {damaged} differs')
         state = torch.load(path, map_location='cpu', weights_only=True)

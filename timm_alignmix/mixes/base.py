@@ -330,18 +330,18 @@ class WeighedPair(MaskPair):
     def mass(self, output: torch.Tensor, target: torch.Tensor, draw: Draw) -> torch.Tensor:
         if 'partner_lam' in draw:  # shares of the target, as accuracy is at most 1
             total = draw['lam'] + draw['partner_lam']
-            draw = dict(draw, lam=torch.where(total > 0, draw['lam'] / total, 0.5))
+            draw = {**draw, 'lam': torch.where(total > 0, draw['lam'] / total, 0.5)}
         return super().mass(output, target, draw)
 
 
 def _with_lam(draw: Draw) -> Draw:
     """Draw with the mean of its mask as lam, if it has none."""
-    return draw if 'lam' in draw else dict(draw, lam=mean_of(draw['mask']))
+    return draw if 'lam' in draw else {**draw, 'lam': mean_of(draw['mask'])}
 
 
 def weighed(draw: Draw, lam: torch.Tensor | None) -> Draw:
     """Draw with the weights that the forward of mixed images told, if it told any."""
-    return draw if lam is None else dict(draw, lam=lam)
+    return draw if lam is None else {**draw, 'lam': lam}
 
 
 def check_completed(mix: Mix, draw: Draw) -> None:

@@ -62,7 +62,7 @@ def minimum_by_flow(cost, below, right):
             graph[source, node(p, r, c)] = -int(value)
             constant += int(value)
     nodes = 2 + K * R * C
-    rows, columns = np.array(list(graph)).T
+    rows, columns = np.array(list(graph), dtype=np.int32).T  # older releases of scipy take no other type
     matrix = csr_array((np.array(list(graph.values()), dtype=np.int32), (rows, columns)), shape=(nodes, nodes))
     return constant + maximum_flow(matrix, source, sink).flow_value
 
