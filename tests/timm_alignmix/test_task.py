@@ -254,7 +254,7 @@ def test_compiles_without_graph_breaks_to_the_same_loss(mix, name):
     graphs = torch._dynamo.utils.counters['stats']['unique_graphs']
     compiled = three_steps()
     # One graph a mode: nothing is compiled again as lam, the partners or the weights change.
-    modes = 2 if mix in ('alignmix', 'transmix') else 1
+    modes = 2 if mix in ('alignmix', 'transmix', 'tokenmix') else 1  # torch 2.5 has one for each kind of draw
     assert torch._dynamo.utils.counters['stats']['unique_graphs'] - graphs <= modes
     torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
     assert list(task.get_checkpoint_state()['state_dict']) == list(state)
