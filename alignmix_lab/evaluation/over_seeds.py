@@ -35,7 +35,7 @@ def evaluated(study: Study, folder: Path) -> Result:
     """
     found, rows = _read_measures(folder), []
     for cell in study.cells:
-        other = study.reference_of(cell) if study.reference else None
+        other = study.reference_of(cell)
         row = {'model': cell.config.model, **study.columns_of(cell), 'seeds': 0}
         for title, values in found.items():
             own, theirs = (
@@ -64,11 +64,13 @@ def evaluated(study: Study, folder: Path) -> Result:
 
 def _read_measures(folder: Path) -> dict[str, dict[str, float]]:
     """Values by quantity and label."""
+    measures = *published.MEASURES, ('calibration', 'nll', 'NLL')
+    files = {protocol: folder / f'{protocol}.json' for protocol, *_ in measures}
+    rows = {protocol: json.loads(path.read_text(encoding='utf-8'))['rows']
+            for protocol, path in files.items() if path.is_file()}
     found: dict[str, dict[str, float]] = {}
-    for protocol, key, title, *_ in (*published.MEASURES, ('calibration', 'nll', 'NLL')):
-        path = folder / f'{protocol}.json'
-        rows = json.loads(path.read_text(encoding='utf-8'))['rows'] if path.is_file() else []
-        for row in rows:
+    for protocol, key, title, *_ in measures:
+        for row in rows.get(protocol, ()):
             if is_number(row.get(key)):
                 full = f'{title}, {row["set"]}' if 'set' in row else title
                 found.setdefault(full, {})[row['model']] = row[key]

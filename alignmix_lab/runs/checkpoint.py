@@ -172,7 +172,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             damaged = file.testzip() or next(
                 (entry.filename for entry in file.infolist() if entry.external_attr), None)  # torch writes none
         if damaged is not None:
-            raise ValueError(f'the checksum of {damaged} differs')
+            raise ValueError(f'its entry {damaged} has changed')
         state = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e:  # foreign content and bad sectors raise errors of almost any type
         raise ValueError(f'{path} is damaged or no checkpoint ({e})') from e
